@@ -1,0 +1,1 @@
+"""Ours against the peers: the same work, in one run, interleaved, in CPU time."""

@@ -1,0 +1,33 @@
+"""Checks of user input that several rooms share. Every message names what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError if it is below ``minimum``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def check_real(name: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> None:
+    """Raise TypeError unless ``value`` is a real number, ValueError if it is not finite or out of range."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+    if above is not None and not number > above:
+        raise ValueError(f"{name} must be greater than {above}; got {value!r}")
+    if minimum is not None and not number >= minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value!r}")

@@ -1,0 +1,1 @@
+"""Encoders and the parts they are built from."""

@@ -1,0 +1,1 @@
+"""The main job: build a workspace from raw text, query it, report on it."""
