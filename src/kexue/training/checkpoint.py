@@ -111,9 +111,11 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a run that died while writing has left."""
-    for path in folder.glob("step-*.tmp"):
+    for path in list(folder.iterdir()):
         if re.fullmatch(r"step-\d+\.tmp", path.name):
             shutil.rmtree(path)
+        elif re.fullmatch(r"\.(latest|metrics\.jsonl)\.\w+\.tmp", path.name):  # from kexue._files.atomic_path
+            path.unlink()
 
 
 def remove_all(folder: Path) -> None:
