@@ -315,6 +315,7 @@ def test_every_form_of_loss_is_understood(tmp_path, form):
     assert result.history == expected.history
 
 
+@pytest.mark.slow
 def test_transformers_models_train(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 

@@ -45,14 +45,9 @@ _MODEL, _OPTIMIZER, _META = "model.safetensors", "optimizer.pt", "checkpoint.jso
 class DamagedCheckpointError(ValueError):
     """A checkpoint that is incomplete or altered.
 
-    Args:
-        message: What is wrong.
-
     Example:
-        >>> raise DamagedCheckpointError("run/step-20: optimizer.pt is missing")
-        Traceback (most recent call last):
-        ...
-        kexue.training.checkpoint.DamagedCheckpointError: run/step-20: optimizer.pt is missing
+        >>> issubclass(DamagedCheckpointError, ValueError)
+        True
     """
 
 
@@ -69,11 +64,10 @@ class Checkpoint:
         optimizers: State dict of each optimizer.
 
     Example:
-        >>> checkpoint = Checkpoint(Path("run/step-1"), 1, 0.5, {}, {"weight": torch.ones(1, 2)}, [])
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> checkpoint.restore(model, [])
-        >>> model.weight.tolist()
-        [[1.0, 1.0]]
+        >>> Checkpoint(Path("run/step-1"), 1, 0.5, {}, {"weight": torch.ones(1, 2)}, []).restore(nn.Linear(2, 1), [])
+        Traceback (most recent call last):
+        ...
+        ValueError: run/step-1 does not fit the model or its optimizers: ... Missing key(s) in state_dict: "bias"...
     """
 
     path: Path
@@ -187,17 +181,15 @@ def save_checkpoint(
 
     Example:
         >>> import tempfile
-        >>> model = nn.Linear(2, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = save_checkpoint(folder, model, [], step=3, loss=0.5, config={"seed": 0})
+        ...     path = save_checkpoint(folder, nn.Linear(2, 1), [], step=3, loss=0.5, config={"seed": 0})
         ...     print(path.name, sorted(p.name for p in path.iterdir()), load_checkpoint(path).config)
         step-3 ['checkpoint.json', 'model.safetensors', 'optimizer.pt'] {'seed': 0}
     """
     folder = Path(folder)
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         tensors, tied = _model_tensors(model)
         files = {_MODEL: _write(temporary / _MODEL, safetensors.torch.save(tensors, metadata={"format": "pt"}))}
@@ -258,10 +250,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = save_checkpoint(folder, nn.Linear(2, 1), [], step=3, loss=0.5, config={})
-        ...     checkpoint = load_checkpoint(path)
-        >>> checkpoint.step, sorted(checkpoint.model)
-        (3, ['bias', 'weight'])
+        ...     load_checkpoint(save_checkpoint(folder, nn.Linear(2, 1), [], step=3, loss=0.5, config={})).step
+        3
     """
     path = Path(path)
     try:
@@ -300,10 +290,8 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for step in (1, 2):
-        ...         path = save_checkpoint(folder, nn.Linear(2, 1), [], step=step, loss=0.5, config={})
-        ...     newest_checkpoint(folder).step
-        2
+        ...     print(newest_checkpoint(folder))
+        None
     """
     for path in _numbered(Path(folder)).values():
         try:
