@@ -8,9 +8,8 @@ leaves the earlier checkpoints as they were. ``step-N/`` holds
     optimizer.pt        a list with the state_dict of each optimizer, read with ``weights_only=True``
     checkpoint.json     format version, step, loss, settings, names of tied weights, size and CRC-32 of the other files
 
-No state of a random generator is among them: the order and the noise of a step are functions of (seed, step, rank),
-see order.py. Each file is serialised in memory first (up to the optimizer's state once more, two times the weights for
-Adam), so that a full disk is an OSError of a plain write and not a half-translated error of a serialisation library.
+No state of a random generator is among them: order and noise are functions of (seed, step, rank), see order.py. Each
+file is serialised in memory first (two times the weights for Adam), so that a full disk is an OSError of a plain write.
 """
 
 from __future__ import annotations
