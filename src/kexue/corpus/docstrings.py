@@ -1,9 +1,9 @@
 """The documentation of the installed packages as a corpus: docstrings, read as source and never imported.
 
-A document for every docstring longer than 120 characters of a module, class or function whose own name does not begin with
-an underscore, in the packages installed in the running environment and in the standard library. Folders called ``tests``,
-``test`` and ``testing`` and vendored copies are left out. The order is that of the source: packages by name, files by
-path, then by line, so that neighbours in the corpus are neighbours in the source.
+A document for every docstring longer than 120 characters of a module, class or function whose own name does not begin
+with an underscore, in the packages installed in the running environment and in the standard library. Folders called
+``tests``, ``test`` and ``testing`` and vendored copies are left out. The order is that of the source: packages by name,
+files by path, then by line, so that neighbours in the corpus are neighbours in the source.
 
 Of several docstrings under one name (overloads, property setters, alternatives behind a condition) the first in that
 order is kept; of several with the same text (copies between packages, aliases) the first as well, unless duplicates are
@@ -122,10 +122,10 @@ class InstalledDocumentation:
 
     Attributes:
         packages: The top-level names that are read.
-        skipped: Of the latest iteration: (path, reason) of files that are not Python source of this version or cannot be
-            read, and (package, reason) of packages without Python source.
-        duplicates: How many docstrings of the latest iteration were left out because an earlier one has the same name or
-            the same text.
+        skipped: Of the latest iteration: (path, reason) of files that are not Python source of this version or cannot
+            be read, and (package, reason) of packages without Python source.
+        duplicates: How many docstrings of the latest iteration were left out because an earlier one has the same name
+            or the same text.
     """
 
     def __init__(
@@ -214,6 +214,8 @@ def _documents(file: _File, skipped: list[tuple[str, str]]) -> Iterator[Document
             name = file.module
         elif item.absolute:
             name = item.name
+            if name.partition(".")[0] != file.package or not all(part.isidentifier() for part in name.split(".")):
+                continue
         elif item.attached:
             name = f"{_parent(file.module)}.{item.name}"
         else:
@@ -245,10 +247,10 @@ def installed_documentation(
 ) -> InstalledDocumentation:
     """Read the documentation of installed packages: a real corpus that every environment has, with known relations.
 
-    A document's id is the qualified name, its title the summary on one line, its text the docstring without its See Also
-    section, its labels (package, module). ``meta`` has ``related`` (the names in the See Also section, as written),
-    ``kind`` ("module", "class", "function" or "method"), ``package``, ``path`` (relative to the folder that holds the
-    package), ``line``, and ``attached`` for docstrings that a call attaches to a compiled object. See
+    A document's id is the qualified name, its title the summary on one line, its text the docstring without its See
+    Also section, its labels (package, module). ``meta`` has ``related`` (the names in the See Also section), ``kind``
+    ("module", "class", "function" or "method"), ``package``, ``path`` (relative to the folder that holds the package),
+    ``line``, and ``attached`` for docstrings that a call attaches to a compiled object. See
     :mod:`kexue.corpus.docstrings` for what is left out and in which order documents come.
 
     Args:
@@ -261,7 +263,7 @@ def installed_documentation(
         An iterable that reads the source anew every time, with ``skipped``, ``duplicates`` and ``fingerprint()``.
 
     Raises:
-        ValueError: for a name that nothing installed has (at once), and while iterating if there is no docstring at all.
+        ValueError: for a name that nothing installed has (at once); while iterating if there is no docstring at all.
         TypeError: for an argument of the wrong type.
 
     Example:

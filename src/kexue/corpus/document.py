@@ -1,4 +1,4 @@
-"""The one thing every reader yields: a document with an id, a text and, where the source has them, a title and labels."""
+"""What every reader yields: a document with an id, a text and, where the source has them, a title and labels."""
 
 from __future__ import annotations
 

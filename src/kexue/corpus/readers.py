@@ -9,13 +9,13 @@ How a plain text file becomes documents (``split``):
   first 262,144 characters, else into lines. Of several files each is one document, unless it is longer than 262,144
   characters: then it is split in the same way.
 
-Whatever the format, a text longer than ``max_chars`` is cut at the last blank line, line end, sentence end or white space
-in the second half of the piece, and never inside a user-perceived character unless the character alone is that long.
+Whatever the format, a text longer than ``max_chars`` is cut at the last blank line, line end, sentence end or white
+space in the second half of the piece, and never inside a user-perceived character unless that alone is very long.
 
-Ids: the id column; else ``folder/file.txt`` for a whole file, ``file.txt:17`` for a paragraph or line (where it begins),
-``file.jsonl:17`` and ``file.csv:17`` for a record (its line), ``file.json:3`` and ``file.parquet:3`` (its position); all
-counted from 1. The pieces of a text that was cut add ``#1``, ``#2``, ... . An id that was used before gets ``~2``,
-``~3``, ... : two files whose id column starts at 1 are usual and no reason to stop.
+Ids: the id column; else ``folder/file.txt`` for a whole file, ``file.txt:17`` for a paragraph or line (where it
+begins), ``file.jsonl:17`` and ``file.csv:17`` for a record (its line), ``file.json:3`` and ``file.parquet:3`` (its
+position); all counted from 1. The pieces of a text that was cut add ``#1``, ``#2``, ... . An id that was used before
+gets ``~2``, ``~3``, ... : two files whose id columns both start at 1 are usual and no reason to stop.
 """
 
 from __future__ import annotations
@@ -300,6 +300,7 @@ class DocumentReader:
             chunks = itertools.chain(head, chunks)
             del head
         units = {"file": whole, "line": lines, "paragraph": paragraphs}[split]
+        own = name
         for line, part, piece in pieces(units(chunks), self.max_chars):
             own = ids.generated(name if split == "file" else f"{name}:{line}") if part < 2 else own
             yield Document(f"{own}#{part}" if part else own, piece)
@@ -329,11 +330,10 @@ def read_documents(
     Left out of folders, and listed in ``skipped``: hidden and empty files, pipes and devices, links to nothing, files
     that are binary by their name or by a NUL byte in the first 8,192 bytes. Named directly each of these is an error.
     Records with an empty text are left out and listed. Elsewhere NUL characters are removed and line ends become
-    ``
-    ``; nothing else is changed, in particular no Unicode normalisation.
+    ``\n``; nothing else is changed, in particular no Unicode normalisation.
 
-    Memory: one chunk of 256 KiB for text; the longest line for JSON lines and CSV; the longest record for JSON; 512 rows
-    and a row group's pages for Parquet; about 80 bytes for each record that has an id column.
+    Memory: one chunk of 256 KiB for text; the longest line for JSON lines and CSV; the longest record for JSON; 512
+    rows and a row group's pages for Parquet; about 80 bytes for each record that has an id column.
 
     Args:
         paths: A file or folder, or several.
@@ -362,9 +362,7 @@ def read_documents(
     Example:
         >>> import pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "notes.jsonl"
-        >>> _ = file.write_text('{"text": "One.", "title": "First"}
-    {"text": "Two.", "label": "b"}
-    ')
+        >>> _ = file.write_text('{"text": "One.", "title": "First"}\n{"text": "Two.", "label": "b"}\n')
         >>> for document in read_documents(file):
         ...     print(document.id, document.text, document.title, document.labels)
         notes.jsonl:1 One. First ()

@@ -94,7 +94,7 @@ def split_see_also(docstring: str) -> tuple[str, list[str]]:
 
 
 _SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\s*\(.*\)(?:\s*->\s*[^\n]+)?$", re.S)
-_PARAGRAPH_END = re.compile(r"\n(?=[ \t]*(?:\n|\.\. |>>> |[-*] |:\w+[^`\n]*:(?!`)|\d+[.)] ))")
+_PARAGRAPH_END = re.compile(r"\n(?=[ \t]*(?:\n|\.\. |>>> |[-*] |:\w+[^`\n:]*:(?=\s)|\d+[.)] ))")
 _ANY_UNDERLINE = re.compile(r"\n[ \t]*([=\-~^\"'#*+])\1{2,}[ \t]*(?=\n|$)")
 _SENTENCE = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\bal)(?<!\betc)[.!?](?=\s+[^a-z\s])|[。！？]")
 _LONGEST = 300
@@ -103,9 +103,10 @@ _LONGEST = 300
 def split_summary(text: str) -> tuple[str, str]:
     r"""Split a docstring into its summary, on one line, and the rest.
 
-    The summary is the first sentence of the first paragraph (a first paragraph that is only a call signature is passed
-    over and stays in the rest). If it is longer than 300 characters it ends at the last space before that. A heading
-    loses its underline. Summary and rest together are all of the text, so that the rest never repeats the summary's end.
+    The summary is the first sentence of the first paragraph (a first paragraph that is only a call signature, or a
+    heading of one word, is passed over and stays in the rest). If it is longer than 300 characters it ends at the last
+    space before that. A heading loses its underline. Summary and rest together are all of the text, so that the rest
+    never repeats the summary's end.
 
     Example:
         >>> split_summary("Sum of array elements\nover a given axis. More.\n\nParameters")
@@ -114,13 +115,20 @@ def split_summary(text: str) -> tuple[str, str]:
     text = text.strip()
     start = 0
     end = _paragraph(text, 0)
-    if end < len(text) and _SIGNATURE.match(text[:end]):
+    line = text.find("\n")
+    if 0 < line < end and _SIGNATURE.match(text[:line]):
+        start = line + 1
+    elif end < len(text) and _SIGNATURE.match(text[:end]):
         following = len(text) - len(text[end:].lstrip())
         if not text[following:].startswith((".. ", ">>> ")):
             start, end = following, _paragraph(text, following)
     underline = _ANY_UNDERLINE.search(text, start, end)
     if underline is not None:
         line_end, rest = underline.start(), underline.end()
+        if " " not in (word := text[start:line_end].strip()) and start == 0:
+            title, body = split_summary(text[rest:])
+            if title:
+                return title, _join(word, body)
         if "\n" in text[start:line_end]:  # the heading is not the first line: it begins another section
             line_end = rest = text.rindex("\n", start, line_end)
         return " ".join(text[start:line_end].split()), _join(text[:start], text[rest:])
