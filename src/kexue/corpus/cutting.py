@@ -77,14 +77,22 @@ def find_cut(text: str, start: int, limit: int) -> int:
         if position > start and is_boundary(text, position):
             return position
     for pattern in (_SENTENCE, _SPACE):
-        ends = [m.end() for m in pattern.finditer(text, middle, end)]
-        for position in reversed(ends[-8:]):
-            if position > start and is_boundary(text, position):
-                return position
+        near, span = end, 256
+        while near > middle:  # from the end backwards, for the last match is wanted and usually near
+            near = max(middle, end - span)
+            for position in reversed([match.end() for match in pattern.finditer(text, near, end)][-8:]):
+                if position > start and is_boundary(text, position):
+                    return position
+            span *= 8
     for position in range(end, max(start, end - _FARTHEST), -1):
         if is_boundary(text, position):
             return position
     return end
+
+
+def _trim(text: str) -> str:
+    """Strip blank lines at the start and white space at the end; the indentation of the first line is kept."""
+    return text.rstrip().lstrip("\n")
 
 
 class Cutter:
@@ -129,11 +137,10 @@ class Cutter:
         self._parts, self._length = [], 0
 
     def _piece(self, text: str) -> Iterator[str]:
-        # Indentation of the first line is kept; blank lines around the piece and space at its end are not.
-        stripped = text.rstrip()
-        if stripped:
+        piece = _trim(text)
+        if piece:
             self.count += 1
-            yield stripped.lstrip("\n").lstrip(" ") if self.count > 1 else stripped.lstrip("\n")
+            yield piece.lstrip(" ") if self.count > 1 else piece
 
 
 #: (line where a unit begins, a part of its text, whether the unit ends here)
@@ -151,7 +158,13 @@ def pieces(events: Iterable[Event], limit: int | None) -> Iterator[tuple[int, in
         [(1, 1, 'One two'), (1, 2, 'three'), (2, 0, 'Four')]
     """
     cutter, held, count = Cutter(limit), "", 0
+    fresh = True  # nothing of this unit has come yet
     for line, part, ends in events:
+        if fresh and ends and (limit is None or len(part) <= limit):
+            if piece := _trim(part):
+                yield line, 0, piece
+            continue
+        fresh = ends
         ready = cutter.feed(part)
         for piece in itertools.chain(ready, cutter.finish()) if ends else ready:
             if held:

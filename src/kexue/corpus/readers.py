@@ -109,7 +109,7 @@ class DocumentReader:
     Example:
         >>> import pathlib, tempfile
         >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> _ = (folder / "a.txt").write_text("First text."), (folder / "b.csv").write_text("id,review\\\\n7,Good")
+        >>> _ = (folder / "a.txt").write_text("First text."), (folder / "b.csv").write_text("id,review\\n7,Good")
         >>> reader = DocumentReader(folder)
         >>> [(d.id, d.text) for d in reader]
         [('a.txt', 'First text.'), ('7', 'Good')]
@@ -329,11 +329,13 @@ def read_documents(
 
     Left out of folders, and listed in ``skipped``: hidden and empty files, pipes and devices, links to nothing, files
     that are binary by their name or by a NUL byte in the first 8,192 bytes. Named directly each of these is an error.
-    Records with an empty text are left out and listed. Elsewhere NUL characters are removed and line ends become
-    ``\n``; nothing else is changed, in particular no Unicode normalisation.
+    Records with an empty text are left out and listed. Elsewhere NUL characters are removed, line ends become ``\n``,
+    and a text loses blank lines at its start and white space at its end; nothing else is changed, in particular there
+    is no Unicode normalisation.
 
-    Memory: one chunk of 256 KiB for text; the longest line for JSON lines and CSV; the longest record for JSON; 512
-    rows and a row group's pages for Parquet; about 80 bytes for each record that has an id column.
+    Memory: a few chunks of 256 KiB for text; three times the longest line for JSON lines and unquoted CSV, and seven
+    times for quoted CSV; four times the longest record for JSON; 512 rows and a row group's pages for Parquet; about
+    80 bytes for each record that has an id column.
 
     Args:
         paths: A file or folder, or several.
