@@ -277,8 +277,8 @@ def test_a_line_of_100_megabytes_is_cut_in_bounded_memory(tmp_path, name, times)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_lines(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_text("A line of some words to read.\n" * 1_000_000)
+    file.write_text("A line of some words to read.\n" * 300_000)
     ran = subprocess.run([sys.executable, "-c", SCRIPT, str(file)], capture_output=True, text=True, check=True)
     count, _, _, memory = map(int, ran.stdout.split())
-    assert count == 1_000_000
+    assert count == 300_000
     assert memory < 16_000_000
