@@ -34,6 +34,7 @@ def test_the_section_is_cut_and_the_rest_stays():
         ("A whole sentence about nothing", []),
         ("a b : two words", []),
         ("a\na : again", ["a"]),
+        ("a : in the usual\n  fashion.", ["a"]),
         ("\n\na\n\n\nb\n", ["a", "b"]),
         ("https://example.org/x", ["https"]),
     ],

@@ -32,8 +32,7 @@ def _entries(body: list[str]) -> list[str]:
     least = min(map(_indent, filled), default=0)
     names: list[str] = []
     for line in filled:
-        # Up to three spaces further in are taken for careless layout, four for a description.
-        if _indent(line) - least < 4 and (match := _ENTRY.match(line.strip())):
+        if _indent(line) == least and (match := _ENTRY.match(line.strip())):
             names += [_bare(name) for name in match[1].split(",")]
     return names
 
