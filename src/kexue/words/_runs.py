@@ -22,16 +22,11 @@ CODE_POINTS = sys.maxunicode + 1
 _IN_RUN = frozenset(("Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "Mn", "Mc"))
 
 
-def is_variation_selector(code: int) -> bool:
-    """Whether a code point only chooses a glyph: a mark by category, but it also follows emoji and symbols."""
-    return 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF
-
-
 @functools.cache
 def run_table() -> NDArray[np.bool_]:
     """For each code point, whether it belongs to a run. Computed on first use (0.1 s), then shared; read-only."""
     table = np.fromiter((unicodedata.category(chr(i)) in _IN_RUN for i in range(CODE_POINTS)), np.bool_, CODE_POINTS)
-    table[0xFE00:0xFE10] = False
+    table[0xFE00:0xFE10] = False  # variation selectors are marks by category, but they follow emoji, too
     table[0xE0100:0xE01F0] = False
     table.setflags(write=False)
     return table

@@ -338,8 +338,8 @@ class NGramCounter:
     Args:
         order: Longest gram, in characters; any number >= 1. Up to 64 bits per key (order 4 for alphabets below 65 536
             characters, order 12 for 26 letters) is the fast case; beyond it keys take several words (slower sort).
-        min_count: Grams seen less often are reported as 0 and left out of :meth:`items`. They stay in the table, so that
-            :meth:`merge` is exact.
+        min_count: Grams seen less often are reported as 0 and left out of :meth:`items`. They stay in the table, so
+            that :meth:`merge` is exact.
         memory: Budget for counting, bytes or text such as "2GB".
         n_jobs: Chunks counted at a time, in threads. The result does not depend on it.
 
@@ -460,7 +460,9 @@ class NGramCounter:
         table = self.table_
         points = code_points(gram)
         at = np.searchsorted(table.alphabet, points)
-        if (at == table.alphabet.size).any() or (table.alphabet[np.minimum(at, table.alphabet.size - 1)] != points).any():
+        if (at == table.alphabet.size).any() or (
+            table.alphabet[np.minimum(at, table.alphabet.size - 1)] != points
+        ).any():
             return 0
         layout = table.layout
         low, high = np.zeros(layout.words, np.uint64), np.zeros(layout.words, np.uint64)
@@ -497,7 +499,9 @@ class NGramCounter:
         points = np.empty((rows.size, n), np.uint32)
         for j in range(n):
             shift = np.uint64(layout.bits * (layout.per_word - 1 - j % layout.per_word))
-            points[:, j] = table.alphabet[((table.keys[rows, j // layout.per_word] >> shift) & mask).astype(np.int64) - 1]
+            points[:, j] = table.alphabet[
+                ((table.keys[rows, j // layout.per_word] >> shift) & mask).astype(np.int64) - 1
+            ]
         return points, counts
 
     def items(self, n: int) -> Iterator[tuple[str, int]]:
@@ -513,7 +517,11 @@ class NGramCounter:
         rows = [(gram, n, count) for n in range(1, self.order + 1) for gram, count in self.items(n)]
         gram, length, count = zip(*rows, strict=True) if rows else ((), (), ())
         return pa.table(
-            {"gram": pa.array(gram, pa.string()), "n": pa.array(length, pa.int32()), "count": pa.array(count, pa.int64())}
+            {
+                "gram": pa.array(gram, pa.string()),
+                "n": pa.array(length, pa.int32()),
+                "count": pa.array(count, pa.int64()),
+            }
         )
 
     def to_polars(self) -> Any:

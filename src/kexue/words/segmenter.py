@@ -13,6 +13,7 @@ What we do differently, and why:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -176,15 +177,15 @@ class Segmenter:
             The tokens of the most probable path.
         """
         borders = self._path(text)[0].tolist()
-        tokens = [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+        tokens = [text[a:b] for a, b in itertools.pairwise(borders)]
         if len(text.split(None, 1)) != 1 or text != text.strip():
             tokens = [token for token in tokens if not token.isspace() or token in self.vocabulary]
-        return self._join_latin(text, borders, tokens) if self.merge_latin else tokens
+        return self._join_latin(text, borders) if self.merge_latin else tokens
 
-    def _join_latin(self, text: str, borders: list[int], tokens: list[str]) -> list[str]:
+    def _join_latin(self, text: str, borders: list[int]) -> list[str]:
         joined: list[str] = []
         open_word = False
-        for a, b in zip(borders, borders[1:], strict=False):
+        for a, b in itertools.pairwise(borders):
             token = text[a:b]
             latin = _LATIN.fullmatch(token) is not None
             if latin and open_word:
