@@ -15,7 +15,7 @@ ln p(w) - sum ln p(parts) of its best segmentation is not above 1 ("article") or
 
 What we do differently, and why:
 - The author's thresholds (2, 4, 6) fit Chinese; on a small alphabet they find almost nothing. ``min_pmi="auto"`` tries
-  multiples of (1, 2, 3), measures how briefly each lexicon describes the text (see `_description`), and takes the
+  multiples of (1, 2, 3), measures how briefly each lexicon describes the text (`_lexicon.description`), and takes the
   largest multiple within 3 % of the shortest description. The 3 % were chosen on Chinese text (where they give the
   author's thresholds or nearly so) and on synthetic languages of 40 and 400 letters.
 - Counts are exact for every order (the author's reader of KenLM files sums surviving 4-grams only).
@@ -32,12 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_int, check_real
+from kexue.words._lexicon import PIECE, description, remove_redundant
 from kexue.words._runs import as_source, code_points, rereadable, run_table, whole_runs
 from kexue.words._trie import Trie
 from kexue.words.ngrams import NGramCounter
-from kexue.words.segmenter import Segmenter, best_path
+from kexue.words.segmenter import Segmenter
 
-_PIECE = 1 << 21  # characters cut at a time
 _Levels = list[tuple[NDArray[np.uint32], NDArray[np.float64]]]  # for n = 2, 3, ...: grams (M, n), solidity (M,)
 
 
@@ -208,93 +208,6 @@ def _grow(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     return grown
 
 
-@numba.njit(cache=True)
-def _usage(
-    points: NDArray[np.uint32],
-    borders: NDArray[np.int64],
-    in_run: NDArray[np.bool_],
-    numbers: NDArray[np.int32],
-    base: NDArray[np.int32],
-    check: NDArray[np.int32],
-    value: NDArray[np.int32],
-    used: NDArray[np.int64],
-    unknown: NDArray[np.int64],
-) -> None:
-    """Add how often each word, and each character outside the vocabulary, stands on a path."""
-    for t in range(borders.size - 1):
-        a, b = borders[t], borders[t + 1]
-        if not in_run[points[a]]:
-            continue
-        state = 0
-        for j in range(a, b):
-            number = numbers[points[j]]
-            child = base[state] + number
-            state = child if number != 0 and check[child] == state else 0
-        if state != 0 and value[state] >= 0:
-            used[value[state]] += 1
-        else:
-            unknown[points[a]] += 1
-
-
-def _description(texts: Iterable[Any], vocabulary: dict[str, int], character_entropy: float) -> float:
-    """Length in nats of the text under the vocabulary, plus that of the vocabulary itself.
-
-    The text is cut into its most probable words and costs n H, n words of empirical entropy H; each word in use is
-    written once, at (length + 1) times the entropy of single characters. A lexicon that merges too little leaves H per
-    character high, one that merges too much pays for its many words.
-    """
-    segmenter = Segmenter(vocabulary)
-    trie = segmenter._trie
-    used, unknown = np.zeros(len(vocabulary), np.int64), np.zeros(run_table().size, np.int64)
-    for text in whole_runs(texts, _PIECE):
-        points = code_points(text)
-        arrays = (trie.numbers, trie.base, trie.check, trie.value)
-        borders, _ = best_path(trie.numbers, points, *arrays[1:], segmenter._scores, segmenter.unknown_score)
-        _usage(points, borders, run_table(), *arrays, used, unknown)
-    counts = np.concatenate([used[used > 0], unknown[unknown > 0]]).astype(np.float64)
-    lengths = np.fromiter(map(len, segmenter.vocabulary), np.int64, len(vocabulary))[used > 0]
-    letters = int((lengths + 1).sum()) + 2 * int((unknown > 0).sum())
-    return float(counts.sum() * math.log(counts.sum()) - (counts * np.log(counts)).sum() + letters * character_entropy)
-
-
-def remove_redundant(vocabulary: dict[str, int], rule: str) -> dict[str, int]:
-    """Drop words that their parts explain, longest first; a dropped word gives its count to its parts.
-
-    Args:
-        vocabulary: Word -> count.
-        rule: "article": keep a word when ln p(w) - sum ln p(parts) > 1; "length": when it is >= len(w) - 1.
-
-    Returns:
-        What is left, with the new counts.
-    """
-    left = dict(vocabulary)
-    total = sum(left.values())
-    for word in sorted((w for w in left if len(w) > 1), key=lambda w: (-len(w), w)):
-        count, n = left.pop(word), len(word)
-        unit = math.log(total)
-        best, back = [0.0] + [-math.inf] * n, [0] * (n + 1)
-        for i in range(n):
-            for j in range(i + 1, n + 1):
-                found = left.get(word[i:j])
-                if found is None and j > i + 1:
-                    continue
-                score = best[i] + (math.log(found) if found else 0.0) - unit
-                if score > best[j]:
-                    best[j], back[j] = score, i
-        gain = math.log(count) - unit - best[n]
-        if gain > 1 if rule == "article" else gain >= n - 1:
-            left[word] = count
-            continue
-        total -= count
-        end = n
-        while end:
-            part = word[back[end] : end]
-            left[part] = left.get(part, 0) + count
-            total += count
-            end = back[end]
-    return left
-
-
 class WordDiscovery:
     """Find the words of a language in raw text.
 
@@ -322,10 +235,11 @@ class WordDiscovery:
         Scientific Spaces, articles 4256, 5476, 5577 and 6920.
 
     Example:
-        >>> texts = ["雪梨和苹果", "苹果的颜色", "雪梨的颜色", "颜色和苹果", "和雪梨", "的苹果"] * 20
-        >>> words = WordDiscovery(min_count=10).fit(texts)
+        >>> fruits = ["雪梨", "苹果", "香蕉", "葡萄"]
+        >>> texts = [first + link + second for first in fruits for link in "和与或" for second in fruits]
+        >>> words = WordDiscovery(min_count=8).fit(texts)
         >>> sorted(words.vocabulary_)
-        ['和', '的', '苹果', '雪梨', '颜色']
+        ['与', '和', '或', '苹果', '葡萄', '雪梨', '香蕉']
         >>> words.segmenter().tokenize("苹果和雪梨")
         ['苹果', '和', '雪梨']
     """
@@ -451,7 +365,7 @@ class WordDiscovery:
         solid = self.method == "solidity"
         vocabulary: dict[str, int] = {}
         pieces = 0
-        for text in whole_runs(texts, _PIECE):
+        for text in whole_runs(texts, PIECE):
             starts, lengths, counts, cut = _cut(
                 code_points(text),
                 run_table(),
@@ -473,7 +387,7 @@ class WordDiscovery:
     def _choose(self, texts: Iterable[Any]) -> tuple[float, ...]:
         """The multiple of (1, 2, 3, ...) whose lexicon describes the first part of the text most briefly."""
         sample, size = [], 0
-        for text in whole_runs(texts, _PIECE):
+        for text in whole_runs(texts, PIECE):
             sample.append(text)
             size += len(text)
             if size >= self._SAMPLE:
@@ -486,7 +400,7 @@ class WordDiscovery:
         for scale in self._GRID:
             thresholds = tuple(scale * n for n in range(1, self.order))
             vocabulary = self._lexicon(sample, counter, thresholds, levels)
-            lengths.append(_description(sample, vocabulary, entropy) if vocabulary else math.inf)
+            lengths.append(description(sample, vocabulary, entropy) if vocabulary else math.inf)
         good = [
             scale for scale, length in zip(self._GRID, lengths, strict=True) if length <= min(lengths) * self._SLACK
         ]

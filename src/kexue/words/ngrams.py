@@ -20,286 +20,28 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
-from kexue.words._runs import CODE_POINTS, as_source, chunks, code_points, parse_memory, rereadable, run_table
+from kexue.words._keys import Table, bound, count_text, merge, prefixes
+from kexue.words._runs import as_source, chunks, code_points, parse_memory, rereadable
 
 _BYTES_PER_CHARACTER = 48  # text, code points, keys, sorted copy and table of one chunk, per character
 _MAX_CHUNK = 1 << 22  # larger chunks are not faster
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a gram becomes a key: ``bits`` per character, ``per_word`` characters per 64-bit word, ``words`` words."""
-
-    order: int
-    bits: int
-    per_word: int
-    words: int
-
-    @classmethod
-    def of(cls, order: int, alphabet: int) -> _Layout:
-        bits = max(1, alphabet.bit_length())
-        per_word = 64 // bits
-        return cls(order, bits, per_word, -(-order // per_word))
-
-
-@dataclass
-class _Table:
-    """Sorted unique keys (M, words) of the longest grams, their counts (M,), and the alphabet (sorted code points)."""
-
-    alphabet: NDArray[np.uint32]
-    layout: _Layout
-    keys: NDArray[np.uint64]
-    counts: NDArray[np.int64]
-
-
-@numba.njit(cache=True, nogil=True)
-def _mark(points: NDArray[np.uint32], in_run: NDArray[np.bool_], own: int) -> tuple[NDArray[np.bool_], int]:
-    """Which run characters occur, and how many of the first ``own`` positions hold one."""
-    present = np.zeros(in_run.size, np.bool_)
-    size = 0
-    for i in range(points.size):
-        if in_run[points[i]]:
-            present[points[i]] = True
-            size += i < own
-    return present, size
-
-
-@numba.njit(cache=True, nogil=True)
-def _pack(
-    points: NDArray[np.uint32], numbers: NDArray[np.int32], own: int, size: int, layout: tuple[int, int, int, int]
-) -> NDArray[np.uint64]:
-    """Keys of the grams that start in the first ``own`` positions: one backward pass, each key from its successor."""
-    order, bits, per_word, words = layout
-    keys = np.empty((size, words), np.uint64)
-    shift, top = np.uint64(bits), np.uint64(bits * (per_word - 1))
-    used = order - per_word * (words - 1)  # characters in the last word
-    spare = np.uint64(bits * (per_word - used))
-    if words == 1:
-        key = np.uint64(0)
-        for i in range(points.size - 1, -1, -1):
-            number = numbers[points[i]]
-            if number == 0:
-                key = np.uint64(0)
-                continue
-            key = (((key >> shift) | (np.uint64(number) << top)) >> spare) << spare
-            if i < own:
-                size -= 1
-                keys[size, 0] = key
-        return keys
-    long_key = np.zeros(words, np.uint64)
-    low = (np.uint64(1) << shift) - np.uint64(1)
-    for i in range(points.size - 1, -1, -1):
-        number = numbers[points[i]]
-        if number == 0:
-            long_key[:] = 0
-            continue
-        for w in range(words - 1, 0, -1):
-            long_key[w] = (long_key[w] >> shift) | ((long_key[w - 1] & low) << top)
-        long_key[0] = (long_key[0] >> shift) | (np.uint64(number) << top)
-        long_key[words - 1] = (long_key[words - 1] >> spare) << spare
-        if i < own:
-            size -= 1
-            for w in range(words):
-                keys[size, w] = long_key[w]
-    return keys
-
-
-@numba.njit(cache=True, nogil=True)
-def _unique(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Collapse sorted keys to unique keys and counts."""
-    n, words = keys.shape
-    starts = 0
-    for i in range(n):
-        for w in range(words):
-            if i == 0 or keys[i, w] != keys[i - 1, w]:
-                starts += 1
-                break
-    unique = np.empty((starts, words), np.uint64)
-    counts = np.empty(starts, np.int64)
-    m, last = -1, 0
-    for i in range(n):
-        fresh = i == 0
-        for w in range(words):
-            if fresh or keys[i, w] != keys[i - 1, w]:
-                fresh = True
-                break
-        if fresh:
-            if m >= 0:
-                counts[m] = i - last
-            m, last = m + 1, i
-            for w in range(words):
-                unique[m, w] = keys[i, w]
-    if m >= 0:
-        counts[m] = n - last
-    return unique, counts
-
-
-@numba.njit(cache=True, nogil=True)
-def _recode(
-    keys: NDArray[np.uint64], mapping: NDArray[np.uint64], order: int, old: tuple[int, int], new: tuple[int, int, int]
-) -> NDArray[np.uint64]:
-    """Rewrite keys for a larger alphabet. ``mapping`` is increasing, so sorted keys stay sorted."""
-    old_bits, old_per = old
-    bits, per, words = new
-    mask = (np.uint64(1) << np.uint64(old_bits)) - np.uint64(1)
-    out = np.zeros((keys.shape[0], words), np.uint64)
-    for i in range(keys.shape[0]):
-        for j in range(order):
-            code = mapping[(keys[i, j // old_per] >> np.uint64(old_bits * (old_per - 1 - j % old_per))) & mask]
-            out[i, j // per] |= code << np.uint64(bits * (per - 1 - j % per))
-    return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _add(
-    a: NDArray[np.uint64], ca: NDArray[np.int64], b: NDArray[np.uint64], cb: NDArray[np.int64]
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Merge two sorted tables of equal layout, adding the counts of common keys."""
-    words = a.shape[1]
-    keys = np.empty((a.shape[0] + b.shape[0], words), np.uint64)
-    counts = np.empty(a.shape[0] + b.shape[0], np.int64)
-    i = j = m = 0
-    while i < a.shape[0] or j < b.shape[0]:
-        side = 0  # -1: take a, 1: take b, 0: both
-        if i == a.shape[0]:
-            side = 1
-        elif j == b.shape[0]:
-            side = -1
-        else:
-            for w in range(words):
-                if a[i, w] != b[j, w]:
-                    side = -1 if a[i, w] < b[j, w] else 1
-                    break
-        count = 0
-        if side <= 0:
-            for w in range(words):
-                keys[m, w] = a[i, w]
-            count += ca[i]
-            i += 1
-        if side >= 0:
-            for w in range(words):
-                keys[m, w] = b[j, w]
-            count += cb[j]
-            j += 1
-        counts[m] = count
-        m += 1
-    return keys[:m].copy(), counts[:m].copy()
-
-
-@numba.njit(cache=True, nogil=True)
-def _shared(a: NDArray[np.uint64], b: NDArray[np.uint64], order: int, bits: int, per_word: int) -> int:
-    """Number of leading characters that two keys share."""
-    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for j in range(order):
-        shift = np.uint64(bits * (per_word - 1 - j % per_word))
-        w = j // per_word
-        if ((a[w] ^ b[w]) >> shift) & mask != 0:
-            return j
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
-def _length(key: NDArray[np.uint64], order: int, bits: int, per_word: int) -> int:
-    """Number of characters before the padding."""
-    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for j in range(order):
-        if (key[j // per_word] >> np.uint64(bits * (per_word - 1 - j % per_word))) & mask == 0:
-            return j
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
-def _prefixes(
-    keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All grams of exactly n characters: (first row that begins with it, count), in sorted order."""
-    rows = np.empty(16, np.int64)
-    sums = np.empty(16, np.int64)
-    m, start, total = 0, -1, 0
-    for i in range(keys.shape[0] + 1):
-        end = i == keys.shape[0]
-        if not end and i > 0 and start >= 0 and _shared(keys[i], keys[start], n, bits, per_word) == n:
-            total += counts[i]
-            continue
-        if start >= 0 and total >= minimum:
-            if m == rows.size:
-                grown, more = np.empty(2 * m, np.int64), np.empty(2 * m, np.int64)
-                grown[:m], more[:m] = rows, sums
-                rows, sums = grown, more
-            rows[m], sums[m] = start, total
-            m += 1
-        start = -1
-        if not end and _length(keys[i], n, bits, per_word) == n:
-            start, total = i, counts[i]
-    return rows[:m].copy(), sums[:m].copy()
-
-
-@numba.njit(cache=True, nogil=True)
-def _bound(keys: NDArray[np.uint64], key: NDArray[np.uint64], strict: bool) -> int:
-    """First row that is >= key (> key when ``strict``)."""
-    low, high = 0, keys.shape[0]
-    while low < high:
-        middle = (low + high) // 2
-        less = strict
-        for w in range(key.size):
-            if keys[middle, w] != key[w]:
-                less = keys[middle, w] < key[w]
-                break
-        if less:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _count_text(text: str, own: int, order: int) -> _Table:
-    points = code_points(text)
-    present, size = _mark(points, run_table(), own)
-    alphabet = np.flatnonzero(present).astype(np.uint32)
-    layout = _Layout.of(order, alphabet.size)
-    numbers = np.zeros(CODE_POINTS, np.int32)
-    numbers[alphabet] = np.arange(1, alphabet.size + 1, dtype=np.int32)
-    keys = _pack(points, numbers, own, size, (order, layout.bits, layout.per_word, layout.words))
-    if layout.words == 1:
-        keys[:, 0].sort()
-    else:
-        keys = np.ascontiguousarray(keys[np.lexsort(keys.T[::-1])])
-    return _Table(alphabet, layout, *_unique(keys))
-
-
-def _widen(table: _Table, alphabet: NDArray[np.uint32]) -> _Table:
-    if alphabet.size == table.alphabet.size:
-        return table
-    layout = _Layout.of(table.layout.order, alphabet.size)
-    mapping = np.zeros(table.alphabet.size + 1, np.uint64)
-    mapping[1:] = np.searchsorted(alphabet, table.alphabet) + 1
-    old, new = (table.layout.bits, table.layout.per_word), (layout.bits, layout.per_word, layout.words)
-    return _Table(alphabet, layout, _recode(table.keys, mapping, layout.order, old, new), table.counts)
-
-
-def _merge(a: _Table, b: _Table) -> _Table:
-    alphabet = np.union1d(a.alphabet, b.alphabet)
-    a, b = _widen(a, alphabet), _widen(b, alphabet)
-    return _Table(alphabet, a.layout, *_add(a.keys, a.counts, b.keys, b.counts))
 
 
 class _Stack:
     """Chunk tables, merged when neighbours have similar size, so that the total work is O(n log n)."""
 
     def __init__(self, budget: int) -> None:
-        self.tables: list[_Table] = []
+        self.tables: list[Table] = []
         self._budget = budget
         self._warned = False
 
-    def push(self, table: _Table) -> None:
+    def push(self, table: Table) -> None:
         self.tables.append(table)
         while len(self.tables) > 1 and self.tables[-2].counts.size < 2 * self.tables[-1].counts.size:
             self._join()
@@ -315,9 +57,9 @@ class _Stack:
 
     def _join(self) -> None:
         second, first = self.tables.pop(), self.tables.pop()
-        self.tables.append(_merge(first, second))
+        self.tables.append(merge(first, second))
 
-    def finish(self) -> _Table:
+    def finish(self) -> Table:
         while len(self.tables) > 1:
             self._join()
         return self.tables[0]
@@ -369,7 +111,7 @@ class NGramCounter:
         self.min_count = int(min_count)
         self.memory = memory
         self.n_jobs = int(n_jobs)
-        self._table: _Table | None = None
+        self._table: Table | None = None
         self._sums: NDArray[np.int64] | None = None
         self.source_: list[Any] | None = []
 
@@ -406,25 +148,25 @@ class NGramCounter:
             self._table = None
         for table in self._count_chunks(chunks(texts, size, self.order - 1)):
             stack.push(table)
-        self._table = stack.finish() if stack.tables else _count_text("", 0, self.order)
+        self._table = stack.finish() if stack.tables else count_text("", 0, self.order)
         self._sums = None
         return self
 
-    def _count_chunks(self, pieces: Iterable[tuple[str, int]]) -> Iterator[_Table]:
+    def _count_chunks(self, pieces: Iterable[tuple[str, int]]) -> Iterator[Table]:
         if self.n_jobs == 1:
-            yield from (_count_text(text, own, self.order) for text, own in pieces)
+            yield from (count_text(text, own, self.order) for text, own in pieces)
             return
         with ThreadPoolExecutor(self.n_jobs) as pool:
-            waiting: deque[Future[_Table]] = deque()
+            waiting: deque[Future[Table]] = deque()
             for text, own in pieces:
-                waiting.append(pool.submit(_count_text, text, own, self.order))
+                waiting.append(pool.submit(count_text, text, own, self.order))
                 if len(waiting) > self.n_jobs:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
     @property
-    def table_(self) -> _Table:
+    def table_(self) -> Table:
         """The counts as sorted keys; ValueError before :meth:`fit`."""
         if self._table is None:
             raise ValueError("this NGramCounter has not counted anything yet; call fit(texts) first")
@@ -475,7 +217,7 @@ class NGramCounter:
                 high[j // layout.per_word] |= np.uint64((1 << layout.bits) - 1) << shift
         if self._sums is None:
             self._sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(table.counts)])
-        found = self._sums[_bound(table.keys, high, True)] - self._sums[_bound(table.keys, low, False)]
+        found = self._sums[bound(table.keys, high, True)] - self._sums[bound(table.keys, low, False)]
         return int(found) if found >= self.min_count else 0
 
     def grams(self, n: int, min_count: int | None = None) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -494,7 +236,7 @@ class NGramCounter:
         least = self.min_count if min_count is None else min_count
         check_int("min_count", least, 1)
         table, layout = self.table_, self.table_.layout
-        rows, counts = _prefixes(table.keys, table.counts, n, least, layout.bits, layout.per_word)
+        rows, counts = prefixes(table.keys, table.counts, n, least, layout.bits, layout.per_word)
         mask = np.uint64((1 << layout.bits) - 1)
         points = np.empty((rows.size, n), np.uint32)
         for j in range(n):
@@ -546,7 +288,7 @@ class NGramCounter:
                 f"min_count {self.min_count} and {other.min_count}"
             )
         result = NGramCounter(self.order, self.min_count, self.memory, self.n_jobs)
-        result._table = _merge(self.table_, other.table_)
+        result._table = merge(self.table_, other.table_)
         both = self.source_ is not None and other.source_ is not None
         result.source_ = [*(self.source_ or []), *(other.source_ or [])] if both else None
         return result

@@ -5,7 +5,7 @@ Rules, in order:
    variation selectors vanish.
 2. Spaced scripts: a word is a run of letters, digits, combining marks and underscores, also across single dots and an
    apostrophe between letters. It is split at underscores, dots, changes of case (parseHTML -> parse, HTML; GPUs is the
-   plural of GPU) and borders between digits and letters; parts are case-folded, and English parts stemmed (see :func:`stem`).
+   plural of GPU) and borders between digits and letters; parts are case-folded, English parts stemmed (:func:`stem`).
    A name of several parts is also kept whole (`train_test_split`), and so is each compound component of a dotted name.
    Clitics ('s, 're, 've, 'll, 'd, 'm) go; don't becomes dont.
 3. Unspaced scripts (ideographs, kana, hangul, Thai, Lao, Khmer, Burmese), a letter with its marks being one character:
