@@ -1,5 +1,6 @@
 """n-gram counts and word discovery by the definition: dictionaries of strings, no packing, no trie."""
 
+import itertools
 import math
 import unicodedata
 from collections import Counter
@@ -84,7 +85,7 @@ def adjacent_lexicon(texts, min_count, min_pmi, min_proba):
     for text in texts:
         for run in runs(text):
             piece = run[0]
-            for a, b in zip(run, run[1:], strict=False):
+            for a, b in itertools.pairwise(run):
                 if linked(a, b):
                     piece += b
                 else:

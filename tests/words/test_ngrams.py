@@ -104,7 +104,7 @@ def test_chunks_cut_inside_runs_do_not_change_a_count(n_jobs):
 
 def test_a_table_that_outgrows_the_memory_budget_is_announced_and_exact():
     text = "".join(map(chr, range(0x4E00, 0x9000)))
-    with pytest.warns(ResourceWarning, match="outgrown|grown"):
+    with pytest.warns(ResourceWarning, match="grown"):
         counter = NGramCounter(order=3, memory="100KB").fit([text])
     assert counter.total_ == len(text)
 
@@ -176,7 +176,7 @@ def test_parameters_out_of_range_are_rejected(arguments, error):
 
 @pytest.mark.parametrize("source", [b"abc", 3, None, ["a", 3], {"a": 1}, [b"a"]])
 def test_input_that_is_not_text_is_rejected(source):
-    with pytest.raises(TypeError, match="expected|must be"):
+    with pytest.raises(TypeError, match=r"expected|must be"):
         NGramCounter().fit(source)
 
 

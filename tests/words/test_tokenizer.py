@@ -1,6 +1,7 @@
 """Tokenizer: every script, identifiers, bounds, determinism."""
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -35,7 +36,7 @@ TOKENIZER = Tokenizer()
         ("Straße STRASSE", ["strass", "strass"]),
         ("ＡＢＣ１２", ["abc", "12", "abc12"]),
         ("naïve NAÏVE nai\u0308ve", ["naïve", "naïve", "naïve"]),
-        ("co\u00adoperate", ["cooperate"]),
+        ("co\u00adoperate", ["cooperat"]),
         ("", []),
         (" \n\t\x00 ,.!", []),
     ],
@@ -243,7 +244,7 @@ def test_other_processes_with_other_hash_seeds_give_the_same_tokens():
             capture_output=True,
             text=True,
             check=True,
-            env={**__import__("os").environ, "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("0", "1")
     }

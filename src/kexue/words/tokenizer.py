@@ -269,7 +269,11 @@ class Tokenizer:
         text = unicodedata.normalize("NFKC", text)
         if _INVISIBLE.search(text):
             text = _INVISIBLE.sub("", text)
-        return _pieces(CODE_POINTS if _BEYOND_BMP.search(text) else 0x10000).findall(text)
+        pattern = _pieces(CODE_POINTS if _BEYOND_BMP.search(text) else 0x10000)
+        found: list[str] = []
+        for line in text.split("\n"):  # no piece crosses a line; most lines of an English text are ASCII
+            found += _ASCII.findall(line) if line.isascii() else pattern.findall(line)
+        return found
 
     def _piece(self, raw: str, compounds: bool) -> tuple[str, ...]:
         """Tokens of one match of the main pattern."""
