@@ -5,12 +5,13 @@ Shapes: B batch, N rows, C classes, K candidates.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_real
@@ -93,12 +94,54 @@ def lse0(u: Tensor, dim: int = -1) -> Tensor:
     Args:
         u: Scores, any shape; fp16 and bf16 are computed in float32.
         dim: Axis of the sum.
+
+    Returns:
+        The sum in float32 (float64 for float64 scores), without the axis.
+
+    Example:
+        >>> lse0(torch.tensor([0.0, -torch.inf]))
+        tensor(0.6931)
     """
     u = u.to(compute_dtype(u))
     if u.shape[dim] == 0:
         return u.sum(dim)
-    # softplus is linear above the threshold, where exp(-50) is far below one unit in the last place
-    return F.softplus(torch.logsumexp(u, dim), threshold=50.0)
+    top = u.detach().amax(dim, keepdim=True).clamp(min=0)  # the implicit zero takes part in the maximum
+    total = torch.exp(u - top).sum(dim)
+    top = top.squeeze(dim)
+    return top + torch.log1p(total + torch.expm1(-top))
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("this loss is differentiable once; its gradient cannot be differentiated again")
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Make a second differentiation an error.
+
+    torch's decorator of this name only does so if the upstream gradient requires a gradient; a gradient penalty would
+    silently lose its effect. The Function must save its differentiable inputs: the gradients are tied to them.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph
+            return out
+        made = [x for x in out if x is not None]
+        anchors = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        tied = iter(_Once.apply(len(made), *made, *anchors))
+        return tuple(None if x is None else next(tied) for x in out)
+
+    return wrapper
 
 
 class _SplitScores(torch.autograd.Function):
@@ -115,14 +158,14 @@ class _SplitScores(torch.autograd.Function):
         weights.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
         weights.div_(torch.where(total > 0, total, 1.0))
-        ctx.save_for_backward(weights, index)
+        ctx.save_for_backward(weights, index, scores)
         ctx.scale, ctx.dtype = scale, scores.dtype
         return (total.log() + top).squeeze(-1), chosen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_others: Tensor, grad_chosen: Tensor) -> tuple[Tensor | None, ...]:
-        weights, index = ctx.saved_tensors
+        weights, index, _ = ctx.saved_tensors
         grad = weights * (grad_others * ctx.scale).unsqueeze(-1)
         grad.scatter_(-1, index, (grad_chosen * ctx.scale).unsqueeze(-1))
         return grad.to(ctx.dtype), None, None

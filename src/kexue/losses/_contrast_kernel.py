@@ -52,7 +52,7 @@ def _rows_pass(
     make = coef is not None
     grad_q, grad_p = q.new_empty((n, q.shape[1]) if make else 0), q.new_empty((n, q.shape[1]) if make else 0)
     grad_c = columns.new_zeros(columns.shape if make else 0)
-    rows = min(n, max(16, BUDGET // 4 // max(m, 1)))
+    rows = max(1, min(n, BUDGET // 4 // max(m, 1)))
     buffer = q.new_empty(rows * m)
     local = torch.arange(rows, device=q.device)
     for start in range(0, n, rows):
@@ -94,7 +94,7 @@ def _symmetric_pass(
     """Both directions from one matrix, on unit vectors: v of the rows, v of the columns, gradients of q and k."""
     n = q.shape[0]
     similarity = ((q * k).sum(1) - margin) * inverse_t
-    rows = min(n, max(16, BUDGET // max(n, 1)))
+    rows = max(1, min(n, BUDGET // max(n, 1)))
     buffer = q.new_empty(rows * n)
     across, down = q.new_empty(n), q.new_zeros(n)
     blocks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
@@ -156,32 +156,33 @@ def pair_pass(
     """
     dtype = compute_dtype(q, k)
     (uq, iq), (uk, ik) = unit_rows(q, dtype), unit_rows(k, dtype)
-    none = uq.new_empty(0)
     if symmetric and inverse_t <= UNSHIFTED:
         v, v_col, gq, gk = _symmetric_pass(uq, uk, mask, coef, inverse_t, margin, flat)
-        gx = none
+        gx = uq.new_empty(0)
     elif symmetric:  # rows and columns need shifts of their own: two matrices
         index = [torch.arange(uq.shape[0], device=q.device)]
         half = None if coef is None else coef / 2
         v, gq, gk, gp = _rows_pass(uq, uk, uk, index, mask, half, inverse_t, margin, flat)
         turned = None if mask is None else mask.T
         v_col, hk, hq, hp = _rows_pass(uk, uq, uq, index, turned, half, inverse_t, margin, flat)
-        gq, gk, gx = gq + hq + hp, gk + gp + hk, none
+        gq, gk, gx = gq + hq + hp, gk + gp + hk, uq.new_empty(0)
     else:
         ux, ix = unit_rows(extra, dtype) if extra is not None else (uk[:0], ik[:0])
         columns = torch.cat([uk, ux]) if in_batch and extra is not None else uk if in_batch else ux
         index = [torch.arange(uq.shape[0], device=q.device)] if in_batch else []
         v, gq, gc, gk = _rows_pass(uq, uk, columns, index, mask, coef, inverse_t, margin, flat)
-        v_col = none
-        gx = none
+        v_col, gx = uq.new_empty(0), uq.new_empty(0)
         if coef is not None:
             if in_batch:
                 gk = gk + gc[: uk.shape[0]]
                 gc = gc[uk.shape[0] :]
-            gx = through_norm(gc, ux, ix) if extra is not None else none
+            if extra is not None:
+                gx = through_norm(gc, ux, ix)
     if coef is None:
-        return v, v_col, none, none.clone(), none.clone()
-    return v, v_col, through_norm(gq, uq, iq), through_norm(gk, uk, ik), gx.clone()
+        gq, gk, gx = (uq.new_empty(0) for _ in range(3))
+    else:
+        gq, gk = through_norm(gq, uq, iq), through_norm(gk, uk, ik)
+    return v, v_col, gq, gk, gx
 
 
 def self_pass(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> tuple[Tensor, Tensor]:

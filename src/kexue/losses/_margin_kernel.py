@@ -20,10 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kexue.losses._common import LOG2E, compute_dtype, inverse_norms, reduce_loss, through_norm, unit_rows
+from kexue.losses._common import (
+    LOG2E,
+    compute_dtype,
+    inverse_norms,
+    once_differentiable,
+    reduce_loss,
+    through_norm,
+    unit_rows,
+)
 from kexue.losses._margins import GAP
 from kexue.losses._shards import Shards
 
@@ -281,7 +288,7 @@ class MarginSoftmaxFunction(torch.autograd.Function):
             ctx.save_for_backward(z, weight, labels, logit, slope, repeat)
             reduced = loss.clone()
         else:
-            ctx.save_for_backward(grad_z, grad_w)
+            ctx.save_for_backward(grad_z, grad_w, z, weight)  # the inputs: see once_differentiable
             reduced = reduce_loss(loss, reduction)
         ctx.mark_non_differentiable(loss)
         return reduced, loss
@@ -296,7 +303,7 @@ class MarginSoftmaxFunction(torch.autograd.Function):
             coef = grad.to(compute_dtype(z, weight))
             grads = _run(z, weight, labels, logit, slope, coef, (repeat, *ctx.options), wanted)[1:]
         else:
-            grads = ctx.saved_tensors
+            grads = ctx.saved_tensors[:2]
             # the usual upstream gradient is exactly 1: no pass over the (C, D) gradient
             if torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.item() != 1:
                 grads = tuple(x * grad for x in grads)

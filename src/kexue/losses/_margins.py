@@ -91,7 +91,7 @@ def target_score(c: Tensor, kind: Kind, margin: Any) -> tuple[Tensor, Tensor]:
         margin: As :func:`resolve_margin` returned it.
     """
     if callable(kind):
-        value, pull = torch.func.vjp(kind, c)
+        value, pull = torch.func.vjp(kind, c)[:2]
         if not isinstance(value, Tensor) or value.shape != c.shape:
             raise ValueError(f"psi must return a tensor of shape {tuple(c.shape)}; got {value!r}")
         return value, pull(torch.ones_like(value))[0]

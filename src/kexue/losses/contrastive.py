@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_real
@@ -34,6 +33,7 @@ from kexue.losses._common import (
     contrast_report,
     contrast_value,
     inverse_norms,
+    once_differentiable,
     reduce_loss,
 )
 from kexue.losses._contrast_kernel import run_pairs, run_self
@@ -66,7 +66,7 @@ class _Pairs(torch.autograd.Function):
         if reduction == "none":
             ctx.save_for_backward(q, k, extra, mask)
         else:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*grads, q, k, extra)  # the inputs: see once_differentiable
         loss = contrast_value(v, report)
         return reduce_loss((loss + contrast_value(v_col, report)) / 2 if options[3] else loss.clone(), reduction)
 
@@ -78,7 +78,7 @@ class _Pairs(torch.autograd.Function):
             coef = grad.to(compute_dtype(q, k))
             grads = run_pairs(q.device.type, q, k, extra, mask, coef, *ctx.options)[2:]
         else:
-            grads = tuple(x * grad for x in ctx.saved_tensors)
+            grads = tuple(x * grad for x in ctx.saved_tensors[:3])
         needs = ctx.needs_input_grad[:3]
         out = [g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, needs, strict=True)]
         return (out[0], out[1], out[2], None, None, None, None)
@@ -96,17 +96,18 @@ class _Views(torch.autograd.Function):
             value = 1.0 / max(n, 1) if reduction == "mean" else 1.0
             coef = torch.full((n,), value, dtype=compute_dtype(z), device=z.device)
         v, grad = run_self(z, coef, inverse_t, flat)
-        ctx.save_for_backward(z if reduction == "none" else grad)
+        ctx.save_for_backward(grad, z)  # the input also for once_differentiable
         loss = contrast_value(v, report)
         return reduce_loss(loss.clone() if reduction == "none" else loss, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        made = (
-            run_self(saved, grad.to(compute_dtype(saved)), *ctx.options)[1] if ctx.reduction == "none" else saved * grad
-        )
+        made, z = ctx.saved_tensors
+        if ctx.reduction == "none":
+            made = run_self(z, grad.to(compute_dtype(z)), *ctx.options)[1]
+        else:
+            made = made * grad
         return made.to(ctx.dtype), None, None, None, None
 
 

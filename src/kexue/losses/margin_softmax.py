@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
@@ -30,6 +29,7 @@ from kexue.losses._common import (
     check_float,
     check_labels,
     compute_dtype,
+    once_differentiable,
     reduce_loss,
     split_scores,
     unit_rows,
@@ -141,13 +141,13 @@ class _Psi(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, kind: Kind, margin: Any) -> Tensor:
         value, slope = target_score(c, kind, margin)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(slope, c)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
+        slope, _ = ctx.saved_tensors
         return grad * slope, None, None
 
 
