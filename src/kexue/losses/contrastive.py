@@ -9,9 +9,9 @@ With scores s_j, positive t and xi = sum over j != t of exp(s_j - s_t):
 In a small batch xi is near 0 and the usual cross-entropy returns rounding noise: softmax(s)_t - 1 rounds to 0, the
 attraction of the positive is lost and the repulsion stays. With l = log xi, InfoNCE = softplus(l), so FlatNCE has the
 gradient of InfoNCE without the weight sigmoid(l) of each row. What differs from the paper's code: the log-sum-exp form
-instead of exp(l - stop_gradient(l)), which rounds s_j - s_t first and is up to twenty times less precise in half
-precision; InfoNCE goes through softplus(l), which repairs it in float32; everything runs on embeddings by blocks
-(``_contrast_kernel.py``).
+instead of exp(l - stop_gradient(l)), which rounds s_j - s_t first and is many times less precise in half precision
+(figures on the method's page); InfoNCE goes through softplus(l), which repairs it in float32; everything runs on
+embeddings by blocks (``_contrast_kernel.py``).
 """
 
 from __future__ import annotations

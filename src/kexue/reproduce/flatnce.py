@@ -106,6 +106,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random state stays as it was
 def _probe(loss_name: str, batch: int, seed: int, epochs: int = 10) -> float:
     """Accuracy of logistic regression on the features after contrastive training."""
     data = load_digits()

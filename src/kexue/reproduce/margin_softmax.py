@@ -75,6 +75,7 @@ def _property(triples: int, seed: int) -> dict[str, list[Any]]:
     return {"distance": list(names), "satisfied": [*satisfied.values()], "ranked wrongly": [*violated.values()]}
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random state stays as it was
 def _digits(margin: float, seed: int, epochs: int) -> float:
     """Share of queries of unseen classes whose nearest other sample is of another class."""
     torch.manual_seed(seed)
@@ -142,6 +143,7 @@ class _CharGRU(nn.Module):
         return self.gru(self.embedding(ids))[0][torch.arange(len(ids)), length - 1]
 
 
+@torch.random.fork_rng(devices=[])  # the caller's random state stays as it was
 def _top1(margin: float, seed: int, train: int = 800, valid: int = 300, epochs: int = 16, width: int = 64) -> float:
     """Share of validation sentences whose nearest other sentence is of their group."""
     groups = _paraphrases(train + valid, 4, seed)
