@@ -93,8 +93,21 @@ def index(tokens: Any, starts: Any, positions: Any) -> None:
 
 
 @kernel
-def rows(tokens: Any, positions: Any, starts: Any, low: int, high: int, weights: Any) -> Any:
-    """Rows low..high of the strictly lower triangle of the counts.
+def rows(
+    tokens: Any,
+    positions: Any,
+    starts: Any,
+    low: int,
+    high: int,
+    weights: Any,
+    total: Any,
+    touched: Any,
+    columns: Any,
+    values: Any,
+    size: int,
+    ends: Any,
+) -> Any:
+    """Rows of the strictly lower triangle of the counts, from ``low`` until ``high`` or until there is no room.
 
     Args:
         tokens: Words with -1 between documents and at both ends.
@@ -103,22 +116,23 @@ def rows(tokens: Any, positions: Any, starts: Any, low: int, high: int, weights:
         low: First row.
         high: One past the last row.
         weights: Weight of each distance; its length is window + 1.
+        total: Zeros, one for each word, rounded up to whole groups of groups; zeros again afterwards.
+        touched: Zeros, one for each group; zeros again afterwards.
+        columns: Receives the columns, ascending within a row.
+        values: Receives the counts.
+        size: How many of both are filled.
+        ends: (V,) receives the end of each row within ``columns``.
 
     Returns:
-        (row ends, columns, values), columns ascending within a row.
+        (next row, size).
     """
     window = len(weights) - 1
-    blocks = (len(starts) - 1) // (8 * _GROUP) + 1
-    total = np.zeros(blocks * 8 * _GROUP, np.int64)
-    touched = np.zeros(blocks * 8, np.uint8)
+    blocks = len(touched) // 8
     touched_blocks = touched.view(np.uint64)  # eight marks at a time
-    capacity = 1 << 14
-    columns = np.empty(capacity, np.int32)
-    values = np.empty(capacity, np.int64)
-    ends = np.empty(high - low, np.int64)
-    size = 0
     last = len(positions) - 1
     for word in range(low, high):
+        if size + word > len(columns):
+            return word, size
         for k in range(starts[word], starts[word + 1]):
             place = np.int64(positions[k])
             coming = np.int64(positions[min(k + _AHEAD, last)])
@@ -136,14 +150,6 @@ def rows(tokens: Any, positions: Any, starts: Any, low: int, high: int, weights:
                     break
                 total[other] += weights[distance]
                 touched[other >> _SHIFT] = 1
-        if size + word > capacity:
-            capacity = max(2 * capacity, size + word)
-            more_columns = np.empty(capacity, np.int32)
-            more_values = np.empty(capacity, np.int64)
-            more_columns[:size] = columns[:size]
-            more_values[:size] = values[:size]
-            columns = more_columns
-            values = more_values
         for block in range(blocks):
             if touched_blocks[block] == 0:
                 continue
@@ -159,8 +165,8 @@ def rows(tokens: Any, positions: Any, starts: Any, low: int, high: int, weights:
                             values[size] = value
                             size += 1
             touched_blocks[block] = 0
-        ends[word - low] = size
-    return ends, columns[:size].copy(), values[:size].copy()
+        ends[word] = size
+    return high, size
 
 
 def count_pairs(
@@ -190,8 +196,22 @@ def count_pairs(
     bounds = np.searchsorted(cost, np.linspace(0, cost[-1] if size else 0, tasks + 1)[1:-1]).tolist()
     bounds = sorted({0, *bounds, size})
 
+    ends = np.zeros(size, np.int64)
+    blocks = size // (8 * _GROUP) + 1
+
     def task(number: int) -> Any:
-        return rows(tokens, positions, starts, bounds[number], bounds[number + 1], weights)
+        row, high = bounds[number], bounds[number + 1]
+        total, touched = np.zeros(blocks * 8 * _GROUP, np.int64), np.zeros(blocks * 8, np.uint8)
+        columns, values = np.empty(high + (1 << 12), np.int32), np.empty(high + (1 << 12), np.int64)
+        filled = 0
+        while True:
+            row, filled = rows(
+                tokens, positions, starts, row, high, weights, total, touched, columns, values, filled, ends
+            )
+            if row == high:
+                return columns[:filled].copy(), values[:filled].copy()
+            columns = np.append(columns[:filled], np.empty(filled + high, np.int32))
+            values = np.append(values[:filled], np.empty(filled + high, np.int64))
 
     parts: list[Any] = []
     numbers = range(len(bounds) - 1)
@@ -205,14 +225,14 @@ def count_pairs(
                 parts.append(part)
                 advance(bounds[number + 1] - bounds[number])
     indptr = np.zeros(size + 1, np.int64)
-    total = sum(len(part[1]) for part in parts)
+    total = sum(len(part[0]) for part in parts)
     columns = np.empty(total, np.int32)
     values = np.empty(total, np.int64)
     done = 0
     for number in numbers:  # each part is freed once it is copied: the peak stays near the size of the result
-        ends, part_columns, part_values = parts[number]
+        part_columns, part_values = parts[number]
         parts[number] = None
-        indptr[bounds[number] + 1 : bounds[number + 1] + 1] = ends + done
+        indptr[bounds[number] + 1 : bounds[number + 1] + 1] = ends[bounds[number] : bounds[number + 1]] + done
         columns[done : done + len(part_columns)] = part_columns
         values[done : done + len(part_values)] = part_values
         done += len(part_columns)
