@@ -1,9 +1,9 @@
 """Stochastic solution of the PMI regression with Adagrad, as published with the article (科学空间 4671).
 
 Per pair: e = <v_i, u_j> - p, g_i = lambda e u_j, g_j = lambda e v_i, both from the old vectors; first G += g*g, then
-v -= eta g / sqrt(G + 1e-8). (GloVe's program adds to G afterwards; the author reports NaNs with that order.) A pair whose
-error is not finite is skipped. Pairs are visited row by row in random order of the rows, which keeps one vector in the
-first-level cache; the published program shuffles single pairs.
+v -= eta g / sqrt(G + 1e-8). (GloVe's program adds to G afterwards; the author reports NaNs with that order.) A pair
+whose error is not finite is skipped. Pairs are visited row by row in random order of the rows, which keeps one vector
+in the first-level cache; the published program shuffles single pairs.
 """
 
 from __future__ import annotations

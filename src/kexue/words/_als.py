@@ -7,13 +7,15 @@ With all other vectors fixed, the vector of word i is the solution of a small li
     b_i = sum_{j in N(i)} (lambda_ij p_ij - w0 t0) u_j + w0 t0 (sum_j u_j - u_i)
 
 where N(i) are the words seen with i, p the targets, and w0, t0 weight and target of the pairs never seen, which enter
-through one Gram matrix for all words. One table is solved word after word (Gauss-Seidel): the objective cannot rise. The
-systems of a block of words are built at the block's start, in parallel, and each is then corrected by the few changes that
-happened inside the block, so the result is that of the sequential method and does not depend on the number of threads.
+through one Gram matrix for all words. One table is solved word after word (Gauss-Seidel): the objective cannot rise.
+The systems of a block of words are built at the block's start, in parallel, and each is then corrected by the few
+changes that happened inside the block, so the result is that of the sequential method and does not depend on the
+number of threads.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -83,7 +85,9 @@ def _assemble(
 
 @kernel
 def _solve(system: Any, vector: Any, negative: Any, scale: Any) -> None:
-    """Solve a symmetric system, upper triangle given, by a blocked Cholesky factorisation U^T U; ``vector`` is b, then x.
+    """Solve a symmetric system, upper triangle given, by a blocked Cholesky factorisation U^T U.
+
+    ``vector`` holds b, then x.
 
     A pivot that vanishes up to rounding gives component 0: a solution all the same, as the system is consistent.
     """
@@ -268,7 +272,7 @@ def shares(indptr: npt.NDArray[Any], parts: int) -> list[tuple[int, int]]:
     cost = indptr[1:] + np.arange(1, rows + 1, dtype=np.int64)
     cuts = np.searchsorted(cost, np.linspace(0, int(cost[-1]), parts + 1)[1:-1]).tolist()
     bounds = sorted({0, *cuts, rows})
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def squared_error(pairs: Pairs, v: Any, u: Any, t0: float, run: Callable[..., list[Any]]) -> tuple[float, float]:
@@ -360,7 +364,17 @@ def sweep_one_table(
         last = min(size, first + _BLOCK)
         cuts = np.linspace(first, last, min(run.n_jobs, last - first) + 1).astype(int).tolist()
         tasks = [
-            (cuts[k], cuts[k + 1], first, *arrays, space.systems, space.sides, space.near, space.left[k], space.right[k])
+            (
+                cuts[k],
+                cuts[k + 1],
+                first,
+                *arrays,
+                space.systems,
+                space.sides,
+                space.near,
+                space.left[k],
+                space.right[k],
+            )
             for k in range(len(cuts) - 1)
         ]
         run(assemble_block, tasks)

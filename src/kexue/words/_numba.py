@@ -1,8 +1,8 @@
 """Numba kernels: how they are compiled, and the two machine operations that numba does not offer.
 
-``kernel`` compiles on first use and keeps the machine code on disk, so that a second process starts at once. ``prefetch``
-asks for a cache line before it is needed; ``gram_tile`` adds a small outer product with the sums held in registers. Both
-are emitted as portable LLVM code.
+``kernel`` compiles on first use and keeps the machine code on disk, so that a second process starts at once.
+``prefetch`` asks for a cache line before it is needed; ``gram_tile`` adds a small outer product with the sums held in
+registers. Both are emitted as portable LLVM code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ _LANES = 8
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function without the interpreter lock, cached on disk where a folder for that can be written."""
     # No "nnan" and "ninf": the kernels test for values that are not finite.
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no writable folder for the cache
         return njit(**options)(function)
 
 
-@intrinsic
+def _operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    return intrinsic(function)  # numba passes the typing context itself: callers see one argument less
+
+
+@_operation
 def prefetch(typing: Any, array: Any, index: Any) -> Any:
     """Load the cache line of ``array[index]`` (one-dimensional, C-contiguous) without waiting for it."""
     signature = types.void(array, types.int64)
@@ -51,7 +55,7 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
     return signature, generate
 
 
-@intrinsic
+@_operation
 def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: Any, count: Any) -> Any:
     """Add ``left[:count, row:row+4].T @ right[:count, column:column+16]`` to ``out[row:row+4, column:column+16]``.
 

@@ -36,12 +36,15 @@ class Pairs:
         """Number of pairs that the loss sums over."""
         return len(self.indices) // 2 if self.one_table else len(self.indices)
 
+    def mean_square(self) -> float:
+        """Mean of lambda PMI^2 over the pairs: the error of zero vectors."""
+        both = float(np.sum(self.weights * self.targets.astype(np.float64) ** 2))
+        return both / max(len(self.indices), 1)
+
     def transposed(self) -> Pairs:
         """The same pairs by columns."""
         size = len(self.indptr) - 1
-        indptr, indices, (weights, targets) = _by_columns(
-            size, self.indptr, self.indices, (self.weights, self.targets)
-        )
+        indptr, indices, (weights, targets) = _by_columns(size, self.indptr, self.indices, (self.weights, self.targets))
         return Pairs(indptr, indices, weights, targets, self.one_table)
 
 
@@ -125,9 +128,10 @@ def make_pairs(
 ) -> Pairs:
     """Targets and weights of all pairs.
 
-    PMI_ij = ln X_ij - ln X_tot - ln n_i - ln n_j + 2 ln n_tot, X_tot over ordered pairs i != j, with n the counts of the
-    words ("unigram") or the row and column sums of X ("rowsum"). ``cds`` smooths the context's distribution to n_j^cds; one
-    table uses the mean of both directions, so that the target stays symmetric. ``shift`` k lowers the target by ln k.
+    PMI_ij = ln X_ij - ln X_tot - ln n_i - ln n_j + 2 ln n_tot, X_tot over ordered pairs i != j, with n the counts of
+    the words ("unigram") or the row and column sums of X ("rowsum"). ``cds`` smooths the context's distribution to
+    n_j^cds; one table uses the mean of both directions, so that the target stays symmetric. ``shift`` k lowers the
+    target by ln k.
     """
     size = len(counts.words)
     values = counts.values / counts.unit

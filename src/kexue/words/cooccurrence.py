@@ -2,10 +2,11 @@
 
     X_ij = sum over pairs of places in one document, 1 <= |distance| <= window, that hold words i and j of w(distance)
 
-with w = 1/distance ("harmonic") or 1 ("flat"). Differences from GloVe's ``cooccur``: the counts are exact integers in units
-of 1/lcm(1..window), so that any split of a corpus and any order of merging gives the same bits; rows are accumulated from
-an inverted index instead of hashing, sorting and shuffling pairs on disk; pairs of a word with itself are left out, as the
-article's model needs it. Words outside the vocabulary leave before the windows are laid, as in GloVe.
+with w = 1/distance ("harmonic") or 1 ("flat"). Differences from GloVe's ``cooccur``: the counts are exact integers in
+units of 1/lcm(1..window), so that any split of a corpus and any order of merging gives the same bits; rows are
+accumulated from an inverted index instead of hashing, sorting and shuffling pairs on disk; pairs of a word with itself
+are left out, as the article's model needs it. Words outside the vocabulary leave before the windows are laid, as in
+GloVe.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _CHUNK = 1 << 22  # ids that are converted at a time
 class CooccurrenceCounter(BaseEstimator):
     """Count how often words stand near each other, exactly.
 
-    Memory: 12 bytes per unordered pair that occurs, plus 8 bytes per token while counting.
+    Memory: 12 bytes per unordered pair that occurs, plus 12 bytes per token while counting.
 
     Args:
         window: Words to each side, at least 1. Windows end at the document.
@@ -42,8 +43,8 @@ class CooccurrenceCounter(BaseEstimator):
         weighting: "harmonic" counts a pair at distance d as 1/d, "flat" as 1.
         n_jobs: Threads for the pair counts; the result is the same for every number.
         tokenize: Callable str -> list of str for texts and files; None splits at white space like ``str.split()``.
-        vocabulary: Count these words only: a list of distinct words (ids in this order), or a mapping word -> count as of
-            :meth:`count_words` (``min_count`` applies, ids by count). Give all shards the same one to merge them.
+        vocabulary: Count these words only: a list of distinct words (ids in this order), or a mapping word -> count as
+            of :meth:`count_words` (``min_count`` applies, ids by count). Give all shards the same one to merge them.
         progress: Whether to show a progress bar; None shows it on a terminal.
 
     Attributes:
@@ -99,8 +100,9 @@ class CooccurrenceCounter(BaseEstimator):
         """Count a corpus.
 
         Args:
-            X: Texts (iterable of str, one document each), a ``pathlib.Path`` or several (files, one document a line), or
-                tokenised documents (iterable of lists of str; empty strings are skipped). Read once: generators will do.
+            X: Texts (iterable of str, one document each), a ``pathlib.Path`` or several (files, one document a line),
+                or tokenised documents (iterable of lists of str; empty strings are skipped). Read once: generators
+                will do.
             y: Ignored.
 
         Returns:
@@ -138,7 +140,8 @@ class CooccurrenceCounter(BaseEstimator):
         Args:
             ids: (T,) integers, word numbers of all documents one after the other. Numbers below 0 or from V on are
                 dropped before windowing. The input is copied once (as int32).
-            offsets: (documents + 1,) integers from 0 to T, not descending: document d is ``ids[offsets[d]:offsets[d+1]]``.
+            offsets: (documents + 1,) integers from 0 to T, not descending: document d is
+                ``ids[offsets[d]:offsets[d+1]]``.
             vocabulary: (V,) distinct words; ``min_count`` is not applied, ids stay as they are.
 
         Returns:
@@ -151,11 +154,11 @@ class CooccurrenceCounter(BaseEstimator):
         Example:
             >>> import numpy as np
             >>> X = CooccurrenceCounter(window=1).fit_ids(np.array([0, 1, -1, 0]), np.array([0, 4]), ["x", "y"])
-            >>> X.counts_.tolist(), X.matrix_[0, 1]      # the dropped word leaves no gap
+            >>> X.counts_.tolist(), int(X.matrix_[0, 1])   # the dropped word leaves no gap
             ([2, 1], 2)
         """
         weights = self._check()
-        words = _distinct(vocabulary)
+        words = distinct_words(vocabulary)
         ids = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
         bounds = np.asarray(offsets)
         for name, values in (("ids", ids), ("offsets", bounds)):
@@ -170,7 +173,9 @@ class CooccurrenceCounter(BaseEstimator):
         return self._fit(Encoded(ids, bounds, words), np.empty(0, np.int32), words, weights)
 
     def count_words(self, X: Any) -> Counter[str]:
-        """First pass over a sharded corpus: how often each word occurs; add the shards' counters, give as ``vocabulary``.
+        """First pass over a sharded corpus: how often each word occurs.
+
+        The sum of the shards' counters is the ``vocabulary`` of the second pass.
 
         Args:
             X: As for :meth:`fit`.
@@ -195,7 +200,8 @@ class CooccurrenceCounter(BaseEstimator):
 
         Args:
             other: Fitted with the same window, weighting and min_count, and with the same vocabulary. Where the
-                vocabulary was given, its order must agree too; where it was found, ids are renumbered by the new counts.
+                vocabulary was given, its order must agree too; where it was found, ids are renumbered by the new
+                counts.
 
         Returns:
             A new fitted counter.
@@ -259,8 +265,8 @@ class CooccurrenceCounter(BaseEstimator):
             return None
         if isinstance(self.vocabulary, Mapping):
             words, _ = self._select(list(self.vocabulary), list(self.vocabulary.values()))
-            return _distinct(words)
-        return _distinct(self.vocabulary)
+            return distinct_words(words)
+        return distinct_words(self.vocabulary)
 
     def _select(self, words: list[str], counts: list[int]) -> tuple[list[str], list[int]]:
         order = [k for k in _by_count(words, counts) if counts[k] >= self.min_count]
@@ -277,9 +283,7 @@ class CooccurrenceCounter(BaseEstimator):
         document, filled = 0, 1
         for start in range(0, len(corpus.ids), _CHUNK):
             chunk = _as_int32(corpus.ids[start : start + _CHUNK])
-            document, filled = _count.fill(
-                chunk, start, corpus.offsets, document, ids, size, tokens, filled, counts
-            )
+            document, filled = _count.fill(chunk, start, corpus.offsets, document, ids, size, tokens, filled, counts)
         tokens[filled] = -1
         tokens = tokens[: filled + 1]
         total = int(counts.sum())
@@ -301,7 +305,8 @@ def _by_count(words: Sequence[str], counts: Sequence[int]) -> list[int]:
     return sorted(range(len(words)), key=lambda k: (-counts[k], words[k]))
 
 
-def _distinct(words: Iterable[Any]) -> list[str]:
+def distinct_words(words: Iterable[Any]) -> list[str]:
+    """A vocabulary as a list; ValueError if it is empty or repeats a word, TypeError if an item is not a str."""
     if isinstance(words, str):
         raise TypeError("vocabulary must be a sequence of words; got a single str")
     found = list(words)
