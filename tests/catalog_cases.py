@@ -55,4 +55,43 @@ class EstimatorCase:
     save_load: Callable[[Any, Any], Any] | None = None
 
 
+def _sentences(seed: int) -> list[str]:
+    import numpy as np
+
+    words = np.minimum(np.random.default_rng(seed).zipf(1.5, (60, 20)), 30)
+    return [" ".join(f"w{k}" for k in row) for row in words]
+
+
+def _pmi_embedding(solver: str) -> Callable[[int], tuple[Any, Any]]:
+    def build(seed: int) -> tuple[Any, Any]:
+        from kexue.words import CooccurrenceCounter, PMIEmbedding
+
+        counter = CooccurrenceCounter(window=3, min_count=1)
+        return PMIEmbedding(dim=8, solver=solver, reg=0.1, x_max=5, random_state=seed, counter=counter), _sentences(
+            seed
+        )
+
+    return build
+
+
+def _save_load_vectors(model: Any, folder: Any) -> Any:
+    model.save(folder / "vectors")
+    return type(model).load(folder / "vectors")
+
+
+def _counter(seed: int) -> tuple[Any, Any]:
+    from kexue.words import CooccurrenceCounter
+
+    return CooccurrenceCounter(window=3, min_count=1), _sentences(seed)
+
+
 CASES: dict[str, list[TensorCase | EstimatorCase]] = {}
+CASES["geometric-word-vectors"] = [
+    EstimatorCase("CooccurrenceCounter", _counter, lambda fitted: fitted.matrix_.toarray(), []),
+    *(
+        EstimatorCase(
+            f"PMIEmbedding-{solver}", _pmi_embedding(solver), lambda fitted: fitted.vectors_, [], _save_load_vectors
+        )
+        for solver in ("als", "adagrad", "spectral")
+    ),
+]

@@ -73,8 +73,9 @@ def classify(data: Any) -> tuple[str, Iterable[Any]]:
             f"got {type(data).__name__}" + (" (put a single text into a list)" if isinstance(data, str) else "")
         )
     items = iter(data)
-    first = next(items, None)
-    if first is None:
+    try:
+        first = next(items)
+    except StopIteration:
         return "texts", []
     rest = itertools.chain([first], items)
     if isinstance(first, os.PathLike):

@@ -194,6 +194,8 @@ class PMIEmbedding(WordQueries, TransformerMixin, BaseEstimator):
         size = len(words)
         if self.solver == "spectral" and self.dim > size - 1:
             raise ValueError(f"dim must be at most V - 1 = {size - 1} for solver='spectral'; got {self.dim}")
+        if not len(data.values):
+            raise ValueError(f"no two different words of the {size} occur together: there is nothing to fit")
         pairs = make_pairs(
             data,
             one_table=self.model == "shared",
@@ -205,8 +207,6 @@ class PMIEmbedding(WordQueries, TransformerMixin, BaseEstimator):
             shift=float(self.shift),
             dtype=np.dtype(self.dtype),
         )
-        if not pairs.size:
-            raise ValueError(f"no two different words of the {size} occur together: there is nothing to fit")
         self.loss_history_: list[float] = []
         self.error_history_: list[float] = []
         v, u = self._solve(pairs, size, progress)
