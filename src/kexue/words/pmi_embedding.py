@@ -50,7 +50,8 @@ _SWEEPS = {"als": 3, "adagrad": 25, "spectral": 1}
 class PMIEmbedding(WordQueries, TransformerMixin, BaseEstimator):
     """Word vectors whose inner product is the pointwise mutual information and whose norm is the weight of a word.
 
-    Memory of fit: 24 bytes per unordered pair, about 45 while targets are computed. Time of an "als" sweep: pairs x D^2 multiplications.
+    Memory of fit: 24 bytes per unordered pair, about 45 while targets are computed.
+    Time of an "als" sweep: pairs x D^2 multiplications.
 
     Args:
         dim: Width D of a table.
