@@ -1,0 +1,239 @@
+"""Counting pairs of words within a window: the kernels of :class:`kexue.words.CooccurrenceCounter`.
+
+Row accumulation (Gustavson): an inverted index lists where each word stands; the row of word i is one dense vector of
+exact integers to which all windows around i are added. No pair is hashed, nothing is sorted, nothing goes to disk, and
+rows are independent, so that threads may share them out without changing a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kexue.words._numba import kernel, prefetch
+
+_AHEAD = 8  # occurrences between the request for a window and its use; the windows lie all over the corpus
+_SHIFT = 3
+_GROUP = 1 << _SHIFT  # neighbouring words that share one mark "touched"; their totals fill one cache line
+_ROW_WORK = 1 << 17  # positions per task, so that the copies of a task are small beside the result
+
+
+def window_weights(window: int, weighting: str) -> tuple[npt.NDArray[np.int64], int]:
+    """Integer weight of each distance 0..window (0 unused) and the unit: what one full count is worth."""
+    if weighting == "flat":
+        weights = np.ones(window + 1, np.int64)
+        unit = 1
+    else:
+        unit = int(np.lcm.reduce(np.arange(1, window + 1, dtype=object)))
+        if unit >= 1 << 62:
+            raise ValueError(
+                f"window {window} is too wide for exact harmonic weights (unit 1/{unit}); use weighting='flat'"
+            )
+        weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
+    weights[0] = 0
+    return weights, unit
+
+
+def check_range(tokens: int, weights: npt.NDArray[np.int64]) -> None:
+    """Raise ValueError if the total weight of so many tokens could exceed an int64."""
+    if tokens * 2 * sum(weights.tolist()) >= 1 << 63:
+        raise ValueError(
+            f"{tokens} tokens with window {len(weights) - 1} could overflow exact 64-bit counts; "
+            "use a smaller window or weighting='flat'"
+        )
+
+
+@kernel
+def fill(
+    chunk: Any, base: int, offsets: Any, document: int, ids: Any, size: int, out: Any, filled: int, counts: Any
+) -> Any:
+    """Append the words of a chunk that are in the vocabulary, with -1 between documents; count them.
+
+    Args:
+        chunk: Old ids; those outside 0..len(ids) are dropped.
+        base: Position of the chunk in the corpus.
+        offsets: Document starts of the whole corpus.
+        document: Document in which the chunk starts.
+        ids: New id of each old one, negative to drop it; when empty, the ids stay and those >= ``size`` are dropped.
+        size: Number of words.
+        out: Receives the words.
+        filled: How many are there already.
+        counts: (size,) number of occurrences, increased.
+    """
+    same = len(ids) == 0
+    for k in range(len(chunk)):
+        while offsets[document + 1] <= base + k:
+            document += 1
+            if out[filled - 1] >= 0:  # no two separators in a row
+                out[filled] = -1
+                filled += 1
+        word = chunk[k]
+        if not same:
+            word = ids[word] if 0 <= word < len(ids) else -1
+        if 0 <= word < size:
+            out[filled] = word
+            filled += 1
+            counts[word] += 1
+    return document, filled
+
+
+@kernel
+def index(tokens: Any, starts: Any, positions: Any) -> None:
+    """List the positions of each word: those of word i are ``positions[starts[i] : starts[i + 1]]``."""
+    following = starts[:-1].copy()
+    for place in range(len(tokens)):
+        word = tokens[place]
+        if word >= 0:
+            positions[following[word]] = place
+            following[word] += 1
+
+
+@kernel
+def rows(
+    tokens: Any,
+    positions: Any,
+    starts: Any,
+    low: int,
+    high: int,
+    weights: Any,
+    total: Any,
+    touched: Any,
+    columns: Any,
+    values: Any,
+    size: int,
+    ends: Any,
+) -> Any:
+    """Rows of the strictly lower triangle of the counts, from ``low`` until ``high`` or until there is no room.
+
+    Args:
+        tokens: Words with -1 between documents and at both ends.
+        positions: Where each word stands.
+        starts: Where each word's positions start.
+        low: First row.
+        high: One past the last row.
+        weights: Weight of each distance; its length is window + 1.
+        total: Zeros, one for each word, rounded up to whole groups of groups; zeros again afterwards.
+        touched: Zeros, one for each group; zeros again afterwards.
+        columns: Receives the columns, ascending within a row.
+        values: Receives the counts.
+        size: How many of both are filled.
+        ends: (V,) receives the end of each row within ``columns``.
+
+    Returns:
+        (next row, size).
+    """
+    window = len(weights) - 1
+    blocks = len(touched) // 8
+    touched_blocks = touched.view(np.uint64)  # eight marks at a time
+    last = len(positions) - 1
+    for word in range(low, high):
+        if size + word > len(columns):
+            return word, size
+        for k in range(starts[word], starts[word + 1]):
+            place = np.int64(positions[k])
+            coming = np.int64(positions[min(k + _AHEAD, last)])
+            prefetch(tokens, max(coming - window, 0))
+            prefetch(tokens, min(coming + window, len(tokens) - 1))
+            for distance in range(1, window + 1):
+                other = tokens[place - distance]
+                if other < 0:
+                    break
+                total[other] += weights[distance]
+                touched[other >> _SHIFT] = 1
+            for distance in range(1, window + 1):
+                other = tokens[place + distance]
+                if other < 0:
+                    break
+                total[other] += weights[distance]
+                touched[other >> _SHIFT] = 1
+        for block in range(blocks):
+            if touched_blocks[block] == 0:
+                continue
+            for group in range(8 * block, 8 * block + 8):
+                if touched[group] == 0:
+                    continue
+                for other in range(group << _SHIFT, (group + 1) << _SHIFT):
+                    value = total[other]
+                    if value != 0:
+                        total[other] = 0
+                        if other < word:
+                            columns[size] = other
+                            values[size] = value
+                            size += 1
+            touched_blocks[block] = 0
+        ends[word] = size
+    return high, size
+
+
+def count_pairs(
+    tokens: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.int64],
+    n_jobs: int,
+    advance: Callable[[float], None],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Strictly lower triangle of the weighted pair counts as CSR arrays (indptr, columns, values).
+
+    Args:
+        tokens: Words with -1 between documents and at both ends.
+        counts: (V,) occurrences of each word in ``tokens``.
+        weights: Of :func:`window_weights`.
+        n_jobs: Threads; the result does not depend on it.
+        advance: Called with the number of rows that were finished.
+    """
+    size = len(counts)
+    starts = np.zeros(size + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    positions = np.empty(int(starts[-1]), np.int32 if len(tokens) < 1 << 31 else np.int64)
+    index(tokens, starts, positions)
+    # Rows cost their occurrences plus a look at every group of words; tasks of equal cost.
+    cost = starts[1:] + np.arange(1, size + 1) * (size // (64 * _GROUP) + 1)
+    tasks = max(1, int(cost[-1] // _ROW_WORK)) if size else 1
+    bounds = np.searchsorted(cost, np.linspace(0, cost[-1] if size else 0, tasks + 1)[1:-1]).tolist()
+    bounds = sorted({0, *bounds, size})
+
+    ends = np.zeros(size, np.int64)
+    blocks = size // (8 * _GROUP) + 1
+
+    def task(number: int) -> Any:
+        row, high = bounds[number], bounds[number + 1]
+        total, touched = np.zeros(blocks * 8 * _GROUP, np.int64), np.zeros(blocks * 8, np.uint8)
+        columns, values = np.empty(high + (1 << 12), np.int32), np.empty(high + (1 << 12), np.int64)
+        filled = 0
+        while True:
+            row, filled = rows(
+                tokens, positions, starts, row, high, weights, total, touched, columns, values, filled, ends
+            )
+            if row == high:
+                return columns[:filled].copy(), values[:filled].copy()
+            columns = np.append(columns[:filled], np.empty(filled + high, np.int32))
+            values = np.append(values[:filled], np.empty(filled + high, np.int64))
+
+    parts: list[Any] = []
+    numbers = range(len(bounds) - 1)
+    if n_jobs == 1:
+        for number in numbers:
+            parts.append(task(number))
+            advance(bounds[number + 1] - bounds[number])
+    else:
+        with ThreadPoolExecutor(n_jobs) as pool:
+            for number, part in zip(numbers, pool.map(task, numbers), strict=True):
+                parts.append(part)
+                advance(bounds[number + 1] - bounds[number])
+    indptr = np.zeros(size + 1, np.int64)
+    total = sum(len(part[0]) for part in parts)
+    columns = np.empty(total, np.int32)
+    values = np.empty(total, np.int64)
+    done = 0
+    for number in numbers:  # each part is freed once it is copied: the peak stays near the size of the result
+        part_columns, part_values = parts[number]
+        parts[number] = None
+        indptr[bounds[number] + 1 : bounds[number + 1] + 1] = ends[bounds[number] : bounds[number + 1]] + done
+        columns[done : done + len(part_columns)] = part_columns
+        values[done : done + len(part_values)] = part_values
+        done += len(part_columns)
+    return indptr, columns, values
