@@ -253,8 +253,9 @@ def split_head(title: str, text: str, first_line: bool) -> tuple[str, str]:
     title = title.strip()
     body = text.lstrip()
     if title and not is_name(title):
-        line, _, rest = body.partition("\n")
-        return title, rest if line.strip() == title else body
+        # A summary of several lines is given as one line: it is found again whatever its line breaks.
+        start = re.match(r"\s+".join(map(re.escape, title.split())) + r"(?!\w)", body)
+        return title, body[start.end() :] if start else body
     if not first_line:
         return "", body
     line, _, rest = body.partition("\n")
@@ -283,3 +284,244 @@ def name_and_parent(identifier: str, title: str) -> tuple[str, str]:
         return "", ""
     own = next((piece for piece in reversed(pieces) if any(c.isalpha() for c in piece)), pieces[-1])
     return own, chosen[: chosen.rfind(own)].rstrip("./\\:#")
+
+
+def _load(path: str | os.PathLike[str], mmap: bool) -> NDArray[Any]:
+    # An empty array cannot be mapped.
+    small = os.path.getsize(path) < 4096
+    array: NDArray[Any] = np.load(path, mmap_mode="r" if mmap and not small else None, allow_pickle=False)
+    return array
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+class _Spill:
+    """Rows of provisional ids on their way to disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lengths = array("q")
+        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by finish)
+
+    def add(self, ids: list[int]) -> None:
+        self.lengths.append(len(ids))
+        array("i", ids).tofile(self._file)
+
+    def finish(self, renumber: NDArray[np.int32], target: Path) -> Ragged:
+        """Renumber into ``target``, drop words without a number, remove the spilled file."""
+        self._file.close()
+        lengths = np.frombuffer(self.lengths, np.int64) if self.lengths else np.empty(0, np.int64)
+        old = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = np.zeros(len(old), np.int64)
+        kept = 0
+        with open(self.path, "rb") as source, open(f"{target}.raw", "wb") as sink:
+            for first in range(0, len(lengths), 1 << 14):
+                last = min(first + (1 << 14), len(lengths))
+                values = renumber[np.fromfile(source, np.int32, int(old[last] - old[first]))]
+                keep = values >= 0
+                values[keep].tofile(sink)
+                running = np.concatenate([[0], np.cumsum(keep)])
+                offsets[first + 1 : last + 1] = kept + running[old[first + 1 : last + 1] - old[first]]
+                kept = int(offsets[last])
+        self.path.unlink()
+        raw = Path(f"{target}.raw")
+        values = np.memmap(raw, np.int32, "r") if kept else np.empty(0, np.int32)
+        ragged = Ragged(values, offsets)
+        ragged.save(target)
+        del values, ragged
+        raw.unlink()
+        return Ragged.load(target)
+
+    def close(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class _Ids(dict[str, int]):
+    """Word -> provisional id, given on first sight."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        return number
+
+
+def _titled(documents: Iterable[Any], limit: int = 2000) -> bool:
+    """Whether documents of this corpus bring titles that are sentences; then a missing title is not the first line."""
+    seen = titled = 0
+    for document in documents:
+        seen += 1
+        titled += bool(document.title.strip()) and not is_name(document.title)
+        if seen == limit:
+            break
+    return titled > 0.1 * seen
+
+
+def tokenize_corpus(
+    documents: Iterable[Any],
+    tokenizer: Callable[[str], list[str]],
+    folder: str | os.PathLike[str],
+    *,
+    min_df: int | None = None,
+    progress: bool | None = None,
+    total: int | None = None,
+) -> TokenizedCorpus:
+    """Turn documents into ids, streaming, and save the result into ``folder``.
+
+    Args:
+        documents: Documents (``id``, ``text``, ``title``); iterated once, after a look at the first 2000, so it must be
+            an iterable that starts anew each time, not a generator.
+        tokenizer: Text -> tokens; a method ``parts`` (name -> tokens without compounds) is used when there is one.
+        folder: Where the arrays go.
+        min_df: Documents a word must stand in; None is 2, or 1 for a corpus under 50 documents. Words of names always
+            stay: a name that only one document has is the best of all queries.
+        progress: Show a bar; None if standard error is a terminal.
+        total: Number of documents, for the bar.
+
+    Returns:
+        The corpus, its arrays memory-mapped.
+
+    Raises:
+        TypeError: ``documents`` is a generator, or the tokenizer is not callable.
+        ValueError: There is no document, or no word in any of them.
+
+    Example:
+        >>> import tempfile
+        >>> from kexue.corpus import Document
+        >>> texts = ["Matrix norm.\\nA norm of a matrix.", "Vector norm.\\nA norm of a vector."]
+        >>> pile = [Document(str(i), text) for i, text in enumerate(texts)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     corpus = tokenize_corpus(pile, lambda text: text.lower().replace(".", "").split(), folder)
+        >>> corpus.vocabulary[:2], corpus.flags["names"], [corpus.vocabulary[i] for i in corpus.head[0]]
+        (['a', 'norm'], False, ['matrix', 'norm'])
+    """
+    if isinstance(documents, Iterator):
+        raise TypeError(f"documents must start anew each time it is iterated; got {type(documents).__name__}, use a list")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be callable; got {type(tokenizer).__name__}")
+    if min_df is not None:
+        check_int("min_df", min_df, 1)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    parts: Callable[[str], list[str]] = getattr(tokenizer, "parts", tokenizer)
+    first_line = not _titled(documents)
+    ids, counts = _Ids(), array("q")
+    own_ids, labels, parents, container = array("q"), [], array("q"), _Ids()
+    spills = {name: _Spill(target / f"{name}.spill") for name in FIELDS}
+    named: set[int] = set()
+    try:
+        for document in track(documents, "tokenise", total, progress):
+            head, body = split_head(document.title, document.text, first_line)
+            label, parent = name_and_parent(document.id, document.title)
+            rows = {"head": [ids[word] for word in tokenizer(head)], "body": [ids[word] for word in tokenizer(body)]}
+            rows["name"] = [ids[word] for word in parts(f"{parent} {label}".translate(_SPACES))]
+            whole = tokenizer(label)
+            own_ids.append(ids[whole[-1]] if whole else -1)
+            labels.append(label.lower())
+            parents.append(container[parent] if parent else -1)
+            named.update(rows["name"])
+            if whole:
+                named.add(own_ids[-1])
+            counts.extend([0] * (len(ids) - len(counts)))
+            for word in {number for row in rows.values() for number in row}:
+                counts[word] += 1
+            for name, row in rows.items():
+                spills[name].add(row)
+        if not labels:
+            raise ValueError("a corpus needs at least one document; got none")
+        if not ids:
+            raise ValueError(f"no word in any of the {len(labels)} documents: is the text in another encoding, or empty?")
+        minimum = min_df if min_df is not None else 2 if len(labels) >= 50 else 1
+        vocabulary, df, renumber = _rank_words(ids, counts, named, minimum)
+        fields = {name: spill.finish(renumber, target / name) for name, spill in spills.items()}
+    except BaseException:
+        for spill in spills.values():
+            spill.close()
+        raise
+    own = np.frombuffer(own_ids, np.int64)
+    corpus = TokenizedCorpus(
+        vocabulary,
+        df,
+        **fields,
+        own=np.where(own >= 0, renumber[own], -1).astype(np.int32),
+        labels=labels,
+        parent=np.frombuffer(parents, np.int64).astype(np.int32),
+        position=np.arange(len(labels), dtype=np.int32),
+    )
+    corpus.flags = {"names": names_are_informative(corpus), "order": False, "heads": bool(len(corpus.head.values))}
+    if not corpus.flags["names"]:
+        corpus.name = Ragged(np.empty(0, np.int32), np.zeros(len(labels) + 1, np.int64))
+        corpus.own, corpus.labels = np.full(len(labels), -1, np.int32), [""] * len(labels)
+    corpus.flags["order"] = order_is_informative(corpus)
+    corpus.save(target)
+    return TokenizedCorpus.load(target)
+
+
+_SPACES = str.maketrans("./\\:#<>$", " " * 8)
+
+
+def _rank_words(
+    ids: dict[str, int], counts: array[int], named: set[int], minimum: int
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int32]]:
+    """Final order of the words, their document frequencies, and the map from provisional to final ids (-1: dropped)."""
+    df = np.frombuffer(counts, np.int64)
+    keep = df >= minimum
+    # Letters only: the digits and hexadecimal pieces of generated ids are not worth a row each.
+    words = list(ids)
+    keep[[number for number in named if words[number].replace("_", "").isalpha()]] = True
+    kept = sorted(np.flatnonzero(keep).tolist(), key=lambda number: (-df[number], words[number]))
+    renumber = np.full(len(words), -1, np.int32)
+    renumber[kept] = np.arange(len(kept), dtype=np.int32)
+    return [words[number] for number in kept], df[kept].copy(), renumber
+
+
+def _sample(count: int, size: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(count, size)).astype(np.int64)
+
+
+def names_are_informative(corpus: TokenizedCorpus, sample: int = 2000) -> bool:
+    """Whether names speak about their documents: their words stand in the own text far more often than in another's.
+
+    Row numbers, hashes and dates fail this test, and so does a prefix that all ids share.
+
+    Args:
+        corpus: Corpus with its ``name`` rows.
+        sample: Documents looked at.
+    """
+    rows = _sample(len(corpus), sample)
+    if len(rows) < 2:
+        return False
+    other = np.roll(rows, len(rows) // 2)
+    own = foreign = 0
+    for row, stranger in zip(rows.tolist(), other.tolist(), strict=True):
+        words = corpus.name[row]
+        words = words[corpus.df[words] < 0.2 * len(corpus) + 1]
+        if len(words):
+            own += np.isin(words, np.concatenate([corpus.head[row], corpus.body[row]])).any()
+            foreign += np.isin(words, np.concatenate([corpus.head[stranger], corpus.body[stranger]])).any()
+    return bool(own >= 0.1 * len(rows) and own >= 2 * foreign)
+
+
+def order_is_informative(corpus: TokenizedCorpus, sample: int = 1000) -> bool:
+    """Whether neighbours in the same container are alike: they share twice the rare words that strangers share.
+
+    Args:
+        corpus: Corpus with its ``parent`` numbers.
+        sample: Pairs looked at.
+    """
+    n = len(corpus)
+    near = np.flatnonzero((corpus.parent[:-1] == corpus.parent[1:]) & (corpus.parent[1:] >= 0))
+    if len(near) < max(2, n // 20):
+        return False
+    near = near[_sample(len(near), sample)]
+    idf = np.log((1 + n) / (1 + corpus.df))
+
+    def alike(one: int, two: int) -> float:
+        a, b = (np.unique(np.concatenate([corpus.head[i], corpus.body[i]])) for i in (one, two))
+        total = idf[np.union1d(a, b)].sum()
+        return float(idf[np.intersect1d(a, b, assume_unique=True)].sum() / total) if total > 0 else 0.0
+
+    close = np.mean([alike(i, i + 1) for i in near.tolist()])
+    far = np.mean([alike(i, j) for i, j in zip(near.tolist(), np.roll(near, len(near) // 2).tolist(), strict=True)])
+    return bool(close >= 2 * far and close > 0)
