@@ -78,8 +78,14 @@ def test_quick_reproduction_runs_and_is_json(slug, tmp_path):
 def test_every_dtype_gives_finite_values_and_gradients_close_to_float64(slug, case):
     function, inputs = case.build(6, torch.float64, generator())
     for dtype in (getattr(torch, name) for name in case.dtypes):
-        low = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
-        exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in low]
+        low = [
+            x.detach().to(dtype, copy=True) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in inputs
+        ]
+        exact = [
+            x.detach().to(torch.float64, copy=True) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in low
+        ]
         model = function
         if isinstance(function, torch.nn.Module):
             reference = case.build(6, torch.float64, generator())[0]

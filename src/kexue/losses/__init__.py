@@ -1,1 +1,27 @@
 """Losses that stay right at extreme logits, in low precision and at large class counts."""
+
+from kexue.losses._common import lse0
+from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_diameter, ranking_certificate
+from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
+from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
+from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+
+__all__ = [
+    "ClassDiameter",
+    "ContrastiveDiagnostics",
+    "FlatNCELoss",
+    "FlatNegativesRankingLoss",
+    "InfoNCELoss",
+    "MarginSchedule",
+    "MarginSoftmax",
+    "auto_scale",
+    "class_diameter",
+    "contrastive_diagnostics",
+    "flat_cross_entropy",
+    "info_nce",
+    "lse0",
+    "margin_cross_entropy",
+    "margin_softmax_loss",
+    "nt_xent",
+    "ranking_certificate",
+]

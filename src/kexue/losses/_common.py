@@ -1,0 +1,200 @@
+"""What the losses share: the precision they compute in, reductions, checks of labels, and two log-sum-exp primitives.
+
+Shapes: B batch, N rows, C classes, K candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kexue._checks import check_choice, check_real
+
+REDUCTIONS = ("none", "mean", "sum")
+MODES = ("info", "flat")
+LOG2E = math.log2(math.e)
+MIN_NORM = 1e-12  # a vector shorter than this has no direction: it counts as zero and gets no gradient
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of the tensors is float64, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """1 / norm of each row, (..., 1); 0 for a zero row, whose gradient is then 0 too."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > MIN_NORM, norm.clamp(min=MIN_NORM).reciprocal(), 0.0)
+
+
+def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms, in ``dtype``, and the inverse norms."""
+    x = x.to(dtype)
+    inverse = inverse_norms(x)
+    return x * inverse, inverse
+
+
+def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient with respect to x from that with respect to x / |x|."""
+    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * inverse
+
+
+def check_float(name: str, x: Any, dims: int | None = None) -> None:
+    """Raise TypeError unless ``x`` is a floating tensor, ValueError unless it has ``dims`` dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor; got dtype {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions; got shape {tuple(x.shape)}")
+
+
+def check_temperature(temperature: Any) -> None:
+    """Raise unless ``temperature`` is a positive finite number."""
+    check_real("temperature", temperature, above=0.0)
+
+
+def check_labels(labels: Any, rows: tuple[int, ...], classes: int, validate: bool) -> None:
+    """Raise unless ``labels`` are integers of shape ``rows`` in ``[0, classes)``.
+
+    The range costs one reduction; it is not looked at when ``validate`` is False or while torch.compile traces.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got dtype {labels.dtype}")
+    if tuple(labels.shape) != rows:
+        raise ValueError(f"labels must have shape {rows}; got {tuple(labels.shape)}")
+    if validate and not torch.compiler.is_compiling() and labels.numel():
+        low, high = (int(x) for x in torch.aminmax(labels))
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must lie in [0, {classes}); got values from {low} to {high}")
+
+
+def reduce_loss(rows: Tensor, reduction: str) -> Tensor:
+    """Apply ``reduction``; the mean over no rows is 0, so that an empty last batch does no harm."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if reduction == "sum" else total / max(rows.numel(), 1)
+
+
+def lse0(u: Tensor, dim: int = -1) -> Tensor:
+    """log(1 + sum exp(u)): log-sum-exp with an implicit zero, which stands for "already satisfied".
+
+    Exact also where the sum is tiny (log1p) or overflows, and 0 where every entry is -inf or the axis is empty.
+
+    Args:
+        u: Scores, any shape; fp16 and bf16 are computed in float32.
+        dim: Axis of the sum.
+
+    Returns:
+        The sum in float32 (float64 for float64 scores), without the axis.
+
+    Example:
+        >>> lse0(torch.tensor([0.0, -torch.inf]))
+        tensor(0.6931)
+    """
+    u = u.to(compute_dtype(u))
+    if u.shape[dim] == 0:
+        return u.sum(dim)
+    top = u.detach().amax(dim, keepdim=True).clamp(min=0)  # the implicit zero takes part in the maximum
+    total = torch.exp(u - top).sum(dim)
+    top = top.squeeze(dim)
+    return top + torch.log1p(total + torch.expm1(-top))
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("this loss is differentiable once; its gradient cannot be differentiated again")
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Make a second differentiation an error.
+
+    torch's decorator of this name only does so if the upstream gradient requires a gradient; a gradient penalty would
+    silently lose its effect. The Function must save its differentiable inputs: the gradients are tied to them.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph
+            return out
+        made = [x for x in out if x is not None]
+        anchors = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        tied = iter(_Once.apply(len(made), *made, *anchors))
+        return tuple(None if x is None else next(tied) for x in out)
+
+    return wrapper
+
+
+class _SplitScores(torch.autograd.Function):
+    """(log-sum-exp of the other scores, score of the target) with one buffer of the size of the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        index = target.unsqueeze(-1)
+        weights = scores.to(compute_dtype(scores)) * scale  # a copy even for scale = 1: it is overwritten below
+        chosen = weights.gather(-1, index).squeeze(-1)
+        weights.scatter_(-1, index, -math.inf)  # the target is taken out, never subtracted afterwards
+        top = weights.amax(-1, keepdim=True)
+        top = torch.where(top > -math.inf, top, 0.0)
+        weights.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        weights.div_(torch.where(total > 0, total, 1.0))
+        ctx.save_for_backward(weights, index, scores)
+        ctx.scale, ctx.dtype = scale, scores.dtype
+        return (total.log() + top).squeeze(-1), chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_others: Tensor, grad_chosen: Tensor) -> tuple[Tensor | None, ...]:
+        weights, index, _ = ctx.saved_tensors
+        grad = weights * (grad_others * ctx.scale).unsqueeze(-1)
+        grad.scatter_(-1, index, (grad_chosen * ctx.scale).unsqueeze(-1))
+        return grad.to(ctx.dtype), None, None
+
+
+def split_scores(scores: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scores (..., K), target (...) -> log sum over j != target of exp(scale s_j), and scale times the target's score.
+
+    The first is -inf in a row whose other scores are all -inf, or that has no other score.
+    """
+    others, chosen = _SplitScores.apply(scores, target, scale)
+    return others, chosen
+
+
+def contrast_value(v: Tensor, report: str) -> Tensor:
+    """FlatNCE v, or InfoNCE softplus(v)."""
+    return v if report == "flat" else F.softplus(v, threshold=50.0)
+
+
+def contrast_report(v: Tensor, mode: str, report: str) -> Tensor:
+    """The value of ``report`` with the gradient of ``mode``."""
+    loss = contrast_value(v, mode)
+    return loss if mode == report else loss - loss.detach() + contrast_value(v, report).detach()
+
+
+def check_modes(mode: str, report: str | None, reduction: str) -> str:
+    """Check the three and return the report, which is the mode unless given."""
+    check_choice("mode", mode, MODES)
+    if report is not None:
+        check_choice("report", report, MODES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return report or mode
