@@ -27,7 +27,7 @@ from kexue._files import atomic_path, write_json
 from kexue._progress import track
 
 FORMAT = 1
-FIELDS = ("head", "body", "name")
+FIELDS = ("head", "body", "name", "last")
 HEAD_LIMIT = 200  # characters; a longer first line is a paragraph, of which the first sentence may be the head
 _SENTENCE = re.compile(r".*?(?:[.!?](?=\s)|[。！？])", re.S)
 _SEPARATORS = re.compile(r"[./\\:#]+")
@@ -141,6 +141,7 @@ class TokenizedCorpus:
         head: Title or first line of each document.
         body: The rest of its text.
         name: Words of its own name; empty rows where names say nothing.
+        last: Words of the last part of the name only (``norm`` of ``numpy.linalg.norm``).
         own: The last part of each name as one word, an id or -1, int32 ``(N,)``: what other documents call it.
         labels: That last part as text, lower-cased ("" without names): compared letter by letter.
         parent: Number of the container (module, folder) each document stands in, int32 ``(N,)``, -1 for none.
@@ -153,6 +154,7 @@ class TokenizedCorpus:
     head: Ragged
     body: Ragged
     name: Ragged
+    last: Ragged
     own: NDArray[np.int32]
     labels: list[str]
     parent: NDArray[np.int32]
@@ -183,7 +185,7 @@ class TokenizedCorpus:
         n = len(self)
         empty = Ragged(np.empty(0, np.int32), np.zeros(n + 1, np.int64))
         flags = {**self.flags, "names": False, "order": False}
-        replaced = {"name": empty, "own": np.full(n, -1, np.int32), "labels": [""] * n, "flags": flags}
+        replaced = {"name": empty, "last": empty, "own": np.full(n, -1, np.int32), "labels": [""] * n, "flags": flags}
         return TokenizedCorpus(**{**self.__dict_fields(), **replaced, "parent": np.full(n, -1, np.int32)})
 
     def __dict_fields(self) -> dict[str, Any]:
@@ -289,8 +291,7 @@ def name_and_parent(identifier: str, title: str) -> tuple[str, str]:
 def _load(path: str | os.PathLike[str], mmap: bool) -> NDArray[Any]:
     # An empty array cannot be mapped.
     small = os.path.getsize(path) < 4096
-    array: NDArray[Any] = np.load(path, mmap_mode="r" if mmap and not small else None, allow_pickle=False)
-    return array
+    return np.asarray(np.load(path, mmap_mode="r" if mmap and not small else None, allow_pickle=False))
 
 
 def _lines(path: Path) -> list[str]:
@@ -416,6 +417,7 @@ def tokenize_corpus(
             label, parent = name_and_parent(document.id, document.title)
             rows = {"head": [ids[word] for word in tokenizer(head)], "body": [ids[word] for word in tokenizer(body)]}
             rows["name"] = [ids[word] for word in parts(f"{parent} {label}".translate(_SPACES))]
+            rows["last"] = [ids[word] for word in parts(label.translate(_SPACES))]
             whole = tokenizer(label)
             own_ids.append(ids[whole[-1]] if whole else -1)
             labels.append(label.lower())
@@ -451,7 +453,7 @@ def tokenize_corpus(
     )
     corpus.flags = {"names": names_are_informative(corpus), "order": False, "heads": bool(len(corpus.head.values))}
     if not corpus.flags["names"]:
-        corpus.name = Ragged(np.empty(0, np.int32), np.zeros(len(labels) + 1, np.int64))
+        corpus.name = corpus.last = Ragged(np.empty(0, np.int32), np.zeros(len(labels) + 1, np.int64))
         corpus.own, corpus.labels = np.full(len(labels), -1, np.int32), [""] * len(labels)
     corpus.flags["order"] = order_is_informative(corpus)
     corpus.save(target)
