@@ -148,14 +148,17 @@ class _Contrast(nn.Module):
 
 
 def default_epochs(documents: int) -> int:
-    """Passes over the corpus: 80 up to 5 000 documents, then fewer, so that the steps grow with the square root.
+    """Passes over the corpus: 80 up to 5 000 documents, then fewer, falling with the fourth root of their number.
+
+    On 40 000 documents 8, 20, 32 and 48 passes found .56, .67, .74 and .76 of 2 000 held-out questions among the first
+    ten: a large corpus needs fewer passes, but not so few that the number of steps stays what it was.
 
     Example:
         >>> default_epochs(1_000), default_epochs(5_000), default_epochs(40_000), default_epochs(1_000_000)
-        (80, 80, 28, 6)
+        (80, 80, 48, 21)
     """
     check_int("documents", documents, 1)
-    return max(1, round(80 * min(1.0, math.sqrt(5_000 / documents))))
+    return max(1, round(80 * min(1.0, (5_000 / documents) ** 0.25)))
 
 
 def initialize(encoder: BagEncoder, corpus: TokenizedCorpus, seed: int = 0) -> None:
@@ -181,10 +184,12 @@ def initialize(encoder: BagEncoder, corpus: TokenizedCorpus, seed: int = 0) -> N
     iterations = 3 if n <= 10_000 else 1
     left = randomized_svd(matrix.T.tocsr(), rank, n_oversamples=10, n_iter=iterations, random_state=seed)[0]
     table = np.random.default_rng(seed).standard_normal((size, encoder.dim)).astype(np.float32) * 1e-3
-    table[:, :rank] += left / max(float(np.linalg.norm(left, axis=1).mean()), 1e-12)
+    # The scale is that of words which text uses; words of single names have tiny vectors and would stretch the rest.
+    common = df >= 2 if (df >= 2).any() else df >= 0
+    table[:, :rank] += left / max(float(np.linalg.norm(left[common], axis=1).mean()), 1e-12)
     with torch.no_grad():
         encoder.table.copy_(torch.from_numpy(table))
-        encoder.log_weight.copy_(torch.from_numpy(np.log(idf / idf.mean())))
+        encoder.log_weight.copy_(torch.from_numpy(np.log(idf / idf[common].mean())))
 
 
 def train_encoder(
@@ -255,8 +260,19 @@ def train_encoder(
     return encoder.eval()
 
 
+def text_vectors(encoder: BagEncoder, corpus: TokenizedCorpus) -> NDArray[np.float32]:
+    """Vectors of whole documents (head, body and name as one text), rows of length 1, ``(N, D)``: what is compared with
+    what for related items.
+
+    Args:
+        encoder: The trained encoder.
+        corpus: The documents, in the encoder's vocabulary.
+    """
+    return encoder.encode_ids(concatenate(corpus.head, corpus.body, corpus.name))
+
+
 def document_vectors(encoder: BagEncoder, corpus: TokenizedCorpus, heads: bool = True) -> NDArray[np.float32]:
-    """Vectors of the documents, ``(N, D)``: 3 x (text with name) + 2 x (name alone), each of length 1.
+    """Vectors that queries are compared with, ``(N, D)``: 3 x (text with name) + 2 x (name alone), each of length 1.
 
     A name is short and says much; alone it would drown in the text. Without names this is 3 x text. The lengths differ
     on purpose: the product with a query of length 1 is the weighted sum of both cosines.
@@ -280,4 +296,3 @@ def _fingerprint(corpus: TokenizedCorpus, *settings: Any) -> str:
         digest.update(np.ascontiguousarray(field.values).data)
         digest.update(np.ascontiguousarray(field.offsets).data)
     return digest.hexdigest()
-

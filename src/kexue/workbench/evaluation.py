@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue.models.bag_encoder import BagEncoder, count_words
-from kexue.workbench.encoder import document_vectors, train_encoder
+from kexue.workbench.encoder import document_vectors, text_vectors, train_encoder
 from kexue.workbench.ranking import Impacts, Ranker, top_k
 from kexue.workbench.signals import Signals
 from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate
@@ -111,7 +111,7 @@ def related_items(
             rows.append(_measure(name, prepare, asked, asked, relevant))
     rows.append(_measure("encoder, text only", lambda: _cosines(encoder.encode_ids(text)), asked, asked, relevant))
     meter, start = Meter("all signals"), time.process_time()
-    signals = Signals.build(corpus, document_vectors(encoder, corpus))
+    signals = Signals.build(corpus, text_vectors(encoder, corpus))
     for i in asked.tolist():
         meter.add(np.array([j for j, _, _ in signals.similar(i, 10)], np.int64), relevant[i])
     rows.append(meter.row(time.process_time() - start))

@@ -112,9 +112,7 @@ class Ranker:
         self.documents = len(vectors) if vectors is not None else int(documents or 0)
 
     @classmethod
-    def build(
-        cls, corpus: TokenizedCorpus, vectors: NDArray[np.float32] | None, heads: bool | None = None
-    ) -> Ranker:
+    def build(cls, corpus: TokenizedCorpus, vectors: NDArray[np.float32] | None, heads: bool | None = None) -> Ranker:
         """Index a corpus.
 
         Args:
@@ -224,7 +222,9 @@ class Ranker:
         if head.get("format") != FORMAT:
             raise ValueError(f"{source / 'ranker.json'}: expected format {FORMAT}, got {head.get('format')!r}")
         arrays = load_file(source / "ranker.safetensors")
-        text, names = (Impacts(*(arrays[f"{f}.{part}"] for part in ("starts", "rows", "scores"))) for f in ("text", "names"))
+        text, names = (
+            Impacts(*(arrays[f"{f}.{part}"] for part in ("starts", "rows", "scores"))) for f in ("text", "names")
+        )
         vectors = None
         if head["vectors"]:
             vectors = np.asarray(np.load(source / "vectors.npy", mmap_mode="r" if mmap else None, allow_pickle=False))

@@ -43,7 +43,7 @@ class Signals:
 
     Args:
         arrays: What :meth:`build` computes.
-        vectors: Document vectors, rows of any length, ``(N, D)``.
+        vectors: What :func:`kexue.workbench.encoder.text_vectors` gives, ``(N, D)``, or None.
 
     Attributes:
         used: Signal -> whether the corpus has it.
@@ -78,13 +78,17 @@ class Signals:
 
         Args:
             corpus: The documents.
-            vectors: Their vectors, ``(N, D)``, or None to leave out ``meaning``.
+            vectors: Their text vectors, ``(N, D)``, or None to leave out ``meaning``.
         """
         if vectors is not None and len(vectors) != len(corpus):
             raise ValueError(f"vectors must have one row for each of the {len(corpus)} documents; got {len(vectors)}")
         words = _tfidf(corpus)
         names = _name_grams(corpus) if corpus.flags.get("names") else sp.csr_array((len(corpus), 0), dtype=np.float32)
-        links = _mentions(corpus) if corpus.flags.get("names") else sp.csr_array((len(corpus), len(corpus)), dtype=np.float32)
+        links = (
+            _mentions(corpus)
+            if corpus.flags.get("names")
+            else sp.csr_array((len(corpus), len(corpus)), dtype=np.float32)
+        )
         parent = corpus.parent if corpus.flags.get("order") else np.full(len(corpus), -1, np.int32)
         arrays = {"parent": np.ascontiguousarray(parent), "position": np.ascontiguousarray(corpus.position)}
         for name, matrix in (("words", words), ("name", names), ("mentions", links)):
@@ -135,7 +139,8 @@ class Signals:
         best = top_k(total, k)
         best = best[total[best] > 0]
         return [
-            (int(j), float(total[j]), {n: round(float(s[j]), 4) for n, s in signals.items() if j in ranked[n]}) for j in best
+            (int(j), float(total[j]), {n: round(float(s[j]), 4) for n, s in signals.items() if j in ranked[n]})
+            for j in best
         ]
 
     def _row(self, name: str, i: int) -> NDArray[np.float32]:
@@ -153,22 +158,24 @@ class Signals:
         return out
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``signals.safetensors`` and ``signals.json``; vectors are stored by the ranker and not again."""
+        """Write ``signals.safetensors``, ``signals.vectors.npy`` and, last, ``signals.json`` into ``folder``."""
         from safetensors.numpy import save_file
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         with atomic_path(target / "signals.safetensors") as temporary:
             save_file(self.arrays, temporary)
+        if self.vectors is not None:
+            with atomic_path(target / "signals.vectors.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, self.vectors, allow_pickle=False)
         write_json(target / "signals.json", {"format": FORMAT, "documents": self.documents, "used": self.used})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], vectors: NDArray[np.float32] | None) -> Signals:
-        """Read what :meth:`save` wrote.
+    def load(cls, folder: str | os.PathLike[str], mmap: bool = True) -> Signals:
+        """Read what :meth:`save` wrote; with ``mmap`` the vectors stay on disk until used.
 
-        Args:
-            folder: Where it is.
-            vectors: The document vectors it was built with.
+        Raises:
+            ValueError: The folder holds no signals, or those of another format version.
         """
         from safetensors.numpy import load_file
 
@@ -178,8 +185,10 @@ class Signals:
         head = json.loads((source / "signals.json").read_text(encoding="utf-8"))
         if head.get("format") != FORMAT:
             raise ValueError(f"{source / 'signals.json'}: expected format {FORMAT}, got {head.get('format')!r}")
-        if vectors is not None and len(vectors) != head["documents"]:
-            raise ValueError(f"vectors must have {head['documents']} rows; got {len(vectors)}")
+        vectors = None
+        if head["used"]["meaning"]:
+            path = source / "signals.vectors.npy"
+            vectors = np.asarray(np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False))
         return cls(load_file(source / "signals.safetensors"), vectors)
 
 
@@ -221,7 +230,7 @@ def _name_grams(corpus: TokenizedCorpus) -> Any:
     except ValueError:  # no name has two characters
         return sp.csr_array((len(corpus), 0), dtype=np.float32)
     # The commonest grams (``get_``) belong to thousands of names: slow, and worth nothing.
-    common = np.bincount(matrix.indices, minlength=matrix.shape[1]) > max(50, len(corpus) // 50)
+    common = np.bincount(matrix.indices, minlength=matrix.shape[1]) > max(200, len(corpus) // 10)
     keep = sp.diags_array((~common).astype(np.float32))
     pruned = sp.csr_array(matrix @ keep)
     pruned.eliminate_zeros()
@@ -237,7 +246,7 @@ def _mentions(corpus: TokenizedCorpus) -> Any:
     df = np.bincount(ids, minlength=size)
     bearers = np.bincount(corpus.own[corpus.own >= 0], minlength=size)
     named = np.flatnonzero(corpus.own >= 0)
-    named = named[(bearers[corpus.own[named]] <= NAMESAKES) & (df[corpus.own[named]] <= max(20, n // 20))]
+    named = named[(bearers[corpus.own[named]] <= NAMESAKES) & (df[corpus.own[named]] <= max(20, n // 50))]
     word = corpus.own[named]
     weight = np.log((1 + n) / (1 + df[word])) / np.sqrt(bearers[word])
     target = sp.csr_array((weight.astype(np.float32), (word, named)), shape=(size, n))

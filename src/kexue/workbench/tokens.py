@@ -398,7 +398,9 @@ def tokenize_corpus(
         (['a', 'norm'], False, ['matrix', 'norm'])
     """
     if isinstance(documents, Iterator):
-        raise TypeError(f"documents must start anew each time it is iterated; got {type(documents).__name__}, use a list")
+        raise TypeError(
+            f"documents must start anew each time it is iterated; got {type(documents).__name__}, use a list"
+        )
     if not callable(tokenizer):
         raise TypeError(f"tokenizer must be callable; got {type(tokenizer).__name__}")
     if min_df is not None:
@@ -433,7 +435,9 @@ def tokenize_corpus(
         if not labels:
             raise ValueError("a corpus needs at least one document; got none")
         if not ids:
-            raise ValueError(f"no word in any of the {len(labels)} documents: is the text in another encoding, or empty?")
+            raise ValueError(
+                f"no word in any of the {len(labels)} documents: is the text in another encoding, or empty?"
+            )
         minimum = min_df if min_df is not None else 2 if len(labels) >= 50 else 1
         vocabulary, df, renumber = _rank_words(ids, counts, named, minimum)
         fields = {name: spill.finish(renumber, target / name) for name, spill in spills.items()}
@@ -471,7 +475,7 @@ def _rank_words(
     keep = df >= minimum
     # Letters only: the digits and hexadecimal pieces of generated ids are not worth a row each.
     words = list(ids)
-    keep[[number for number in named if words[number].replace("_", "").isalpha()]] = True
+    keep[[number for number in named if df[number] and words[number].replace("_", "").isalpha()]] = True
     kept = sorted(np.flatnonzero(keep).tolist(), key=lambda number: (-df[number], words[number]))
     renumber = np.full(len(words), -1, np.int32)
     renumber[kept] = np.arange(len(kept), dtype=np.int32)
