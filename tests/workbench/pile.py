@@ -5,12 +5,15 @@ import random
 from kexue.corpus import Document
 
 TOPICS = {
-    "sparse": "matrix storage compressed row column nonzero entry format conversion csr block diagonal slice".split(),
-    "signal": "filter frequency sample spectrum window fourier transform phase noise decibel band pass".split(),
-    "cluster": "centroid label distance group hierarchy linkage density neighbour silhouette partition inertia".split(),
-    "optimize": "minimum gradient step line search constraint bound tolerance jacobian hessian objective converge".split(),
+    topic: words.split(" ")
+    for topic, words in {
+        "sparse": "matrix storage compressed row column nonzero entry format conversion csr block diagonal slice",
+        "signal": "filter frequency sample spectrum window fourier transform phase noise decibel band pass",
+        "cluster": "centroid label distance group hierarchy linkage density neighbour silhouette partition inertia",
+        "optimize": "minimum gradient step line search constraint bound tolerance jacobian hessian objective converge",
+    }.items()
 }
-FILLER = "the a of and returns given value array input output number default see which function if optional".split()
+FILLER = "the,a,of,and,returns,given,value,array,input,output,number,default,see,which,function,if,optional".split(",")  # noqa: SIM905 (readable)
 
 
 def documentation(per_topic=40, seed=0, title=False):

@@ -23,7 +23,7 @@ def built(tmp_path_factory):
 
 
 def test_words_and_meaning_are_cosines(built):
-    corpus, vectors, signals = built
+    _, vectors, signals = built
     scores = signals.scores(3)
     assert scores["words"][3] == pytest.approx(1, abs=1e-5)
     assert scores["name"][3] == pytest.approx(1, abs=1e-5)

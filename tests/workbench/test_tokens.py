@@ -5,15 +5,8 @@ from hypothesis import strategies as st
 
 from kexue.corpus import Document
 from kexue.words import Tokenizer
-from kexue.workbench.tokens import (
-    Ragged,
-    TokenizedCorpus,
-    concatenate,
-    is_name,
-    name_and_parent,
-    split_head,
-    tokenize_corpus,
-)
+from kexue.workbench.fields import is_name, name_and_parent, split_head
+from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate, tokenize_corpus
 from workbench.pile import documentation, plain_pile
 
 ROWS = st.lists(st.lists(st.integers(0, 50), max_size=6), min_size=1, max_size=8)

@@ -105,8 +105,8 @@ class ViewSampler:
         >>> rows = Ragged.from_rows([[0, 1, 2, 3], [4, 5, 6, 7]])
         >>> none = Ragged.from_rows([[], []])
         >>> blank = np.full(2, -1, np.int32)
-        >>> corpus = TokenizedCorpus(list("abcdefgh"), np.ones(8), none, rows, none, none, blank, ["", ""], blank, blank)
-        >>> batch = ViewSampler(corpus, 2, seed=0)(step=5)
+        >>> pile = TokenizedCorpus(list("abcdefgh"), np.ones(8), none, rows, none, none, blank, [""] * 2, blank, blank)
+        >>> batch = ViewSampler(pile, 2, seed=0)(step=5)
         >>> sorted(batch), len(batch["offsets"])
         (['ids', 'offsets', 'weights'], 5)
     """
@@ -129,7 +129,8 @@ class ViewSampler:
         chosen = self.usable[batch_indices(self.seed, step, size, len(self.usable), drop_last=True)]
         key = np.uint64(numpy_generator(self.seed, step).integers(0, 1 << 63))
         out = np.empty(2 * size * (LONG[1] + 2 * MOST), np.int32)
-        offsets = _views(chosen, *self.fields, key, SHORT, LONG, HEAD, DROP, NAME, out)
+        kernel: Any = _views
+        offsets = kernel(chosen, *self.fields, key, SHORT, LONG, HEAD, DROP, NAME, out)
         parts = count_words(out[: offsets[-1]], offsets, self.size)
         return dict(zip(("ids", "weights", "offsets"), map(torch.from_numpy, parts), strict=True))
 

@@ -52,8 +52,8 @@ class Signals:
         >>> from kexue.workbench.tokens import Ragged
         >>> rows = Ragged.from_rows([[0, 1], [1, 2], [1, 0, 2]])
         >>> none, blank = Ragged.from_rows([[], [], []]), np.full(3, -1, np.int32)
-        >>> corpus = TokenizedCorpus(list("abc"), np.array([2, 3, 2]), none, rows, none, none, blank, [""] * 3, blank, blank)
-        >>> signals = Signals.build(corpus, None)
+        >>> fields = (none, rows, none, none, blank, [""] * 3, blank, blank)
+        >>> signals = Signals.build(TokenizedCorpus(list("abc"), np.array([2, 3, 2]), *fields), None)
         >>> [name for name, on in signals.used.items() if on], signals.similar(0, 1)[0][0]
         (['words'], 2)
     """
@@ -125,7 +125,8 @@ class Signals:
 
         Returns:
             For each one its number, score and the signals that speak for it with their values: cosines for ``words``,
-            ``meaning``, ``name``; weight of the names for ``mentions``, ``mentioned``; 1 / (1 + distance) for ``order``.
+            ``meaning``, ``name``; weight of the names for ``mentions``, ``mentioned``; 1 / (1 + distance) for
+            ``order``.
         """
         check_int("k", k, 1)
         signals = self.scores(i)
@@ -153,8 +154,8 @@ class Signals:
         starts, columns, values = (self.arrays[f"{name}.{part}"] for part in ("starts", "rows", "values"))
         out = np.zeros(self.documents, np.float32)
         here = slice(int(starts[i]), int(starts[i + 1]))
-        by_column = (self.arrays[f"{name}.by_column.{part}"] for part in ("starts", "rows", "values"))
-        _accumulate(columns[here], values[here], *by_column, out)
+        turned, rows, entries = (self.arrays[f"{name}.by_column.{part}"] for part in ("starts", "rows", "values"))
+        _accumulate(columns[here], values[here], turned, rows, entries, out)
         return out
 
     def save(self, folder: str | os.PathLike[str]) -> None:
