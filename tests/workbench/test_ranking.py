@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from kexue.models.bag_encoder import BagEncoder
 from kexue.words import Tokenizer
-from kexue.workbench.encoder import document_vectors
-from kexue.workbench.ranking import Impacts, Ranker, heads_are_text, top_k
+from kexue.workbench.encoder import document_vectors, heads_are_text
+from kexue.workbench.ranking import Impacts, Ranker, top_k
 from kexue.workbench.tokens import Ragged, tokenize_corpus
 from workbench.pile import documentation, plain_pile
 
@@ -83,7 +83,7 @@ def test_documents_without_a_title_compete_on_equal_terms(corpus, encoder):
     half = corpus.without_heads(some)
     assert heads_are_text(corpus)
     assert not heads_are_text(half)
-    ranker = Ranker.build(half, document_vectors(encoder, half, heads=False))
+    ranker = Ranker.build(half, document_vectors(encoder, half))
     bare = Ranker.build(corpus, document_vectors(encoder, corpus, heads=False), heads=False)
     query = corpus.head[0]  # its own title is missing
     np.testing.assert_array_equal(ranker.scores(query, None)[1], bare.scores(query, None)[1])

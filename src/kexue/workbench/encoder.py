@@ -272,7 +272,13 @@ def text_vectors(encoder: BagEncoder, corpus: TokenizedCorpus) -> NDArray[np.flo
     return encoder.encode_ids(concatenate(corpus.head, corpus.body, corpus.name))
 
 
-def document_vectors(encoder: BagEncoder, corpus: TokenizedCorpus, heads: bool = True) -> NDArray[np.float32]:
+def heads_are_text(corpus: TokenizedCorpus) -> bool:
+    """Whether heads are searched like text: when 9 of 10 documents have one, or none has."""
+    share = float((corpus.head.lengths > 0).mean())
+    return share >= 0.9 or share == 0
+
+
+def document_vectors(encoder: BagEncoder, corpus: TokenizedCorpus, heads: bool | None = None) -> NDArray[np.float32]:
     """Vectors that queries are compared with, ``(N, D)``: 3 x (text with name) + 2 x (name alone), each of length 1.
 
     A name is short and says much; alone it would drown in the text. Without names this is 3 x text. The lengths differ
@@ -281,8 +287,9 @@ def document_vectors(encoder: BagEncoder, corpus: TokenizedCorpus, heads: bool =
     Args:
         encoder: The trained encoder.
         corpus: The documents, in the encoder's vocabulary.
-        heads: Whether heads count as text.
+        heads: Whether heads count as text; None asks :func:`heads_are_text`.
     """
+    heads = heads_are_text(corpus) if heads is None else heads
     fields = [corpus.head, corpus.body] if heads else [corpus.body]
     vectors = TEXT_PART * encoder.encode_ids(concatenate(*fields, corpus.name))
     if len(corpus.name.values):

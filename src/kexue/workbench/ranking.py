@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._files import atomic_path, write_json
-from kexue.workbench.encoder import TEXT_PART
+from kexue.workbench.encoder import TEXT_PART, heads_are_text
 from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate
 
 FORMAT = 1
@@ -229,12 +229,6 @@ class Ranker:
         if head["vectors"]:
             vectors = np.asarray(np.load(source / "vectors.npy", mmap_mode="r" if mmap else None, allow_pickle=False))
         return cls(text, names, vectors, arrays.get("titles"), head["documents"])
-
-
-def heads_are_text(corpus: TokenizedCorpus) -> bool:
-    """Whether heads are searched like text: when 9 of 10 documents have one, or none has."""
-    share = float((corpus.head.lengths > 0).mean())
-    return share >= 0.9 or share == 0
 
 
 def top_k(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
