@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +55,46 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Put the folder ``new`` in the place of ``target`` and remove what stood there.
+
+    On Linux the two are exchanged in one step. Elsewhere the old folder is first set aside under the name that
+    :func:`recover_directory` looks for, so that being killed in between loses nothing.
+    """
+    old = _set_aside(target)
+    if target.exists():
+        if _exchange(new, target):
+            os.replace(new, old)
+        else:
+            os.replace(target, old)
+            os.replace(new, target)
+    else:
+        os.replace(new, target)
+    fsync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(target: Path) -> None:
+    """Undo or finish a :func:`replace_directory` that was killed half-way."""
+    old = _set_aside(target)
+    if old.is_dir():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, target)
+
+
+def _set_aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically with renameat2; False where the system has no such call."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of the Linux headers
+    return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)

@@ -192,6 +192,10 @@ class InstalledDocumentation:
             )
 
 
+# "name(arguments)", "--", blank line: how compiled functions write their signature in front of their docstring.
+_CLINIC = re.compile(r"\A(\s*\w[^\n]*\)[ \t]*\n)[ \t]*--[ \t]*\n(?=[ \t]*\n)")
+
+
 def _documents(file: _File, skipped: list[tuple[str, str]]) -> Iterator[Document]:
     try:
         with open(file.path, "rb") as handle:
@@ -204,7 +208,7 @@ def _documents(file: _File, skipped: list[tuple[str, str]]) -> Iterator[Document
         skipped.append((file.path, f"not Python {sys.version_info[0]}.{sys.version_info[1]}: {error.msg}"))
         return
     for item in found:
-        text, related = split_see_also(item.docstring)
+        text, related = split_see_also(_CLINIC.sub(r"\1\n", item.docstring))
         if not text.strip():
             continue
         if item.name == "":

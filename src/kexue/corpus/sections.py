@@ -95,6 +95,7 @@ def split_see_also(docstring: str) -> tuple[str, list[str]]:
 _SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\s*\(.*\)(?:\s*->\s*[^\n]+)?$", re.S)
 _PARAGRAPH_END = re.compile(r"\n(?=[ \t]*(?:\n|\.\. |>>> |[-*] |:\w+[^`\n:]*:(?=\s)|\d+[.)] ))")
 _ANY_UNDERLINE = re.compile(r"\n[ \t]*([=\-~^\"'#*+])\1{2,}[ \t]*(?=\n|$)")
+_OVERLINE = re.compile(r"\A([=\-~^\"'#*+])\1{2,}[ \t]*\n")
 _SENTENCE = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\bal)(?<!\betc)[.!?](?=\s+[^a-z\s])|[。！？]")
 _LONGEST = 300
 
@@ -111,15 +112,18 @@ def split_summary(text: str) -> tuple[str, str]:
         >>> split_summary("Sum of array elements\nover a given axis. More.\n\nParameters")
         ('Sum of array elements over a given axis.', 'More.\n\nParameters')
     """
-    text = text.strip()
+    text = _OVERLINE.sub("", text.strip())
     start = 0
     end = _paragraph(text, 0)
     line = text.find("\n")
     if 0 < line < end and _SIGNATURE.match(text[:line]):
         start = line + 1
-    elif end < len(text) and _SIGNATURE.match(text[:end]):
-        following = len(text) - len(text[end:].lstrip())
-        if not text[following:].startswith((".. ", ">>> ")):
+    else:
+        # Compiled functions have up to two: their own and the one for people.
+        while end < len(text) and _SIGNATURE.match(text[start:end]):
+            following = len(text) - len(text[end:].lstrip())
+            if text[following:].startswith((".. ", ">>> ")):
+                break
             start, end = following, _paragraph(text, following)
     underline = _ANY_UNDERLINE.search(text, start, end)
     if underline is not None:

@@ -1,0 +1,149 @@
+"""The report of a workspace: one self-contained page that shows what was learned and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+
+from kexue._files import atomic_path
+from kexue.workbench import parts as layout
+from kexue.workbench.evaluation import choose_held_out
+from kexue.workbench.parts import Parts
+from kexue.workbench.search import Hit, Searcher
+
+_MAP_WORDS = 160
+_SAMPLE_WORDS = 8
+_SAMPLE_SEARCHES = 4
+
+
+def write_report(
+    folder: Path, figures: Mapping[str, Any], timings: Mapping[str, Mapping[str, float]], seed: int = 0
+) -> int:
+    """Write ``report.html`` into a workspace whose parts are complete.
+
+    Args:
+        folder: The workspace, or the folder it is being built in.
+        figures: Step -> figures.
+        timings: Step -> seconds and memory.
+        seed: Seed of the build; it chose the held-out documents.
+
+    Returns:
+        The size of the page in bytes.
+    """
+    parts = Parts.load(folder)
+    searcher = Searcher(parts)
+    chosen = _telling_words(parts)
+    environment = Environment(loader=PackageLoader("kexue.workbench", "."), autoescape=True, trim_blocks=True)
+    environment.filters["figure"] = _figure
+    page = environment.get_template("report.html.j2").render(
+        figures=figures,
+        timings=timings,
+        tables=figures.get("evaluate", {}).get("tables", {}),
+        signals=figures.get("index", {}).get("signals", {}),
+        searches=_searches(searcher, parts, seed),
+        neighbours=_neighbours(searcher, chosen[:_SAMPLE_WORDS], parts.surface),
+        word_map=_word_map(parts, chosen[:_MAP_WORDS], seed),
+        curve=_curve(json.loads((folder / layout.CURVE).read_text(encoding="utf-8"))["loss"]),
+        mark=_mark,
+    )
+    with atomic_path(folder / layout.REPORT) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    parts.store.close()
+    return (folder / layout.REPORT).stat().st_size
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return str(value)
+
+
+def _mark(hit: Hit) -> Markup:
+    """The passage of a hit with the matched words marked."""
+    out, last = Markup(""), 0
+    for start, end in hit.evidence.get("spans", []):
+        out += escape(hit.passage[last:start]) + Markup("<mark>") + escape(hit.passage[start:end]) + Markup("</mark>")
+        last = end
+    return out + escape(hit.passage[last:])
+
+
+def _telling_words(parts: Parts) -> list[str]:
+    """Frequent words that say much: of the 1500 most frequent ones those with the longest vectors."""
+    model = parts.words
+    if model is None:
+        return []
+    words = [word for word in list(model.vocabulary_)[:1500] if len(word) > 1 and not word.isdigit()]
+    return sorted(words, key=lambda word: (-model.importance(word), word))
+
+
+def _neighbours(searcher: Searcher, words: list[str], surface: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(surface.get(word, word), ", ".join(other for other, _ in searcher.words(word, k=8))) for word in words]
+
+
+def _searches(searcher: Searcher, parts: Parts, seed: int) -> list[dict[str, Any]]:
+    """Questions whose document was never seen together with them in training, next to plain keyword search."""
+    rows = np.flatnonzero(choose_held_out(parts.tokens, seed=seed))
+    if not len(rows):
+        rows = np.arange(min(len(parts.tokens), _SAMPLE_SEARCHES))
+    picked = np.random.default_rng(seed).permutation(rows)[:_SAMPLE_SEARCHES]
+    out = []
+    for document in parts.store.fetch(picked.tolist()):
+        query = document.title or document.text.strip().partition("\n")[0][:120]
+        if not query.strip():
+            continue
+        keyword = [row for row, _ in parts.store.keywords(parts.tokenizer(query), 5)]
+        out.append(
+            {
+                "query": query,
+                "hits": searcher.search(query, k=5),
+                "keyword": parts.store.fetch(keyword),
+                "expected": document.id,
+            }
+        )
+    return out
+
+
+def _word_map(parts: Parts, words: list[str], seed: int) -> list[tuple[float, float, str]]:
+    """Two-dimensional positions of words in percent of the map, by t-SNE on their directions."""
+    if parts.words is None or len(words) < 5:
+        return []
+    from sklearn.manifold import TSNE
+
+    ids = {word: number for number, word in enumerate(parts.words.vocabulary_)}
+    table = np.asarray(parts.words.vectors_)[[ids[word] for word in words]]
+    table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    perplexity = min(12.0, (len(words) - 1) / 3)
+    flat = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, metric="cosine").fit_transform(table)
+    return [
+        (float(x), float(y), parts.surface.get(word, word)) for (x, y), word in zip(_percent(flat), words, strict=True)
+    ]
+
+
+def _percent(points: NDArray[Any]) -> NDArray[Any]:
+    low, high = points.min(0), points.max(0)
+    return 3 + 94 * (points - low) / np.maximum(high - low, 1e-12)
+
+
+def _curve(losses: list[float]) -> dict[str, Any]:
+    """The training curve as an SVG path, smoothed to at most 300 points."""
+    if len(losses) < 2:
+        return {}
+    values = np.asarray(losses)
+    pieces = np.array_split(values, min(300, len(values)))
+    means = np.array([piece.mean() for piece in pieces])
+    x = np.linspace(0, 100, len(means))
+    low, high = float(means.min()), float(means.max())
+    y = 96 - 92 * (means - low) / max(high - low, 1e-12)
+    path = "M" + " L".join(f"{a:.2f},{b:.2f}" for a, b in zip(x, y, strict=True))
+    return {"path": path, "low": low, "high": high, "steps": len(losses)}

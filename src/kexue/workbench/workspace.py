@@ -1,0 +1,140 @@
+"""A finished workspace: search, related documents, related words, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kexue import __version__
+from kexue._files import recover_directory
+from kexue.corpus import Document
+from kexue.workbench.build import Settings
+from kexue.workbench.build import build as build_workspace
+from kexue.workbench.errors import WorkspaceError
+from kexue.workbench.manifest import Manifest
+from kexue.workbench.parts import Parts
+from kexue.workbench.search import Searcher
+
+
+class Workspace(Searcher):
+    """What ``kexue build`` made: open it, ask it.
+
+    Args:
+        folder: The folder of the workspace. Use :meth:`open` or :meth:`build`.
+
+    Example:
+        >>> import tempfile, os
+        >>> from kexue.corpus import Document
+        >>> texts = ["cats purr and sleep", "dogs bark at cats", "cars need petrol", "petrol and oil for cars"]
+        >>> corpus = [Document(str(i), text) for i, text in enumerate(texts)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     workspace = Workspace.build(corpus, os.path.join(folder, "pets"), epochs=2)
+        ...     [hit.id for hit in workspace.search("barking dogs", k=1)]
+        ['1']
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        recover_directory(self.folder)
+        self.manifest = Manifest.read(self.folder)
+        try:
+            super().__init__(Parts.load(self.folder))
+        except WorkspaceError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise WorkspaceError(
+                f"{self.folder} is damaged ({error}); build it again with `kexue build ... --out {self.folder} --force`"
+            ) from error
+
+    @classmethod
+    def build(
+        cls,
+        corpus: Iterable[Document] | str | Path | Iterable[str | Path] | None = None,
+        out: str | Path = "workspace",
+        *,
+        force: bool = False,
+        packages: Iterable[str] | None = None,
+        evaluate: bool = False,
+        seed: int = 0,
+        epochs: int | None = None,
+        dim: int = 256,
+        read_options: Mapping[str, Any] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> Workspace:
+        """Build a workspace and open it.
+
+        Args:
+            corpus: Documents, a path or several paths (see :func:`kexue.corpus.read_documents`), or None for the
+                documentation of the installed packages.
+            out: The new folder. A build that was interrupted continues when it is called again with the same arguments.
+            force: Replace ``out`` when the new build is complete; without it an existing folder is refused.
+            packages: With ``corpus=None``, the packages whose documentation is read.
+            evaluate: Also run the full evaluation, which trains two more encoders on halves of the corpus.
+            seed: Seed of everything random: equal corpus, settings and machine give equal figures.
+            epochs: Passes of the encoder over the corpus; None lets its size decide.
+            dim: Width of the document vectors.
+            read_options: Passed to :func:`kexue.corpus.read_documents`.
+            log: Called with one line for each finished step.
+
+        Returns:
+            The opened workspace.
+
+        Raises:
+            WorkspaceError: ``out`` exists, another build into it is running, or the disk is full.
+            ValueError: the corpus holds no documents, or two with the same id.
+        """
+        settings = Settings(seed=seed, epochs=epochs, dim=dim, evaluate=evaluate)
+        folder = build_workspace(
+            corpus,
+            out,
+            settings,
+            force=force,
+            packages=packages,
+            read_options=dict(read_options or {}),
+            log=log,
+        )
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Workspace:
+        """Open a finished workspace.
+
+        Args:
+            folder: What was given as ``out`` to the build.
+
+        Raises:
+            WorkspaceError: the folder is missing, not a workspace, of another version, or damaged; the message says
+                which and what to do.
+        """
+        return cls(folder)
+
+    def close(self) -> None:
+        """Close the files; after that nothing can be asked. ``with Workspace.open(folder) as space`` does it too."""
+        self._parts.store.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def info(self) -> dict[str, Any]:
+        """Source, settings, figures, evaluation, and timings of the workspace, JSON-compatible."""
+        figures = dict(self.manifest.figures)
+        evaluation = figures.get("evaluate", {}).get("tables", {})
+        figures["evaluate"] = {key: value for key, value in figures.get("evaluate", {}).items() if key != "tables"}
+        return {
+            "folder": str(self.folder),
+            "kexue": __version__,
+            "source": self.manifest.source,
+            "documents": len(self),
+            "settings": self.manifest.settings,
+            "figures": figures,
+            "evaluation": evaluation,
+            "timings": self.manifest.timings,
+        }
+
+    def report(self) -> Path:
+        """Path of the report page."""
+        return self.folder / "report.html"
