@@ -49,8 +49,8 @@ def test_ids_are_suggested_literally(tmp_path):
 
 def test_keyword_search_ranks_by_bm25_and_takes_any_text(tmp_path):
     store, _, _ = create(tmp_path)
-    store.index_words([["cat", "cat", "矩阵"], ["cat", "dog", "dog", "dog", "dog", "👍", "train_test_split"], ["bird"]])
-    assert [row for row, _ in store.keywords(["cat"], 5)] == [0, 1]
+    store.index_words([["cat", "dog", "dog", "dog", "dog", "矩阵"], ["cat", "cat", "👍", "train_test_split"], ["bird"]])
+    assert [row for row, _ in store.keywords(["cat"], 5)] == [1, 0]
     assert [row for row, _ in store.keywords(["矩阵"], 5)] == [0]
     assert [row for row, _ in store.keywords(["👍"], 5)] == [1]
     assert [row for row, _ in store.keywords(["train_test_split"], 5)] == [1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +77,11 @@ class Parts:
         number = self.tokens.ids.get(token)
         df = 1 if number is None else int(self.tokens.df[number])
         return math.log(1 + len(self.tokens) / df)
+
+    def telling(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Leave out words that stand in more than a fifth of the documents, unless there are no others."""
+        bound = math.log(1 + 5)
+        return {word: weight for word, weight in weights.items() if weight >= bound} or dict(weights)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of texts, shape ``(N, D)``."""

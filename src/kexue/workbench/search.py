@@ -102,8 +102,9 @@ class Searcher:
         self._add_rare(tokens, ids, vector, found)
         forms = surface_forms(query, parts.tokenizer)
         for _, part in found.values():
-            part["words"] = list(dict.fromkeys(forms.get(word, word) for word in part["words"]))
-        weights = {token: parts.weight(token) for token in tokens}
+            told = parts.telling({word: parts.weight(word) for word in part["words"]})
+            part["words"] = list(dict.fromkeys(forms.get(word, word) for word in told))
+        weights = parts.telling({token: parts.weight(token) for token in tokens})
         best = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))[:k]
         return self._hits([(row, score, part) for row, (score, part) in best], weights)
 
