@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kexue.corpus import Document
 from kexue.models.bag_encoder import BagEncoder
 from kexue.words import Tokenizer
 from kexue.workbench.encoder import document_vectors, heads_are_text
@@ -91,6 +92,26 @@ def test_documents_without_a_title_compete_on_equal_terms(corpus, encoder):
     assert order.tolist() == [1]
     reordered = corpus.head[1][::-1]
     assert ranker.search(reordered, None, 1)[0].tolist() == [1]
+
+
+def test_part_of_a_title_finds_its_document_where_others_have_none(tmp_path):
+    body = "Numbers of the year, with remarks."
+    documents = [Document(str(i), body) for i in range(6)] + [
+        Document("quarter", body, title="Quarterly report of the northern office"),
+        Document("year", body, title="Annual report of the northern office"),
+    ]
+    half = tokenize_corpus(documents, Tokenizer(), tmp_path)
+    assert not heads_are_text(half)
+    ranker = Ranker.build(half, None)
+    for query, expected in (("quarterly report", [6]), ("northern office", [6, 7]), ("Annual", [7])):
+        words = half.lookup(Tokenizer()(query))
+        order, _, parts = ranker.search(words, None, 8)
+        assert order.tolist() == expected
+        assert set(parts[0]["words"]) == set(words.tolist())
+    ranker.save(tmp_path / "ranker")
+    again = Ranker.load(tmp_path / "ranker")
+    words = half.lookup(Tokenizer()("quarterly report"))
+    np.testing.assert_array_equal(again.scores(words, None)[0], ranker.scores(words, None)[0])
 
 
 def test_a_plain_pile_is_ranked_by_text(tmp_path):

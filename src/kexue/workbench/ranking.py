@@ -6,13 +6,13 @@ What BM25 gives a word in a document does not depend on the query, so it is comp
 gathers the rows of its words: exact, and as long as its posting lists. With document vectors from
 :func:`kexue.workbench.encoder.document_vectors` the second term is 3 x cosine with the text + 2 x cosine with the name.
 
-Where only a part of the documents has a title, the titles are left out of both terms and only decide for a query that
-is exactly one of them: otherwise documents would win merely because they have a title.
+Where only a part of the documents has a title, the titles are left out of both terms: otherwise documents would win
+merely because they have one. A title that contains all words of the query then adds up to 10, by the share (idf) of the
+title that the query makes up.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -31,8 +31,9 @@ from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate
 
 FORMAT = 1
 NAME_WEIGHT = 2.0
-EXACT_TITLE = 10.0
+WHOLE_TITLE = 10.0
 K1, B = 1.5, 0.75
+TITLE_PARTS = ("starts", "rows", "idf", "mass")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,55 @@ def _gather(words, starts, rows, scores, out):  # type: ignore[no-untyped-def]
             out[rows[t]] += scores[t]
 
 
+@dataclass(frozen=True)
+class Titles:
+    """Which titles contain all words of a query, and how much of the title they are.
+
+    Args:
+        starts: Titles that contain word w are ``rows[starts[w]:starts[w + 1]]``, ``(V + 1,)``.
+        rows: Document numbers, ascending for each word.
+        idf: Weight of each word, ``(V,)``.
+        mass: Sum of the weights of each title, ``(N,)``.
+    """
+
+    starts: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    idf: NDArray[np.float32]
+    mass: NDArray[np.float32]
+
+    @classmethod
+    def build(cls, corpus: TokenizedCorpus) -> Titles:
+        """Index the heads of a corpus.
+
+        Example:
+            >>> heads, none = Ragged.from_rows([[0, 1], [1]]), Ragged.from_rows([[], []])
+            >>> blank = np.full(2, -1, np.int32)
+            >>> corpus = TokenizedCorpus(["a", "b"], np.ones(2), heads, none, none, none, blank, ["", ""], blank, blank)
+            >>> rows, share = Titles.build(corpus).containing(np.array([1]))
+            >>> rows.tolist(), share.tolist()
+            ([0, 1], [0.5, 1.0])
+        """
+        size, documents = len(corpus.vocabulary), len(corpus)
+        idf = (np.log((1 + documents) / (1 + np.asarray(corpus.df))) + 1).astype(np.float32)
+        document = np.repeat(np.arange(documents, dtype=np.int32), corpus.head.lengths)
+        pairs = sp.coo_array((np.ones(len(document), np.float32), (corpus.head.values, document)), (size, documents))
+        held = sp.csr_array(pairs)  # adds up repeated words
+        held.sort_indices()
+        mass = np.bincount(held.indices, np.repeat(idf, np.diff(held.indptr)), documents).astype(np.float32)
+        return cls(held.indptr.astype(np.int64), held.indices.astype(np.int32), idf, mass)
+
+    def containing(self, words: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Documents whose title contains all of the distinct ``words``, and the share of the title that these are."""
+        postings = [self.rows[self.starts[word] : self.starts[word + 1]] for word in words]
+        postings.sort(key=len)
+        found = postings[0] if postings else self.rows[:0]
+        for other in postings[1:]:
+            if not len(found):
+                break
+            found = np.intersect1d(found, other, assume_unique=True)
+        return found, self.idf[words].sum() / self.mass[found]
+
+
 class Ranker:
     """Rank documents for queries.
 
@@ -90,7 +140,7 @@ class Ranker:
         text: BM25 of the texts.
         names: BM25 of the names; no postings where names say nothing.
         vectors: Document vectors ``(N, D)``, or None for lexical ranking only.
-        titles: Hash of the words of each title (0 for none), used for exact titles only; None when titles are text.
+        titles: Titles beside the texts; None when titles are text.
 
     Example:
         >>> rows, none, blank = Ragged.from_rows([[0, 1], [1, 2]]), Ragged.from_rows([[], []]), np.full(2, -1, np.int32)
@@ -105,7 +155,7 @@ class Ranker:
         text: Impacts,
         names: Impacts,
         vectors: NDArray[np.float32] | None,
-        titles: NDArray[np.int64] | None = None,
+        titles: Titles | None = None,
         documents: int | None = None,
     ) -> None:
         self.text, self.names, self.vectors, self.titles = text, names, vectors, titles
@@ -125,9 +175,7 @@ class Ranker:
         heads = heads_are_text(corpus) if heads is None else heads
         size = len(corpus.vocabulary)
         text = concatenate(corpus.head, corpus.body) if heads else corpus.body
-        titles = None
-        if not heads:
-            titles = np.array([_hash(corpus.head[i]) for i in range(len(corpus))], np.int64)
+        titles = None if heads else Titles.build(corpus)
         return cls(Impacts.build(text, size), Impacts.build(corpus.last, size), vectors, titles, len(corpus))
 
     def scores(
@@ -145,7 +193,8 @@ class Ranker:
             meaning = self.vectors @ np.asarray(query_vector, np.float32)
         total = lexical + meaning
         if self.titles is not None and len(distinct):
-            total[self.titles == _hash(np.asarray(words))] += EXACT_TITLE
+            rows, share = self.titles.containing(distinct)
+            total[rows] += WHOLE_TITLE * share
         return total, lexical, meaning
 
     def search(
@@ -182,10 +231,12 @@ class Ranker:
         return order, total[order], parts
 
     def _has(self, word: int, row: int) -> bool:
-        for impacts in (self.text, self.names):
-            begin, end = impacts.starts[word], impacts.starts[word + 1]
-            place = begin + np.searchsorted(impacts.rows[begin:end], row)
-            if place < end and impacts.rows[place] == row:
+        for field in (self.text, self.names, self.titles):
+            if field is None:
+                continue
+            begin, end = field.starts[word], field.starts[word + 1]
+            place = begin + np.searchsorted(field.rows[begin:end], row)
+            if place < end and field.rows[place] == row:
                 return True
         return False
 
@@ -201,7 +252,7 @@ class Ranker:
             for part in ("starts", "rows", "scores")
         }
         if self.titles is not None:
-            arrays["titles"] = self.titles
+            arrays |= {f"titles.{part}": getattr(self.titles, part) for part in TITLE_PARTS}
         with atomic_path(target / "ranker.safetensors") as temporary:
             save_file(arrays, temporary)
         if self.vectors is not None:
@@ -228,7 +279,8 @@ class Ranker:
         vectors = None
         if head["vectors"]:
             vectors = np.asarray(np.load(source / "vectors.npy", mmap_mode="r" if mmap else None, allow_pickle=False))
-        return cls(text, names, vectors, arrays.get("titles"), head["documents"])
+        titles = Titles(*(arrays[f"titles.{part}"] for part in TITLE_PARTS)) if "titles.rows" in arrays else None
+        return cls(text, names, vectors, titles, head["documents"])
 
 
 def top_k(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
@@ -244,11 +296,3 @@ def top_k(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
     bound = np.partition(scores, -k)[-k]
     candidates = np.flatnonzero(scores >= bound)
     return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-
-
-def _hash(words: NDArray[Any]) -> int:
-    """A number for a set of words; 0 for none."""
-    if not len(words):
-        return 0
-    digest = hashlib.blake2b(np.unique(np.asarray(words, np.int64)).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1
