@@ -166,3 +166,13 @@ def test_settings_are_checked(corpus, tmp_path):
     with pytest.raises(ValueError, match="epochs"):
         train_encoder(corpus, out=tmp_path, epochs=0)
     assert isinstance(corpus, TokenizedCorpus)
+
+
+def test_training_leaves_the_number_of_threads_as_it_was(corpus, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train_encoder(corpus, out=tmp_path, dim=8, epochs=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
