@@ -154,3 +154,16 @@ def test_chinese_text_is_searched_by_words_and_meaning(tmp_path):
     assert all("火车" in hit.id for hit in space.search("火车站的旅客", k=3))
     assert space.similar("医院0", k=3)[0].id.startswith("医院")
     assert space.words("医院", k=3)
+
+
+def test_the_full_evaluation_asks_every_first_line_and_keeps_the_baselines_beside_ours(tmp_path, documents):
+    info = Workspace.build(documents, tmp_path / "space", epochs=3, dim=16, evaluate=True).info()
+    tables = info["evaluation"]
+    questions = next(rows for title, rows in tables.items() if title.startswith("Questions"))
+    assert [row["name"] for row in questions] == ["tf-idf", "BM25", "LSA-256", "encoder, text only", "search"]
+    assert {row["queries"] for row in questions} == {len(documents)}
+    related = next(rows for title, rows in tables.items() if title.startswith("Related"))
+    assert related[-1]["name"] == "all signals"
+    assert all(
+        0 <= row[key] <= 1 for rows in tables.values() for row in rows for key in ("recall@1", "recall@10", "mrr")
+    )
