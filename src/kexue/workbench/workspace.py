@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from kexue import __version__
 from kexue._files import recover_directory
 from kexue.corpus import Document
@@ -15,6 +17,9 @@ from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import Manifest
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Searcher
+
+# What reading files can raise whose content is not what was written.
+_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
 class Workspace(Searcher):
@@ -35,14 +40,14 @@ class Workspace(Searcher):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).resolve()
         recover_directory(self.folder)
         self.manifest = Manifest.read(self.folder)
         try:
             super().__init__(Parts.load(self.folder))
         except WorkspaceError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise WorkspaceError(
                 f"{self.folder} is damaged ({error}); build it again with `kexue build ... --out {self.folder} --force`"
             ) from error
