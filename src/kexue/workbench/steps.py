@@ -376,6 +376,8 @@ def report(context: Context) -> dict[str, Any]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what only the build needed."""
+    """Remove what only the build needed, and what a killed one left of files it was writing."""
     shutil.rmtree(folder / parts.TRAINING, ignore_errors=True)
     (folder / parts.COUNTS).unlink(missing_ok=True)
+    for path in folder.rglob(".*.tmp"):  # from kexue._files.atomic_path
+        path.unlink()
