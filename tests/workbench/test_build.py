@@ -169,6 +169,17 @@ def test_a_folder_that_cannot_be_replaced_is_refused_at_once(documents, folder):
         Workspace.build(documents, folder)
 
 
+def test_a_workspace_in_the_folder_of_its_texts_is_not_read_as_text(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"Note {number} about apples, trains and the number {number}.")
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 150)
+    options = {"on_error": "skip"}
+    for force in (False, True):
+        space = Workspace.build(tmp_path, tmp_path / "space", epochs=1, dim=8, force=force, read_options=options)
+        assert len(space) == 6
+    assert space.info()["figures"]["read"]["skipped"] > 150  # also those of which only the number is kept
+
+
 def test_a_killed_forced_build_leaves_the_previous_workspace_alone(tmp_path, documents):
     out = tmp_path / "space"
     before = Workspace.build(documents, out, epochs=2, dim=16)

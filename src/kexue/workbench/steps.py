@@ -98,7 +98,7 @@ def read(folder: Path, documents: Iterable[Document]) -> tuple[dict[str, Any], s
     store.close()
     skipped = getattr(documents, "skipped", None)
     if skipped:
-        figures["skipped"] = len(skipped)
+        figures["skipped"] = getattr(documents, "skipped_count", len(skipped))
         figures["skipped_examples"] = [f"{path}: {reason}" for path, reason in list(skipped)[:20]]
     return figures, content
 
