@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from kexue._files import replace_directory
 from kexue.corpus import Document
 from kexue.workbench import Hit, Workspace, WorkspaceError
+from kexue.workbench.parts import Parts
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +136,30 @@ def test_bytes_changed_inside_a_file_do_not_crash_the_opening(workspace, tmp_pat
     (copy / name).write_bytes(change((copy / name).read_bytes()))
     with pytest.raises(WorkspaceError, match="(?s)damaged.*--force"):
         Workspace.open(copy)
+
+
+@pytest.mark.parametrize("vanish", [False, True])
+def test_a_workspace_that_is_replaced_while_it_is_opened_is_opened_anew(workspace, tmp_path, monkeypatch, vanish):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for copy in (one, two):
+        shutil.copytree(workspace.folder, copy)
+    manifest = json.loads((two / "manifest.json").read_text(encoding="utf-8"))
+    (two / "manifest.json").write_text(json.dumps({**manifest, "source": "the new one"}), encoding="utf-8")
+    load = Parts.load
+
+    def slow(folder):
+        parts = load(folder)
+        if two.exists():
+            replace_directory(two, one)
+            if vanish:
+                parts.store.close()
+                raise FileNotFoundError("a file of the old one")
+        return parts
+
+    monkeypatch.setattr(Parts, "load", slow)
+    with Workspace.open(one) as space:
+        assert space.info()["source"] == "the new one"
+        assert space.search("blur", k=1)
 
 
 def test_a_database_that_is_damaged_behind_its_first_pages_says_so_when_it_is_read(workspace, tmp_path):
