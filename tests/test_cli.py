@@ -70,7 +70,7 @@ def test_similar_words_and_info_answer_in_json(space):
         (["build", "a", "--packages", "numpy"], 2, "--packages"),
         (["build", "--text-column", "body"], 2, "PATHS"),
         (["methods", "nosuchmethod"], 2, "nosuchmethod"),
-        (["reproduce", "nosuchmethod"], 1, "nosuchmethod"),
+        (["reproduce", "nosuchmethod"], 2, "nosuchmethod"),
         (["nosuchcommand"], 2, "nosuchcommand"),
     ],
 )

@@ -101,20 +101,18 @@ def state(method: Method) -> State:
 
 
 _ROWS = (
-    # 4671 更别致的词向量模型(三):描述相关的模型
     Method(
         "geometric-word-vectors",
         "PMI word vectors (simpler GloVe)",
         "几何词向量",
-        4671,
+        4671,  # 更别致的词向量模型(三):描述相关的模型
         ("kexue.words.CooccurrenceCounter", "kexue.words.PMIEmbedding"),
     ),
-    # 5577 最小熵原理(三):“飞象过河”之句模版和语言结构
     Method(
         "sentence-templates",
         "word discovery, sentence templates and structure by minimum entropy",
         "最小熵句模版",
-        5577,
+        5577,  # 最小熵原理(三):“飞象过河”之句模版和语言结构
         (
             "kexue.words.NGramCounter",
             "kexue.words.WordDiscovery",
@@ -125,12 +123,11 @@ _ROWS = (
             "kexue.words.merge_gain",
         ),
     ),
-    # 7546 线性Attention的探索:Attention必须有个Softmax吗?
     Method(
         "linear-attention",
         "linear attention and its normalised kernels",
         "线性注意力",
-        7546,
+        7546,  # 线性Attention的探索:Attention必须有个Softmax吗?
         (
             "kexue.attention.linear_attention",
             "kexue.attention.LinearAttention",
@@ -138,36 +135,32 @@ _ROWS = (
             "kexue.attention.register_attention",
         ),
     ),
-    # 7921 Performer:用随机投影将Attention的复杂度线性化
     Method(
         "performer",
         "positive orthogonal random features (FAVOR+)",
         "Performer 随机投影注意力",
-        7921,
+        7921,  # Performer:用随机投影将Attention的复杂度线性化
         ("kexue.attention.FavorFeatures",),
     ),
-    # 8601 Transformer升级之路:5、作为无限维的线性Attention
     Method(
         "infinite-dimensional-attention",
         "softmax attention as infinite-dimensional linear attention",
         "无限维线性注意力",
-        8601,
+        8601,  # Transformer升级之路:5、作为无限维的线性Attention
         ("kexue.attention.TaylorFeatures", "kexue.attention.ExpPowerFeatures"),
     ),
-    # 9034 熵不变性Softmax的一个快速推导
     Method(
         "entropy-invariant-softmax",
         "entropy-invariant softmax scale",
         "熵不变性 Softmax",
-        9034,
+        9034,  # 熵不变性Softmax的一个快速推导
         ("kexue.attention.entropy_invariant_attention", "kexue.attention.entropy_invariant_scale"),
     ),
-    # 9019 听说Attention与Softmax更配哦~
     Method(
         "gated-attention-softmax",
         "gated attention unit with softmax; length generalisation",
         "门控注意力与 Softmax",
-        9019,
+        9019,  # 听说Attention与Softmax更配哦~
         (
             "kexue.attention.GatedAttentionUnit",
             "kexue.models.GAUAlphaConfig",
@@ -175,32 +168,29 @@ _ROWS = (
             "kexue.models.GAUAlphaForMaskedLM",
         ),
     ),
-    # 8027 RealFormer:把残差转移到Attention矩阵上面去
     Method(
         "realformer",
         "residual attention scores",
         "RealFormer 残差注意力",
-        8027,
+        8027,  # RealFormer:把残差转移到Attention矩阵上面去
         ("kexue.attention.residual_attention", "kexue.attention.residual_attention_step"),
     ),
-    # 7947 层次分解位置编码,让BERT可以处理超长文本
     Method(
         "hierarchical-positions",
         "hierarchical decomposition of position embeddings",
         "层次分解位置编码",
-        7947,
+        7947,  # 层次分解位置编码,让BERT可以处理超长文本
         (
             "kexue.models.extend_positions",
             "kexue.models.HierarchicalPositionEmbedding",
             "kexue.models.hierarchical_positions",
         ),
     ),
-    # 8620 浅谈Transformer的初始化、参数化与标准化
     Method(
         "transformer-initialization",
         "initialization, parameterization, normalization of Transformers",
         "Transformer 的初始化、参数化与标准化",
-        8620,
+        8620,  # 浅谈Transformer的初始化、参数化与标准化
         (
             "kexue.models.truncated_normal_",
             "kexue.models.variance_scaling_",
@@ -209,36 +199,32 @@ _ROWS = (
             "kexue.models.probe",
         ),
     ),
-    # 8725 初始化方法中非方阵的维度平均策略思考
     Method(
         "non-square-initialization",
         "dimension averaging for non-square matrices",
         "非方阵初始化的维度平均",
-        8725,
+        8725,  # 初始化方法中非方阵的维度平均策略思考
         ("kexue.models.variance_scaling_", "kexue.models.predict_gain"),
     ),
-    # 8747 模型优化漫谈:BERT的初始标准差为什么是0.02?
     Method(
         "bert-initial-std",
         "why 0.02: gradient flow at initialization",
         "BERT 的初始标准差",
-        8747,
+        8747,  # 模型优化漫谈:BERT的初始标准差为什么是0.02?
         ("kexue.models.skip_gain", "kexue.models.probe"),
     ),
-    # 8444 我们可以无损放大一个Transformer模型吗(一)
     Method(
         "lossless-growth",
         "growing a Transformer without changing its function",
         "无损放大 Transformer",
-        8444,
+        8444,  # 我们可以无损放大一个Transformer模型吗(一)
         ("kexue.models.grow", "kexue.models.verify_growth"),
     ),
-    # 6418 “让Keras更酷一些!”:分层的学习率和自由的梯度
     Method(
         "layerwise-learning-rates",
         "layerwise learning rates and free gradients",
         "分层学习率与自由梯度",
-        6418,
+        6418,  # “让Keras更酷一些!”:分层的学习率和自由的梯度
         (
             "kexue.training.param_groups",
             "kexue.training.gradient_transform",
@@ -247,44 +233,39 @@ _ROWS = (
             "kexue.training.scale_lr_",
         ),
     ),
-    # 6261 从动力学角度看优化算法(三):一个更整体的视角
     Method(
         "optimizer-dynamics",
         "optimizers as dynamical systems",
         "优化算法的动力学视角",
-        6261,
+        6261,  # 从动力学角度看优化算法(三):一个更整体的视角
         ("kexue.training.GradientFlow", "kexue.training.steepest_direction"),
     ),
-    # 7980 从动力学角度看优化算法(六):为什么SimSiam不退化?
     Method(
         "simsiam-dynamics",
         "why SimSiam does not collapse",
         "SimSiam 不退化的动力学",
-        7980,
+        7980,  # 从动力学角度看优化算法(六):为什么SimSiam不退化?
         ("kexue.models.SimSiam", "kexue.models.CollapseMeter"),
     ),
-    # 8009 从动力学角度看优化算法(七):SGD ≈ SVM?
     Method(
         "path-kernel",
         "SGD as a kernel machine; training-data attribution",
         "SGD 路径核",
-        8009,
+        8009,  # 从动力学角度看优化算法(七):SGD ≈ SVM?
         ("kexue.explain.PathKernel",),
     ),
-    # 8770 Dropout视角下的MLM和MAE:一些新的启发
     Method(
         "mlm-dropout",
         "MLM and MAE as dropout; DropToken",
         "MLM 与 MAE 的 Dropout 视角",
-        8770,
+        8770,  # Dropout视角下的MLM和MAE:一些新的启发
         ("kexue.models.correct_mask_embedding", "kexue.models.uncorrect_mask_embedding", "kexue.models.DropToken"),
     ),
-    # 7661 修改Transformer结构,设计一个更快更好的MLM模型
     Method(
         "one-pass-mlm",
         "one-pass masked language model (T-TA)",
         "一次前向的 MLM",
-        7661,
+        7661,  # 修改Transformer结构,设计一个更快更好的MLM模型
         (
             "kexue.models.KexueConfig",
             "kexue.models.KexueModel",
@@ -293,28 +274,25 @@ _ROWS = (
             "kexue.models.KexueForCausalLM",
         ),
     ),
-    # 8671 NSP-BERT (NSP的Zero Shot)
     Method(
         "nsp-zero-shot",
         "zero-shot learning by next sentence prediction",
         "NSP 零样本学习",
-        8671,
+        8671,  # NSP-BERT (NSP的Zero Shot)
         ("kexue.tasks.NSPZeroShotClassifier", "kexue.tasks.SamplesContrast"),
     ),
-    # 7912 跟风玩玩目前最大的中文GPT2模型(bert4keras)
     Method(
         "cpm-gpt2",
         "a large Chinese GPT-2 (CPM-LM): tokenizer, loading, fast decoding",
         "中文 GPT2：CPM-LM",
-        7912,
+        7912,  # 跟风玩玩目前最大的中文GPT2模型(bert4keras)
         ("kexue.generation.load_causal_lm", "kexue.generation.CPMTokenizer", "kexue.generation.few_shot"),
     ),
-    # 8062 【搜出来的文本】(一)从文本生成到搜索采样
     Method(
         "search-sampling",
         "text generation by search and sampling",
         "从文本生成到搜索采样",
-        8062,
+        8062,  # 【搜出来的文本】(一)从文本生成到搜索采样
         (
             "kexue.generation.Target",
             "kexue.generation.CGMH",
@@ -325,44 +303,39 @@ _ROWS = (
             "kexue.generation.transition_matrix",
         ),
     ),
-    # 5743 基于GRU和AM-Softmax的句子相似度模型
     Method(
         "sentence-similarity",
         "sentence similarity as classification, then retrieval",
         "句子相似度模型",
-        5743,
+        5743,  # 基于GRU和AM-Softmax的句子相似度模型
         ("kexue.tasks.SentenceSimilarity", "kexue.tasks.retrieval_report", "kexue.models.CharGRUEncoder"),
     ),
-    # 8656 从三角不等式到Margin Softmax
     Method(
         "margin-softmax",
         "margin softmax from the triangle inequality",
         "Margin Softmax",
-        8656,
+        8656,  # 从三角不等式到Margin Softmax
         ("kexue.losses.margin_softmax_loss", "kexue.losses.MarginSoftmax", "kexue.losses.class_diameter"),
     ),
-    # 7359 将“Softmax+交叉熵”推广到多标签分类问题
     Method(
         "multilabel-softmax",
         "softmax + cross-entropy for multi-label (ZLPR)",
         "多标签 Softmax 交叉熵",
-        7359,
+        7359,  # 将“Softmax+交叉熵”推广到多标签分类问题
         ("kexue.losses.zlpr_loss", "kexue.losses.ZLPRLoss", "kexue.losses.unified_pair_loss"),
     ),
-    # 9064 多标签“Softmax+交叉熵”的软标签版本
     Method(
         "multilabel-soft-labels",
         "soft-label version of ZLPR",
         "多标签交叉熵的软标签版本",
-        9064,
+        9064,  # 多标签“Softmax+交叉熵”的软标签版本
         ("kexue.losses.zlpr_loss", "kexue.losses.zlpr_proba", "kexue.losses.mixup_multilabel"),
     ),
-    # 8586 FlatNCE
     Method(
         "flatnce",
         "FlatNCE: small-batch contrastive learning without rounding loss",
         "FlatNCE",
-        8586,
+        8586,  # FlatNCE
         (
             "kexue.losses.info_nce",
             "kexue.losses.nt_xent",
@@ -371,12 +344,11 @@ _ROWS = (
             "kexue.losses.contrastive_diagnostics",
         ),
     ),
-    # 6620 函数光滑化杂谈:不可导函数的可导逼近
     Method(
         "smooth-approximations",
         "differentiable approximations of non-differentiable functions",
         "函数光滑化",
-        6620,
+        6620,  # 函数光滑化杂谈:不可导函数的可导逼近
         (
             "kexue.losses.smooth_max",
             "kexue.losses.smooth_abs",
@@ -388,12 +360,11 @@ _ROWS = (
             "kexue.losses.SmoothF1Loss",
         ),
     ),
-    # 6705 漫谈重参数:从正态分布到Gumbel Softmax
     Method(
         "reparameterization",
         "from the normal distribution to Gumbel-Softmax",
         "重参数与 Gumbel Softmax",
-        6705,
+        6705,  # 漫谈重参数:从正态分布到Gumbel Softmax
         (
             "kexue.stats.gumbel_softmax",
             "kexue.stats.gumbel_max",
@@ -403,12 +374,11 @@ _ROWS = (
             "kexue.stats.gradient_stats",
         ),
     ),
-    # 8512 两个多元正态分布的KL散度、巴氏距离和W距离
     Method(
         "gaussian-divergences",
         "KL, Bhattacharyya and Wasserstein distances of Gaussians",
         "正态分布间的散度与距离",
-        8512,
+        8512,  # 两个多元正态分布的KL散度、巴氏距离和W距离
         (
             "kexue.stats.Gaussian",
             "kexue.stats.kl",
@@ -421,12 +391,11 @@ _ROWS = (
             "kexue.stats.FrechetAccumulator",
         ),
     ),
-    # 9324 圆内随机n点在同一个圆心角为θ的扇形的概率
     Method(
         "common-sector",
         "probability that n points of a disc share a sector of angle θ",
         "圆内 n 点同扇形概率",
-        9324,
+        9324,  # 圆内随机n点在同一个圆心角为θ的扇形的概率
         (
             "kexue.stats.common_sector",
             "kexue.stats.common_sector_probability",
@@ -434,24 +403,22 @@ _ROWS = (
             "kexue.stats.circular_range_test",
         ),
     ),
-    # 8578 概率视角下的线性模型:逻辑回归有解析解吗?
     Method(
         "analytic-logistic-regression",
         "closed-form logistic regression and softmax classifier",
         "有解析解的逻辑回归",
-        8578,
+        8578,  # 概率视角下的线性模型:逻辑回归有解析解吗?
         (
             "kexue.stats.AnalyticLogisticRegression",
             "kexue.stats.AnalyticLogisticRegressionCV",
             "kexue.stats.analytic_head_",
         ),
     ),
-    # 5112 再来一顿贺岁宴:从K-Means到Capsule
     Method(
         "capsule-routing",
         "capsules as K-means clustering",
         "胶囊与 K-Means",
-        5112,
+        5112,  # 再来一顿贺岁宴:从K-Means到Capsule
         (
             "kexue.models.Capsule",
             "kexue.models.CapsulePooler",
@@ -460,12 +427,11 @@ _ROWS = (
             "kexue.losses.capsule_margin_loss",
         ),
     ),
-    # 6280 从Wasserstein距离、对偶理论到WGAN
     Method(
         "wasserstein-duality",
         "Wasserstein distance, its dual, and WGAN",
         "Wasserstein 距离与对偶",
-        6280,
+        6280,  # 从Wasserstein距离、对偶理论到WGAN
         (
             "kexue.stats.transport",
             "kexue.stats.wasserstein",
@@ -474,12 +440,11 @@ _ROWS = (
             "kexue.stats.kr_potential",
         ),
     ),
-    # 8757 WGAN新方案:通过梯度归一化来实现L约束
     Method(
         "gradient-normalization",
         "Lipschitz critics by gradient normalization",
         "梯度归一化的 L 约束",
-        8757,
+        8757,  # WGAN新方案:通过梯度归一化来实现L约束
         (
             "kexue.adversarial.LipschitzCritic",
             "kexue.adversarial.gradient_normalize",
@@ -487,28 +452,25 @@ _ROWS = (
             "kexue.adversarial.lipschitz_report",
         ),
     ),
-    # 6214 BiGAN-QP:简单清晰的编码&生成模型
     Method(
         "bigan-qp",
         "GAN-QP and BiGAN-QP: encode and generate",
         "BiGAN-QP",
-        6214,
+        6214,  # BiGAN-QP:简单清晰的编码&生成模型
         ("kexue.adversarial.QPLoss", "kexue.adversarial.BiGANQP", "kexue.adversarial.rank_gans"),
     ),
-    # 7533 积分梯度:一种新颖的神经网络可视化方法
     Method(
         "integrated-gradients",
         "integrated gradients",
         "积分梯度",
-        7533,
+        7533,  # 积分梯度:一种新颖的神经网络可视化方法
         ("kexue.explain.integrated_gradients", "kexue.explain.explain_text"),
     ),
-    # 8046 SPACES:“抽取-生成”式长文本摘要(法研杯总结)
     Method(
         "spaces-summarization",
         "extract-then-generate long-document summarization",
         "SPACES 抽取-生成式摘要",
-        8046,
+        8046,  # SPACES:“抽取-生成”式长文本摘要(法研杯总结)
         (
             "kexue.tasks.Summarizer",
             "kexue.tasks.GatedConvLabeler",

@@ -95,7 +95,7 @@ def build(
         chosen = [name.strip() for name in packages.split(",") if name.strip()]
         if not chosen:
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
-    with _resumable():
+    with _interruptible("interrupted; give the same command again to continue"):
         workspace = Workspace.build(
             list(paths) if paths else None,
             out,
@@ -242,9 +242,11 @@ def reproduce(
     from kexue.reproduce import available, run, write_report
     from kexue.reproduce.report import figure_tables
 
+    if slug is not None and slug not in available():
+        raise typer.BadParameter(f"no reproduction of {slug!r}; expected one of {', '.join(available())}")
     results = []
     for name in [slug] if slug is not None else available():
-        with _resumable():
+        with _interruptible("interrupted"):
             results.append(run(name, quick=quick, seed=seed, out=out))
         result = results[-1]
         if as_json:
@@ -301,12 +303,12 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """End a long command that was interrupted with a word on how to go on."""
+def _interruptible(message: str) -> Iterator[None]:
+    """End a long command that was interrupted with a word instead of a traceback."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        print("interrupted; give the same command again to continue", file=sys.stderr)
+        print(message, file=sys.stderr)
         # Training that was asked to end (SIGTERM) has saved itself and says 0.
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
 

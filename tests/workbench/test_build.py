@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from kexue.workbench import Workspace, WorkspaceError
 from kexue.workbench import build as building
@@ -112,6 +113,73 @@ def test_finished_steps_are_not_repeated(tmp_path, documents, monkeypatch):
     assert done == ["count", "vectors"]
 
 
+def interrupt_before(step, documents, out, monkeypatch):
+    def fail(context):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "STEPS", tuple((n, fail if n == step else s) for n, s in building.STEPS))
+        with pytest.raises(KeyboardInterrupt):
+            Workspace.build(documents, out, epochs=2, dim=16)
+
+
+def test_an_unfinished_build_of_other_documents_is_started_over(tmp_path, documents, monkeypatch):
+    out = tmp_path / "space"
+    interrupt_before("index", documents, out, monkeypatch)  # leaves a checkpoint of these documents
+    lines = []
+    space = Workspace.build(documents[:30], out, epochs=2, dim=16, log=lines.append)
+    assert any("another corpus" in line for line in lines)
+    assert not any("done before" in line for line in lines)
+    assert len(space) == 30
+
+
+def test_another_version_does_not_continue_an_unfinished_build(tmp_path, documents, monkeypatch):
+    out = tmp_path / "space"
+    interrupt_before("vectors", documents, out, monkeypatch)
+    monkeypatch.setattr(building, "__version__", "99.0")
+    lines = []
+    Workspace.build(documents, out, epochs=1, dim=16, log=lines.append)
+    assert not any("done before" in line for line in lines)
+
+
+def test_what_a_killed_write_left_does_not_stay_in_the_workspace(tmp_path, documents, monkeypatch):
+    out = tmp_path / "space"
+    interrupt_before("index", documents, out, monkeypatch)
+    for left in (".counts.safetensors.a1b2.tmp", "tokens/.df.npy.a1b2.tmp"):
+        (tmp_path / ".space.partial" / left).write_bytes(b"half")
+    Workspace.build(documents, out, epochs=2, dim=16)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_link_keeps_pointing_to_the_workspace_that_is_replaced(tmp_path, documents):
+    real, link = tmp_path / "disk" / "space", tmp_path / "link"
+    Workspace.build(documents, real, epochs=1, dim=16)
+    link.symlink_to(real)
+    for count in (30, 20):
+        Workspace.build(documents[:count], link, epochs=1, dim=16, force=True)
+        assert link.is_symlink()
+        assert len(Workspace.open(real)) == len(Workspace.open(link)) == count
+
+
+@pytest.mark.parametrize("folder", ["/", "/proc"])
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(documents, folder):
+    if not os.path.ismount(folder):
+        pytest.skip(f"{folder} is no mount point here")
+    with pytest.raises(WorkspaceError, match="give a folder inside it"):
+        Workspace.build(documents, folder)
+
+
+def test_a_workspace_in_the_folder_of_its_texts_is_not_read_as_text(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"Note {number} about apples, trains and the number {number}.")
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 150)
+    options = {"on_error": "skip"}
+    for force in (False, True):
+        space = Workspace.build(tmp_path, tmp_path / "space", epochs=1, dim=8, force=force, read_options=options)
+        assert len(space) == 6
+    assert space.info()["figures"]["read"]["skipped"] > 150  # also those of which only the number is kept
+
+
 def test_a_killed_forced_build_leaves_the_previous_workspace_alone(tmp_path, documents):
     out = tmp_path / "space"
     before = Workspace.build(documents, out, epochs=2, dim=16)
@@ -147,12 +215,20 @@ def test_two_builds_into_one_folder_are_refused_by_a_lock(tmp_path, documents):
     process.communicate()
 
 
-def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_done(tmp_path, documents, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError("84240 requested and 21504 written"),  # numpy
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_ends_with_a_clear_error_and_keeps_what_was_done(tmp_path, documents, monkeypatch, error):
     out = tmp_path / "space"
     steps = dict(building.STEPS)
 
     def full(context):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(building, "STEPS", tuple((n, full if n == "index" else s) for n, s in steps.items()))
     with pytest.raises(WorkspaceError, match="disk is full.*run the same command again"):

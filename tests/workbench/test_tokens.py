@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from kexue.corpus import Document
 from kexue.words import Tokenizer
+from kexue.workbench import tokens
 from kexue.workbench.fields import is_name, name_and_parent, split_head
 from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate, tokenize_corpus
 from workbench.pile import documentation, plain_pile
@@ -167,3 +168,11 @@ def test_views_of_the_corpus_without_heads_or_names_leave_the_original_alone(tmp
     assert not bare.flags["names"]
     assert len(bare.name.values) == 0
     assert corpus.flags["names"]
+
+
+def test_fields_are_joined_document_by_document_across_blocks(monkeypatch):
+    monkeypatch.setattr(tokens, "_BLOCK", 3)
+    draw = np.random.default_rng(0)
+    parts = [Ragged.from_rows([draw.integers(0, 99, draw.integers(0, 4)) for _ in range(10)]) for _ in range(3)]
+    joined = concatenate(*parts)
+    assert [row.tolist() for row in joined] == [[x for part in parts for x in part[i]] for i in range(10)]

@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from kexue._files import replace_directory
 from kexue.corpus import Document
 from kexue.workbench import Hit, Workspace, WorkspaceError
+from kexue.workbench.parts import Parts
 
 pytestmark = pytest.mark.slow
 
@@ -114,14 +116,64 @@ def test_a_damaged_workspace_says_what_is_wrong_and_what_to_do(workspace, tmp_pa
         Workspace.open(copy)
 
 
-def test_bytes_changed_inside_a_file_do_not_crash_the_opening(workspace, tmp_path):
+@pytest.mark.parametrize("change", [lambda data: b"\xff" * len(data), lambda data: b"[]".ljust(len(data))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "documents.sqlite",
+        "encoder/encoder.json",
+        "encoder/encoder.safetensors",
+        "ranker/ranker.json",
+        "ranker/ranker.safetensors",
+        "ranker/vectors.npy",
+        "signals/signals.json",
+        "tokens/tokens.json",
+    ],
+)
+def test_bytes_changed_inside_a_file_do_not_crash_the_opening(workspace, tmp_path, name, change):
     copy = tmp_path / "copy"
     shutil.copytree(workspace.folder, copy)
-    path = copy / "ranker" / "vectors.npy"
-    data = bytearray(path.read_bytes())
-    data[:16] = b"\xff" * 16
-    path.write_bytes(data)
-    with pytest.raises(WorkspaceError, match="damaged"):
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    with pytest.raises(WorkspaceError, match="(?s)damaged.*--force"):
+        Workspace.open(copy)
+
+
+@pytest.mark.parametrize("vanish", [False, True])
+def test_a_workspace_that_is_replaced_while_it_is_opened_is_opened_anew(workspace, tmp_path, monkeypatch, vanish):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for copy in (one, two):
+        shutil.copytree(workspace.folder, copy)
+    manifest = json.loads((two / "manifest.json").read_text(encoding="utf-8"))
+    (two / "manifest.json").write_text(json.dumps({**manifest, "source": "the new one"}), encoding="utf-8")
+    load = Parts.load
+
+    def slow(folder):
+        parts = load(folder)
+        if two.exists():
+            replace_directory(two, one)
+            if vanish:
+                parts.store.close()
+                raise FileNotFoundError("a file of the old one")
+        return parts
+
+    monkeypatch.setattr(Parts, "load", slow)
+    with Workspace.open(one) as space:
+        assert space.info()["source"] == "the new one"
+        assert space.search("blur", k=1)
+
+
+def test_a_database_that_is_damaged_behind_its_first_pages_says_so_when_it_is_read(workspace, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(workspace.folder, copy)
+    path = copy / "documents.sqlite"
+    data = path.read_bytes()
+    path.write_bytes(data[:8192] + bytes(len(data) - 8192))
+    with pytest.raises(WorkspaceError, match=r"documents.sqlite is damaged .* --force"), Workspace.open(copy) as space:
+        space.similar("tools.image.blur")
+    (copy / "manifest.json").write_text(
+        '{"format": 1, "settings": {}, "fingerprint": "", "source": "", "figures": {}, "timings": {}, "files": []}'
+    )
+    with pytest.raises(WorkspaceError, match="files is no object"):
         Workspace.open(copy)
 
 

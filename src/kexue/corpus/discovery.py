@@ -92,8 +92,9 @@ def discover(
 ) -> list[Source]:
     """List the files to read: named files as they come, folders recursively in the order of their names.
 
-    Hidden entries, binary files, pipes, devices, empty files, dangling links and files seen before are left out of
-    folders and told to ``report(path, reason)``; the same problem with a file that was named directly is an error.
+    Hidden entries, workspaces of kexue, binary files, pipes, devices, empty files, dangling links and files seen before
+    are left out of folders and told to ``report(path, reason)``; the same problem with a file that was
+    named directly is an error.
 
     Args:
         paths: Files and folders that exist.
@@ -134,6 +135,8 @@ def discover(
                     names = sorted(entry.name for entry in entries)
             except OSError as error:
                 raise CorpusError(printable(path), f"cannot be read: {error.strerror}") from error
+            if {"manifest.json", "documents.sqlite"} <= set(names):
+                raise _Unfit("a workspace of kexue")  # built in the folder of its texts
             for entry in names:
                 yield os.path.join(path, entry), f"{name}/{entry}" if name else entry
             return

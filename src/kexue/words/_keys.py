@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -220,8 +221,8 @@ def prefixes(
 
 
 @numba.njit(cache=True, nogil=True)
-def bound(keys: NDArray[np.uint64], key: NDArray[np.uint64], strict: bool) -> int:
-    """First row that is >= key (> key when ``strict``)."""
+def bound(keys: NDArray[Any], key: NDArray[Any], strict: bool) -> int:
+    """First of the sorted rows that is >= key (> key when ``strict``)."""
     low, high = 0, keys.shape[0]
     while low < high:
         middle = (low + high) // 2
@@ -238,6 +239,7 @@ def bound(keys: NDArray[np.uint64], key: NDArray[np.uint64], strict: bool) -> in
 
 
 def count_text(text: str, own: int, order: int) -> Table:
+    """Count the n-grams of up to ``order`` characters that begin among the first ``own`` of ``text``."""
     points = code_points(text)
     present, size = _mark(points, run_table(), own)
     alphabet = np.flatnonzero(present).astype(np.uint32)
@@ -263,6 +265,7 @@ def _widen(table: Table, alphabet: NDArray[np.uint32]) -> Table:
 
 
 def merge(a: Table, b: Table) -> Table:
+    """Add the counts of two tables."""
     alphabet = np.union1d(a.alphabet, b.alphabet)
     a, b = _widen(a, alphabet), _widen(b, alphabet)
     return Table(alphabet, a.layout, *_add(a.keys, a.counts, b.keys, b.counts))

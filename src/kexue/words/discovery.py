@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_int, check_real
+from kexue.words._keys import bound
 from kexue.words._lexicon import PIECE, description, remove_redundant
 from kexue.words._runs import as_source, code_points, rereadable, run_table, whole_runs
 from kexue.words._trie import Trie
@@ -42,31 +43,13 @@ _Levels = list[tuple[NDArray[np.uint32], NDArray[np.float64]]]  # for n = 2, 3, 
 
 
 @numba.njit(cache=True)
-def _find(rows: NDArray[np.uint32], row: NDArray[np.uint32]) -> int:
-    """Index of ``row`` in the lexicographically sorted ``rows`` (it is known to be there)."""
-    low, high = 0, rows.shape[0]
-    while low < high:
-        middle = (low + high) // 2
-        less = False
-        for j in range(row.size):
-            if rows[middle, j] != row[j]:
-                less = rows[middle, j] < row[j]
-                break
-        if less:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@numba.njit(cache=True)
 def _links(rows: NDArray[np.uint32], shorter: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each n-gram the index of its first and of its last n - 1 characters among the (n - 1)-grams."""
     n = rows.shape[1]
     prefix, suffix = np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0], np.int64)
     for i in range(rows.shape[0]):
-        prefix[i] = _find(shorter, rows[i, : n - 1])
-        suffix[i] = _find(shorter, rows[i, 1:])
+        prefix[i] = bound(shorter, rows[i, : n - 1], False)
+        suffix[i] = bound(shorter, rows[i, 1:], False)
     return prefix, suffix
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -21,16 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from kexue import __version__
 from kexue._checks import check_int
 from kexue._files import recover_directory, replace_directory, write_json
 from kexue.corpus import Document, installed_documentation, read_documents
-from kexue.workbench import steps
+from kexue.workbench import parts, steps
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import NAME, Manifest
 
 STATE = "state.json"
 STATE_FORMAT = 1
+# How SQLite, safetensors and numpy, which pass no error number on, say that there is no space.
+_FULL = re.compile(r"is full|No space left on device|quota exceeded|\d+ requested and \d+ written", re.I)
 STEPS: tuple[tuple[str, Callable[[steps.Context], dict[str, Any]]], ...] = (
     ("tokenise", steps.tokenise),
     ("count", steps.count),
@@ -113,9 +118,9 @@ def build(
     """
     settings = settings or Settings()
     say = log or (lambda line: None)
-    target = Path(out).absolute()
-    if not target.name:
-        raise WorkspaceError(f"cannot build a workspace at {target}; give a folder of its own")
+    target = Path(out).resolve()  # behind a link: the folder itself is replaced, and locked under one name
+    if not target.name or target.is_mount():
+        raise WorkspaceError(f"cannot build a workspace at {target}, which cannot be replaced; give a folder inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
@@ -149,7 +154,9 @@ def _build_locked(
         )
     partial = target.with_name(f".{target.name}.partial")
     documents, source, fingerprint = _open_corpus(corpus, packages, read_options)
-    key = hashlib.sha256(json.dumps([asdict(settings), source, read_options], default=str).encode()).hexdigest()
+    # Another version may compute a step otherwise, so it does not go on with what this one has begun.
+    settled = [__version__, asdict(settings), source, read_options]
+    key = hashlib.sha256(json.dumps(settled, default=str).encode()).hexdigest()
     with _explained(partial):
         state = _prepare(partial, key, fingerprint, say)
         state = _read(partial, state, documents, source, key, fingerprint, say)
@@ -194,7 +201,7 @@ def _prepare(partial: Path, key: str, fingerprint: str | None, say: Callable[[st
         return state
     if partial.exists():
         if state is not None:
-            say("an unfinished build with other settings or another corpus was found; starting over")
+            say("an unfinished build of another corpus, other settings or another version was found; starting over")
         shutil.rmtree(partial)
     partial.mkdir()
     return None
@@ -224,10 +231,21 @@ def _read(
                 del state.figures["tokenise"]  # the word index lay in the file that was just written anew
             state.timings.update(fresh.timings)
             fresh = state
+        elif state is not None:
+            say("an unfinished build of another corpus was found; starting over")
+            _remove_all_but(partial, parts.DOCUMENTS)
     fresh.figures["read"] = figures
     fresh.save(partial)
     say(f"read      {steps.summary(figures)}  [{fresh.timings['read']['cpu_seconds']:.1f} CPU s]")
     return fresh
+
+
+def _remove_all_but(folder: Path, kept: str) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != kept:
+            path.unlink()
 
 
 def _finish(partial: Path, target: Path, settings: Settings, state: _State) -> Path:
@@ -252,9 +270,9 @@ def _explained(partial: Path) -> Any:
     """Turn a full disk into a message that says what is kept."""
     try:
         yield
-    except (OSError, sqlite3.OperationalError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "is full" in str(error)
-        if not full:
+    except (OSError, sqlite3.OperationalError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not _FULL.search(str(error)):
             raise
         raise WorkspaceError(
             f"the disk is full ({error}); nothing that stood there before was touched. Finished steps are kept in "

@@ -75,6 +75,9 @@ class Manifest:
         fields = {"settings", "fingerprint", "source", "figures", "timings", "files"}
         if missing := fields - set(value):
             raise WorkspaceError(f"{path} is damaged (no {', '.join(sorted(missing))}); {remedy}")
+        for key in sorted(fields - {"fingerprint", "source"}):
+            if not isinstance(value[key], dict):
+                raise WorkspaceError(f"{path} is damaged ({key} is no object); {remedy}")
         manifest = cls(**{key: value[key] for key in fields})
         for name, size in manifest.files.items():
             file = folder / name

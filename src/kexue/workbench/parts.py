@@ -62,7 +62,6 @@ class Parts:
 
         tokenizer = load_tokenizer(folder)
         return cls(
-            store=DocumentStore(folder / DOCUMENTS),
             tokenizer=tokenizer,
             tokens=TokenizedCorpus.load(folder / TOKENS),
             encoder=BagEncoder.load(folder / ENCODER),
@@ -70,6 +69,7 @@ class Parts:
             signals=Signals.load(folder / SIGNALS),
             words=PMIEmbedding.load(folder / WORDS) if (folder / WORDS).exists() else None,
             surface=json.loads((folder / SURFACE).read_text(encoding="utf-8")),
+            store=DocumentStore(folder / DOCUMENTS),  # last: it is open, and the others may be damaged
         )
 
     def weight(self, token: str) -> float:

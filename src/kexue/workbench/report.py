@@ -40,6 +40,7 @@ def write_report(
     parts = Parts.load(folder)
     searcher = Searcher(parts)
     chosen = _telling_words(parts)
+    searches, held_out = _searches(searcher, parts, seed)
     environment = Environment(loader=PackageLoader("kexue.workbench", "."), autoescape=True, trim_blocks=True)
     environment.filters["figure"] = _figure
     page = environment.get_template("report.html.j2").render(
@@ -47,7 +48,8 @@ def write_report(
         timings=timings,
         tables=figures.get("evaluate", {}).get("tables", {}),
         signals=figures.get("index", {}).get("signals", {}),
-        searches=_searches(searcher, parts, seed),
+        searches=searches,
+        held_out=held_out,
         neighbours=_neighbours(searcher, chosen[:_SAMPLE_WORDS], parts.surface),
         word_map=_word_map(parts, chosen[:_MAP_WORDS], seed),
         curve=_curve(json.loads((folder / layout.CURVE).read_text(encoding="utf-8"))["loss"]),
@@ -91,11 +93,12 @@ def _neighbours(searcher: Searcher, words: list[str], surface: Mapping[str, str]
     return [(surface.get(word, word), ", ".join(other for other, _ in searcher.words(word, k=8))) for word in words]
 
 
-def _searches(searcher: Searcher, parts: Parts, seed: int) -> list[dict[str, Any]]:
-    """Questions whose document was never seen together with them in training, next to plain keyword search."""
+def _searches(searcher: Searcher, parts: Parts, seed: int) -> tuple[list[dict[str, Any]], bool]:
+    """Sample searches next to plain keyword search, and whether training never saw query and document together."""
     rows = np.flatnonzero(choose_held_out(parts.tokens, seed=seed))
-    if not len(rows):
-        rows = np.arange(min(len(parts.tokens), _SAMPLE_SEARCHES))
+    held_out = bool(len(rows))
+    if not held_out:
+        rows = np.arange(len(parts.tokens))
     picked = np.random.default_rng(seed).permutation(rows)[:_SAMPLE_SEARCHES]
     out = []
     for document in parts.store.fetch(picked.tolist()):
@@ -111,7 +114,7 @@ def _searches(searcher: Searcher, parts: Parts, seed: int) -> list[dict[str, Any
                 "expected": document.id,
             }
         )
-    return out
+    return out, held_out
 
 
 def _word_map(parts: Parts, words: list[str], seed: int) -> list[tuple[float, float, str]]:

@@ -98,7 +98,7 @@ def read(folder: Path, documents: Iterable[Document]) -> tuple[dict[str, Any], s
     store.close()
     skipped = getattr(documents, "skipped", None)
     if skipped:
-        figures["skipped"] = len(skipped)
+        figures["skipped"] = getattr(documents, "skipped_count", len(skipped))
         figures["skipped_examples"] = [f"{path}: {reason}" for path, reason in list(skipped)[:20]]
     return figures, content
 
@@ -376,6 +376,8 @@ def report(context: Context) -> dict[str, Any]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what only the build needed."""
+    """Remove what only the build needed, and what a killed one left of files it was writing."""
     shutil.rmtree(folder / parts.TRAINING, ignore_errors=True)
     (folder / parts.COUNTS).unlink(missing_ok=True)
+    for path in folder.rglob(".*.tmp"):  # from kexue._files.atomic_path
+        path.unlink()

@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from kexue.corpus import Document
 from kexue.workbench.errors import WorkspaceError
@@ -50,7 +51,18 @@ class DocumentStore:
             self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False)
             self._size = int(self._db.execute("select count(*) from documents").fetchone()[0])
         except sqlite3.DatabaseError as error:
-            raise WorkspaceError(f"{path} is damaged ({error}); build the workspace again with --force") from None
+            if hasattr(self, "_db"):
+                self._db.close()
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> WorkspaceError:
+        return WorkspaceError(f"{self.path} is damaged ({error}); build the workspace again with --force")
+
+    def _ask(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
 
     @classmethod
     def create(
@@ -117,18 +129,18 @@ class DocumentStore:
     def fetch(self, rows: Sequence[int]) -> list[Document]:
         """The documents of the given rows, in the given order."""
         query = "select id, title, text, labels, meta from documents where row = ?"
-        return [_document(self._db.execute(query, (int(row),)).fetchone()) for row in rows]
+        return [_document(record) for row in rows for record in self._ask(query, (int(row),))]
 
     def row(self, identifier: str) -> int | None:
         """Row of a document id, or None."""
-        found = self._db.execute("select row from documents where id = ?", (identifier,)).fetchone()
-        return None if found is None else int(found[0])
+        found = self._ask("select row from documents where id = ?", (identifier,))
+        return int(found[0][0]) if found else None
 
     def like(self, identifier: str, k: int = 3) -> list[str]:
         """Up to ``k`` ids that end like ``identifier`` or contain it, shortest first, for error messages."""
         pattern = identifier.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
         query = "select id from documents where id like ? escape '\\' order by length(id), id limit ?"
-        return [found[0] for found in self._db.execute(query, (f"%{pattern}%", k))]
+        return [found[0] for found in self._ask(query, (f"%{pattern}%", k))]
 
     def clear_words(self) -> None:
         """Empty the word index."""
@@ -153,7 +165,7 @@ class DocumentStore:
             return []
         match = " OR ".join('"' + word.replace('"', '""') + '"' for word in words)
         query = "select rowid, bm25(words) as score from words where words match ? order by score, rowid limit ?"
-        return [(int(row), -float(score)) for row, score in self._db.execute(query, (match, k))]
+        return [(int(row), -float(score)) for row, score in self._ask(query, (match, k))]
 
 
 def _document(record: tuple[str, str, str, str, str]) -> Document:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from kexue import __version__
 from kexue._files import recover_directory
 from kexue.corpus import Document
@@ -15,6 +17,9 @@ from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import Manifest
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Searcher
+
+# What reading files can raise whose content is not what was written.
+_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
 class Workspace(Searcher):
@@ -35,17 +40,10 @@ class Workspace(Searcher):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).resolve()
         recover_directory(self.folder)
-        self.manifest = Manifest.read(self.folder)
-        try:
-            super().__init__(Parts.load(self.folder))
-        except WorkspaceError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise WorkspaceError(
-                f"{self.folder} is damaged ({error}); build it again with `kexue build ... --out {self.folder} --force`"
-            ) from error
+        self.manifest, parts = _load(self.folder)
+        super().__init__(parts)
 
     @classmethod
     def build(
@@ -138,3 +136,31 @@ class Workspace(Searcher):
     def report(self) -> Path:
         """Path of the report page."""
         return self.folder / "report.html"
+
+
+def _load(folder: Path) -> tuple[Manifest, Parts]:
+    """Open the files of a workspace; again, if a build has put a new one in its place meanwhile."""
+    before = _identity(folder)
+    try:
+        manifest = Manifest.read(folder)
+        parts = Parts.load(folder)
+    except _DAMAGE as error:
+        if _identity(folder) != before:
+            return _load(folder)
+        if isinstance(error, WorkspaceError):
+            raise
+        raise WorkspaceError(
+            f"{folder} is damaged ({error}); build it again with `kexue build ... --out {folder} --force`"
+        ) from error
+    if _identity(folder) != before:
+        parts.store.close()
+        return _load(folder)
+    return manifest, parts
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
