@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -154,3 +156,23 @@ def test_chinese_text_is_searched_by_words_and_meaning(tmp_path):
     assert all("火车" in hit.id for hit in space.search("火车站的旅客", k=3))
     assert space.similar("医院0", k=3)[0].id.startswith("医院")
     assert space.words("医院", k=3)
+
+
+def test_queries_are_encoded_as_by_the_encoder(workspace):
+    from kexue.models import BagEncoder
+    from kexue.workbench.parts import load_tokenizer
+
+    texts = ["norm of a matrix", "norm norm variance of a text", "", "unheardof"]
+    encoder = BagEncoder.load(workspace.folder / "encoder", tokenizer=load_tokenizer(workspace.folder))
+    np.testing.assert_allclose(workspace.encode(texts), encoder.encode(texts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_search_waits_neither_for_torch_nor_for_scikit_learn(workspace):
+    code = (
+        "import sys; from kexue.workbench import Workspace;"
+        "hits = Workspace.open(sys.argv[1]).search('norm of a matrix');"
+        "print(len(hits) > 0, 'torch' in sys.modules, 'sklearn' in sys.modules)"
+    )
+    call = [sys.executable, "-c", code, str(workspace.folder)]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.split() == ["True", "False", "False"]

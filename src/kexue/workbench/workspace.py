@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kexue import __version__
 from kexue._files import recover_directory
-from kexue.corpus import Document
-from kexue.workbench.build import Settings
-from kexue.workbench.build import build as build_workspace
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import Manifest
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Searcher
+
+if TYPE_CHECKING:
+    from kexue.corpus import Document
 
 
 class Workspace(Searcher):
@@ -84,6 +84,9 @@ class Workspace(Searcher):
             WorkspaceError: ``out`` exists, another build into it is running, or the disk is full.
             ValueError: the corpus holds no documents, or two with the same id.
         """
+        from kexue.workbench.build import Settings
+        from kexue.workbench.build import build as build_workspace
+
         settings = Settings(seed=seed, epochs=epochs, dim=dim, evaluate=evaluate)
         folder = build_workspace(
             corpus,
