@@ -12,6 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
+    "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
+}  # fmt: skip
+
 
 def fsync_directory(path: Path) -> None:
     """Make renames inside ``path`` durable, where the system allows it."""
@@ -55,6 +63,41 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def map_tensors(path: str | os.PathLike[str], mmap: bool = True) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, read-only and mapped into memory: read from disk when they are used.
+
+    Args:
+        path: The file.
+        mmap: False reads everything now, into arrays of their own.
+
+    Raises:
+        ValueError: It is no such file, is cut short, or holds a kind of number that numpy does not have.
+    """
+    if not mmap:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file or is damaged: {error}") from None
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            # The length comes first and is not to be trusted: a damaged one must not ask for exabytes.
+            head = json.loads(file.read(min(start - 8, os.path.getsize(path))))
+        data = np.memmap(path, np.uint8, "r")
+        for name, entry in head.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                part = np.asarray(data[start + first : start + last])
+                found[name] = part.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no safetensors file or is damaged: {error}") from None
+    return found
 
 
 def replace_directory(new: Path, target: Path) -> None:

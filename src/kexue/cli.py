@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -309,8 +310,8 @@ def _interruptible(message: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         print(message, file=sys.stderr)
-        # Training that was asked to end (SIGTERM) has saved itself and says 0.
-        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+        # Training notes which signal asked it to end; without a result the command has not succeeded.
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def main() -> None:

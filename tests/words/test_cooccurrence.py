@@ -315,3 +315,12 @@ def test_harmonic_weights_that_could_overflow_are_refused():
 def test_using_an_unfitted_counter_says_so():
     with pytest.raises(ValueError, match="has not been fitted"):
         counter().matrix_.sum()
+
+
+def test_a_counter_comes_back_from_its_arrays():
+    counter = CooccurrenceCounter(window=3, min_count=1).fit(["a b c a", "c d"])
+    again = CooccurrenceCounter.from_counts(counter.lower_, counter.vocabulary_, counter.counts_, window=3)
+    np.testing.assert_array_equal(again.matrix_.toarray(), counter.matrix_.toarray())
+    assert (again.unit_, again.n_tokens_, again.vocabulary_) == (counter.unit_, counter.n_tokens_, counter.vocabulary_)
+    with pytest.raises(ValueError, match="expected pairs of shape"):
+        CooccurrenceCounter.from_counts(counter.lower_, ["a"], counter.counts_)

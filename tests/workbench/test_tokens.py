@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.corpus import Document
@@ -13,6 +13,7 @@ from workbench.pile import documentation, plain_pile
 ROWS = st.lists(st.lists(st.integers(0, 50), max_size=6), min_size=1, max_size=8)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(ROWS, st.data())
 def test_ragged_rows_can_be_taken_masked_and_joined_like_lists(rows, data):
     ragged = Ragged.from_rows(rows)
@@ -170,9 +171,21 @@ def test_views_of_the_corpus_without_heads_or_names_leave_the_original_alone(tmp
     assert corpus.flags["names"]
 
 
-def test_fields_are_joined_document_by_document_across_blocks(monkeypatch):
-    monkeypatch.setattr(tokens, "_BLOCK", 3)
-    draw = np.random.default_rng(0)
-    parts = [Ragged.from_rows([draw.integers(0, 99, draw.integers(0, 4)) for _ in range(10)]) for _ in range(3)]
-    joined = concatenate(*parts)
-    assert [row.tolist() for row in joined] == [[x for part in parts for x in part[i]] for i in range(10)]
+def test_a_vocabulary_that_would_be_too_large_keeps_the_commonest_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_MOST_WORDS", 2)
+    monkeypatch.setattr(tokens, "_AT_ONCE", 3)  # more than one piece is renumbered
+    texts = ["a b c a", "b c", "c", "c b d d", ""]
+    corpus = tokenize_corpus([Document(str(i), t) for i, t in enumerate(texts)], str.split, tmp_path)
+    assert corpus.vocabulary == ["c", "b"]
+    assert [corpus.body[i].tolist() for i in range(5)] == [[1, 0], [1, 0], [0], [0, 1], []]
+
+
+def test_some_documents_of_a_corpus_are_a_corpus(tmp_path):
+    corpus = tokenize_corpus(documentation(), Tokenizer(), tmp_path)
+    some = corpus.take([7, 2])
+    assert len(some) == 2
+    assert some.vocabulary == corpus.vocabulary
+    for name in ("head", "body", "name", "last"):
+        assert [getattr(some, name)[i].tolist() for i in (0, 1)] == [getattr(corpus, name)[i].tolist() for i in (7, 2)]
+    assert some.labels == [corpus.labels[7], corpus.labels[2]]
+    assert some.parent.tolist() == corpus.parent[[7, 2]].tolist()

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -121,13 +123,13 @@ def test_a_damaged_workspace_says_what_is_wrong_and_what_to_do(workspace, tmp_pa
     "name",
     [
         "documents.sqlite",
-        "encoder/encoder.json",
         "encoder/encoder.safetensors",
         "ranker/ranker.json",
         "ranker/ranker.safetensors",
         "ranker/vectors.npy",
         "signals/signals.json",
         "tokens/tokens.json",
+        "words/vectors.safetensors",
     ],
 )
 def test_bytes_changed_inside_a_file_do_not_crash_the_opening(workspace, tmp_path, name, change):
@@ -135,7 +137,7 @@ def test_bytes_changed_inside_a_file_do_not_crash_the_opening(workspace, tmp_pat
     shutil.copytree(workspace.folder, copy)
     (copy / name).write_bytes(change((copy / name).read_bytes()))
     with pytest.raises(WorkspaceError, match="(?s)damaged.*--force"):
-        Workspace.open(copy)
+        Workspace.open(copy).words("matrix")
 
 
 @pytest.mark.parametrize("vanish", [False, True])
@@ -219,3 +221,23 @@ def test_the_full_evaluation_asks_every_first_line_and_keeps_the_baselines_besid
     assert all(
         0 <= row[key] <= 1 for rows in tables.values() for row in rows for key in ("recall@1", "recall@10", "mrr")
     )
+
+
+def test_queries_are_encoded_as_by_the_encoder(workspace):
+    from kexue.models import BagEncoder
+    from kexue.workbench.parts import load_tokenizer
+
+    texts = ["norm of a matrix", "norm norm variance of a text", "", "unheardof"]
+    encoder = BagEncoder.load(workspace.folder / "encoder", tokenizer=load_tokenizer(workspace.folder))
+    np.testing.assert_allclose(workspace.encode(texts), encoder.encode(texts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_search_waits_neither_for_torch_nor_for_scikit_learn(workspace):
+    code = (
+        "import sys; from kexue.workbench import Workspace;"
+        "hits = Workspace.open(sys.argv[1]).search('norm of a matrix');"
+        "print(len(hits) > 0, 'torch' in sys.modules, 'sklearn' in sys.modules)"
+    )
+    call = [sys.executable, "-c", code, str(workspace.folder)]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.split() == ["True", "False", "False"]

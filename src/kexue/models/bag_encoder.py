@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from kexue._checks import check_int, check_real
 from kexue._files import atomic_path, write_json
+from kexue.models._bags import FAST, count_words, sum_rows
 
 FORMAT = 1
 
@@ -45,51 +46,7 @@ class RaggedRows(Protocol):
         """Where each row starts, and the end."""
 
 
-@njit(cache=True)
-def count_words(
-    values: NDArray[np.int32], offsets: NDArray[np.int64], size: int
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]:
-    """Distinct ids of each row in order of first sight, their 1 + log tf, and the new offsets."""
-    seen = np.full(size, -1, np.int64)  # where the word stands in the current row
-    ids = np.empty(len(values), np.int32)
-    weights = np.empty(len(values), np.float32)
-    starts = np.zeros(len(offsets), np.int64)
-    n = 0
-    for row in range(len(offsets) - 1):
-        begin = n
-        for t in range(offsets[row], offsets[row + 1]):
-            word = values[t]
-            place = seen[word]
-            if place < begin:
-                seen[word] = n
-                ids[n] = word
-                weights[n] = 1
-                n += 1
-            else:
-                weights[place] += 1
-        for place in range(begin, n):
-            weights[place] = 1 + np.log(weights[place])
-        starts[row + 1] = n
-    return ids[:n], weights[:n], starts
-
-
-# Only sums are reordered: NaN and infinity keep their meaning, so that a run that diverges is seen.
-_FAST = {"reassoc", "contract", "nsz"}
-
-
-@njit(cache=True, fastmath=_FAST)
-def _sum_rows(ids, weights, offsets, table, scale, out):  # type: ignore[no-untyped-def]
-    width = table.shape[1]
-    for row in range(len(offsets) - 1):
-        total = out[row]
-        for t in range(offsets[row], offsets[row + 1]):
-            factor = weights[t] * scale[ids[t]]
-            vector = table[ids[t]]
-            for d in range(width):
-                total[d] += factor * vector[d]
-
-
-@njit(cache=True, fastmath=_FAST)
+@njit(cache=True, fastmath=FAST)
 def _gradients(ids, weights, offsets, table, scale, upstream):  # type: ignore[no-untyped-def]
     """The distinct words of the batch in ascending order, and the gradients of their rows and log-weights."""
     size, width = table.shape
@@ -137,7 +94,7 @@ class _BagSum(torch.autograd.Function):
         scale = log_weight.detach().exp()
         out = torch.zeros(len(offsets) - 1, table.shape[1])
         arrays = (ids.numpy(), weights.numpy(), offsets.numpy(), table.detach().numpy(), scale.numpy())
-        _sum_rows(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], out.numpy())
+        sum_rows(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], out.numpy())
         ctx.arrays = arrays
         return out
 
@@ -304,7 +261,7 @@ class _Rows:
         self.offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
 
 
-@njit(cache=True, fastmath=_FAST)
+@njit(cache=True, fastmath=FAST)
 def _adam_rows(words, gradient, values, first, second, rate, beta1, beta2, scale1, scale2, eps):  # type: ignore[no-untyped-def]
     one = np.float32(1)
     width = values.shape[1]

@@ -172,6 +172,38 @@ class CooccurrenceCounter(BaseEstimator):
             )
         return self._fit(Encoded(ids, bounds, words), np.empty(0, np.int32), words, weights)
 
+    @classmethod
+    def from_counts(cls, lower: Any, vocabulary: Sequence[str], counts: Any, **settings: Any) -> CooccurrenceCounter:
+        """A fitted counter from what another one has counted, such as stored arrays.
+
+        Args:
+            lower: (V, V) sparse, its :attr:`lower_`: the strictly lower triangle in units of 1/``unit_``.
+            vocabulary: (V,) its words.
+            counts: (V,) occurrences of each.
+            **settings: Its parameters, ``window`` and ``weighting`` above all.
+
+        Raises:
+            ValueError: Sizes that do not fit each other.
+
+        Example:
+            >>> X = CooccurrenceCounter(window=2, min_count=1).fit(["a b c", "b a"])
+            >>> Y = CooccurrenceCounter.from_counts(X.lower_, X.vocabulary_, X.counts_, window=2)
+            >>> bool((Y.matrix_ != X.matrix_).nnz == 0), Y.n_tokens_
+            (True, 5)
+        """
+        counter = cls(**settings)
+        words, occurrences = distinct_words(vocabulary), np.asarray(counts, np.int64)
+        size = len(words)
+        if lower.shape != (size, size) or occurrences.shape != (size,):
+            raise ValueError(
+                f"expected pairs of shape {(size, size)} and counts of shape {(size,)} for {size} words; "
+                f"got {lower.shape} and {occurrences.shape}"
+            )
+        counter._lower, counter.vocabulary_, counter.counts_ = lower, words, occurrences
+        counter.unit_, counter.n_tokens_, counter.n_documents_ = counter._unit, int(occurrences.sum()), 0
+        counter._ordered = True
+        return counter
+
     def count_words(self, X: Any) -> Counter[str]:
         """First pass over a sharded corpus: how often each word occurs.
 

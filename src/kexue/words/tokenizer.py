@@ -277,7 +277,7 @@ class Tokenizer:
 
     def _piece(self, raw: str, compounds: bool) -> tuple[str, ...]:
         """Tokens of one match of the main pattern."""
-        if _in_unspaced()[ord(raw[0])]:
+        if not raw[0].isascii() and _in_unspaced()[ord(raw[0])]:
             return self._unspaced(raw)
         if not any(map(str.isalnum, raw)):
             # emoji and flags; underscores or marks without a letter are nothing

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from kexue._checks import check_int
 from kexue.losses import info_nce
-from kexue.models.bag_encoder import BagEncoder, RowAdam, count_words
+from kexue.models._bags import count_words
+from kexue.models.bag_encoder import BagEncoder, RowAdam
 from kexue.training import batch_indices, fit, numpy_generator
+from kexue.workbench.ranking import NAME_PART, TEXT_PART, heads_are_text
 from kexue.workbench.tokens import TokenizedCorpus, concatenate
 
 SHORT, LONG = (4, 20), (64, 512)  # lengths of spans, drawn log-uniformly
@@ -36,7 +38,6 @@ MOST = 64  # tokens of a head or a name that a view uses
 HEAD, DROP, NAME = 0.5, 0.2, 0.5  # probabilities: head as the short view, token dropped, name added
 TEMPERATURE, MARGIN = 1 / 20, 0.2
 RATE, WARMUP = 3e-3, 50
-TEXT_PART, NAME_PART = 3.0, 2.0  # of a document's vector: its text with its name, and its name alone
 
 
 @njit(inline="always")
@@ -272,12 +273,6 @@ def text_vectors(encoder: BagEncoder, corpus: TokenizedCorpus) -> NDArray[np.flo
         corpus: The documents, in the encoder's vocabulary.
     """
     return encoder.encode_ids(concatenate(corpus.head, corpus.body, corpus.name))
-
-
-def heads_are_text(corpus: TokenizedCorpus) -> bool:
-    """Whether heads are searched like text: when 9 of 10 documents have one, or none has."""
-    share = float((corpus.head.lengths > 0).mean())
-    return share >= 0.9 or share == 0
 
 
 @contextmanager

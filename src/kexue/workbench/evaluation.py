@@ -25,7 +25,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
-from kexue.models.bag_encoder import BagEncoder, count_words
+from kexue.models._bags import count_words
+from kexue.models.bag_encoder import BagEncoder
 from kexue.workbench.encoder import document_vectors, text_vectors, train_encoder
 from kexue.workbench.ranking import Impacts, Ranker, top_k
 from kexue.workbench.signals import Signals

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
+from kexue._files import map_tensors
+from kexue.models._bags import count_words, sum_rows
 from kexue.words import Tokenizer
+from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.ranking import Ranker
 from kexue.workbench.signals import Signals
 from kexue.workbench.store import DocumentStore
 from kexue.workbench.tokens import Ragged, TokenizedCorpus
 
 if TYPE_CHECKING:
-    from kexue.models import BagEncoder
     from kexue.words import PMIEmbedding
 
 DOCUMENTS = "documents.sqlite"
@@ -36,41 +39,72 @@ TRAINING = "training"
 CURVE = "training.json"
 
 
+# What reading files can raise whose content is not what was written.
+DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, SafetensorError)
+
+
+def damaged(folder: Path, error: Exception) -> WorkspaceError:
+    """The error to raise for a workspace whose files cannot be read."""
+    if isinstance(error, WorkspaceError):
+        return error
+    return WorkspaceError(
+        f"{folder} is damaged ({error}); build it again with `kexue build ... --out {folder} --force`"
+    )
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that the corpus was read with."""
     return Tokenizer.from_config(json.loads((folder / TOKENIZER).read_text(encoding="utf-8")))
 
 
-@dataclass
 class Parts:
-    """Everything that answers a query, loaded (large arrays stay on disk until they are used)."""
+    """Everything that answers a query. Large arrays stay on disk until they are used.
 
-    store: DocumentStore
-    tokenizer: Tokenizer
-    tokens: TokenizedCorpus
-    encoder: BagEncoder
-    ranker: Ranker
-    signals: Signals
-    words: PMIEmbedding | None
-    surface: dict[str, str]
+    Queries are encoded without torch, and the word vectors, which bring scikit-learn, are loaded when they are first
+    asked for: a search from the command line should not wait for either.
+
+    Args:
+        folder: The folder of a finished workspace.
+
+    Attributes:
+        store: The documents.
+        tokenizer: The tokenizer that they were read with.
+        tokens: The documents as ids.
+        ranker: Answers queries.
+        signals: Tells which documents are related.
+        surface: Stem -> the form in which it is shown.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = DocumentStore(folder / DOCUMENTS)
+        self.tokenizer = load_tokenizer(folder)
+        self.tokens = TokenizedCorpus.load(folder / TOKENS)
+        self.ranker = Ranker.load(folder / RANKER)
+        self.signals = Signals.load(folder / SIGNALS)
+        self.surface: dict[str, str] = dict(json.loads((folder / SURFACE).read_text(encoding="utf-8")))
+        weights = map_tensors(folder / ENCODER / "encoder.safetensors")
+        self._table, self._scale = weights["table"], np.exp(weights["log_weight"])
+        if self._table.shape[:1] != (len(self.tokens.vocabulary),) or self._scale.shape != self._table.shape[:1]:
+            raise ValueError(
+                f"{folder / ENCODER}: expected a vector and a weight for each of {len(self.tokens.vocabulary)} words, "
+                f"got shapes {self._table.shape} and {self._scale.shape}"
+            )
 
     @classmethod
     def load(cls, folder: Path) -> Parts:
         """Open the files of a finished workspace."""
-        from kexue.models import BagEncoder
+        return cls(folder)
+
+    @cached_property
+    def words(self) -> PMIEmbedding | None:
+        """The word vectors; None for a corpus that is too small for them."""
         from kexue.words import PMIEmbedding
 
-        tokenizer = load_tokenizer(folder)
-        return cls(
-            tokenizer=tokenizer,
-            tokens=TokenizedCorpus.load(folder / TOKENS),
-            encoder=BagEncoder.load(folder / ENCODER),
-            ranker=Ranker.load(folder / RANKER),
-            signals=Signals.load(folder / SIGNALS),
-            words=PMIEmbedding.load(folder / WORDS) if (folder / WORDS).exists() else None,
-            surface=json.loads((folder / SURFACE).read_text(encoding="utf-8")),
-            store=DocumentStore(folder / DOCUMENTS),  # last: it is open, and the others may be damaged
-        )
+        try:
+            return PMIEmbedding.load(self.folder / WORDS) if (self.folder / WORDS).exists() else None
+        except DAMAGE as error:
+            raise damaged(self.folder, error) from error
 
     def weight(self, token: str) -> float:
         """Inverse document frequency of a token; an unknown one counts as standing in one document."""
@@ -85,5 +119,12 @@ class Parts:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of texts, shape ``(N, D)``."""
-        rows = [self.tokens.lookup(self.tokenizer(text)) for text in texts]
-        return np.asarray(self.encoder.encode_ids(Ragged.from_rows(rows)))
+        return self.encode_ids([self.tokens.lookup(self.tokenizer(text)) for text in texts])
+
+    def encode_ids(self, rows: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+        """Vectors of rows of ids, as :meth:`kexue.models.BagEncoder.encode_ids` gives them, shape ``(N, D)``."""
+        text = Ragged.from_rows(rows)
+        ids, weights, offsets = count_words(text.values, text.offsets, len(self._scale))
+        out = np.zeros((len(text), self._table.shape[1]), np.float32)
+        sum_rows(ids, weights, offsets, self._table, self._scale, out)
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), np.float32(1e-12))

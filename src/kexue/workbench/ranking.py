@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
-from kexue._files import atomic_path, write_json
-from kexue.workbench.encoder import TEXT_PART, heads_are_text
+from kexue._files import atomic_path, map_tensors, write_json
 from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate
 
 FORMAT = 1
+TEXT_PART, NAME_PART = 3.0, 2.0  # of a document's vector: its text with its name, and its name alone
 NAME_WEIGHT = 2.0
 WHOLE_TITLE = 10.0
 K1, B = 1.5, 0.75
@@ -59,6 +58,8 @@ class Impacts:
             >>> impacts.starts.tolist(), impacts.rows.tolist(), bool(impacts.scores[0] > impacts.scores[1])
             ([0, 1, 3], [0, 0, 1], True)
         """
+        import scipy.sparse as sp
+
         n = len(text)
         counts = sp.csr_array((np.ones(len(text.values), np.float32), text.values, text.offsets), (n, size), copy=True)
         counts.sum_duplicates()
@@ -112,6 +113,8 @@ class Titles:
             >>> rows.tolist(), share.tolist()
             ([0, 1], [0.5, 1.0])
         """
+        import scipy.sparse as sp
+
         size, documents = len(corpus.vocabulary), len(corpus)
         idf = (np.log((1 + documents) / (1 + np.asarray(corpus.df))) + 1).astype(np.float32)
         document = np.repeat(np.arange(documents, dtype=np.int32), corpus.head.lengths)
@@ -131,6 +134,12 @@ class Titles:
                 break
             found = np.intersect1d(found, other, assume_unique=True)
         return found, self.idf[words].sum() / self.mass[found]
+
+
+def heads_are_text(corpus: TokenizedCorpus) -> bool:
+    """Whether heads are searched like text: when 9 of 10 documents have one, or none has."""
+    share = float((corpus.head.lengths > 0).mean())
+    return share >= 0.9 or share == 0
 
 
 class Ranker:
@@ -263,16 +272,14 @@ class Ranker:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], mmap: bool = True) -> Ranker:
-        """Read what :meth:`save` wrote; with ``mmap`` the vectors stay on disk until used."""
-        from safetensors.numpy import load_file
-
+        """Read what :meth:`save` wrote; with ``mmap`` the arrays stay on disk until used."""
         source = Path(folder)
         if not (source / "ranker.json").exists():
             raise ValueError(f"{source} holds no ranking: ranker.json is missing")
         head = json.loads((source / "ranker.json").read_text(encoding="utf-8"))
         if head.get("format") != FORMAT:
             raise ValueError(f"{source / 'ranker.json'}: expected format {FORMAT}, got {head.get('format')!r}")
-        arrays = load_file(source / "ranker.safetensors")
+        arrays = map_tensors(source / "ranker.safetensors", mmap)
         text, names = (
             Impacts(*(arrays[f"{f}.{part}"] for part in ("starts", "rows", "scores"))) for f in ("text", "names")
         )

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
-from kexue.workbench.encoder import NAME_PART, TEXT_PART
 from kexue.workbench.parts import Parts
 from kexue.workbench.passage import best_passage, surface_forms
-from kexue.workbench.tokens import Ragged, split_head
+from kexue.workbench.ranking import NAME_PART, TEXT_PART
+from kexue.workbench.tokens import split_head
 
 _QUERY_LIMIT = 20_000  # characters; the rest of a longer query is not looked at
 _HIGHEST = 1.0 + TEXT_PART + NAME_PART  # the most that a document can score by known words and meaning
@@ -92,7 +92,7 @@ class Searcher:
         parts = self._parts
         tokens = parts.tokenizer(query)
         ids = parts.tokens.lookup(tokens)
-        vector = parts.encoder.encode_ids(Ragged.from_rows([ids]))[0]
+        vector = parts.encode_ids([ids])[0]
         found: dict[int, tuple[float, dict[str, Any]]] = {}
         for row, score, part in zip(*parts.ranker.search(ids, vector, k), strict=True):
             words = [parts.tokens.vocabulary[word] for word in part["words"]]

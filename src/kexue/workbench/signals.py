@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
-from kexue._files import atomic_path, write_json
-from kexue.models.bag_encoder import count_words
+from kexue._files import atomic_path, map_tensors, write_json
+from kexue.models._bags import count_words
 from kexue.workbench.ranking import top_k
 from kexue.workbench.tokens import TokenizedCorpus, concatenate
 
@@ -82,6 +81,8 @@ class Signals:
         """
         if vectors is not None and len(vectors) != len(corpus):
             raise ValueError(f"vectors must have one row for each of the {len(corpus)} documents; got {len(vectors)}")
+        import scipy.sparse as sp
+
         words = _tfidf(corpus)
         names = _name_grams(corpus) if corpus.flags.get("names") else sp.csr_array((len(corpus), 0), dtype=np.float32)
         links = (
@@ -173,13 +174,11 @@ class Signals:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], mmap: bool = True) -> Signals:
-        """Read what :meth:`save` wrote; with ``mmap`` the vectors stay on disk until used.
+        """Read what :meth:`save` wrote; with ``mmap`` the arrays stay on disk until used.
 
         Raises:
             ValueError: The folder holds no signals, or those of another format version.
         """
-        from safetensors.numpy import load_file
-
         source = Path(folder)
         if not (source / "signals.json").exists():
             raise ValueError(f"{source} holds no signals: signals.json is missing")
@@ -190,7 +189,7 @@ class Signals:
         if head["used"]["meaning"]:
             path = source / "signals.vectors.npy"
             vectors = np.asarray(np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False))
-        return cls(load_file(source / "signals.safetensors"), vectors)
+        return cls(map_tensors(source / "signals.safetensors", mmap), vectors)
 
 
 def _pack(name: str, matrix: Any) -> dict[str, NDArray[Any]]:
@@ -210,11 +209,15 @@ def _accumulate(columns, values, starts, rows, entries, out):  # type: ignore[no
 
 
 def _normalised(matrix: Any) -> Any:
+    import scipy.sparse as sp
+
     length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     return sp.csr_array(sp.diags_array((1 / np.maximum(length, 1e-12)).astype(np.float32)) @ matrix)
 
 
 def _tfidf(corpus: TokenizedCorpus) -> Any:
+    import scipy.sparse as sp
+
     text, size = concatenate(corpus.head, corpus.body), len(corpus.vocabulary)
     ids, weights, offsets = count_words(np.ascontiguousarray(text.values), text.offsets, size)
     df = np.bincount(ids, minlength=size)
@@ -223,6 +226,7 @@ def _tfidf(corpus: TokenizedCorpus) -> Any:
 
 
 def _name_grams(corpus: TokenizedCorpus) -> Any:
+    import scipy.sparse as sp
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, dtype=np.float32)
@@ -240,6 +244,8 @@ def _name_grams(corpus: TokenizedCorpus) -> Any:
 
 def _mentions(corpus: TokenizedCorpus) -> Any:
     """Row i: the documents whose name the text of i uses, weighted by the rarity of the word and of its bearers."""
+    import scipy.sparse as sp
+
     n, size = len(corpus), len(corpus.vocabulary)
     text = concatenate(corpus.head, corpus.body)
     ids, _, offsets = count_words(np.ascontiguousarray(text.values), text.offsets, size)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,16 @@ from kexue.workbench.store import DocumentStore
 if TYPE_CHECKING:
     from kexue.words import Tokenizer
     from kexue.workbench.build import Settings
+    from kexue.workbench.tokens import TokenizedCorpus
 
 _SAMPLE = 4000  # documents looked at to tell the script
 _MAX_FORMS = 1_000_000  # different words among which the form of a stem to show is chosen
 _LATIN = re.compile(r"[a-z]{3,}")
 _MIN_UNSPACED = 0.05  # share of characters of unspaced scripts from which words are discovered
 _ASKED = 1000  # related-item questions of a build without --evaluate
+_MAX_COUNTED = 50_000_000  # tokens among which pairs are counted; their memory grows with the text
+_MAX_DISCOVERED = 50_000_000  # characters in which words are looked for
+_MAX_EVALUATED = 100_000  # documents among which a build searches to measure itself; the baselines need several copies
 _MAX_WORDS = 100_000  # words with a vector of their own; the rest is too rare to be learned
 
 
@@ -117,7 +122,9 @@ def tokenise(context: Context) -> dict[str, Any]:
         characters = int(context.figures["read"]["characters"] * share)
         # Evidence for a word grows with the corpus; a small one must not end without any words.
         min_count = int(np.clip(round(characters**0.5 / 100), 4, 32))
-        found = _discover(WordDiscovery(min_count=min_count), _Texts(store))
+        # A lexicon from this much text is complete; the tables of the counter grow with the text.
+        step = -(-int(context.figures["read"]["characters"]) // _MAX_DISCOVERED)
+        found = _discover(WordDiscovery(min_count=min_count), _Texts(store, max(1, step)))
         if found is not None:
             segmenter = found.segmenter()
             figures["discovered_words"] = sum(1 for word in found.vocabulary_ if len(word) > 1)
@@ -138,13 +145,13 @@ def tokenise(context: Context) -> dict[str, Any]:
 
 
 class _Texts:
-    """The texts of a store, as often as they are asked for."""
+    """The texts of every ``step``-th document of a store, as often as they are asked for."""
 
-    def __init__(self, store: DocumentStore) -> None:
-        self._store = store
+    def __init__(self, store: DocumentStore, step: int = 1) -> None:
+        self._store, self._step = store, step
 
     def __iter__(self) -> Iterator[str]:
-        for document in self._store:
+        for document in islice(self._store, 0, None, self._step):
             yield document.text
 
 
@@ -194,6 +201,7 @@ def count(context: Context) -> dict[str, Any]:
 
     settings = context.settings
     corpus = TokenizedCorpus.load(context.folder / parts.TOKENS)
+    corpus = _some(corpus, settings.seed)
     text = concatenate(corpus.head, corpus.body)
     ids = _without_repeated_characters(text.values, corpus.vocabulary)
     counts = np.bincount(ids[ids >= 0], minlength=len(corpus.vocabulary))
@@ -216,11 +224,20 @@ def count(context: Context) -> dict[str, Any]:
                 "indptr": lower.indptr.astype(np.int64),
                 "counts": counter.counts_,
                 "kept": kept,
-                "unit": np.array([counter.unit_], np.int64),
             },
             temporary,
         )
     return {"words": len(kept), "pairs": int(lower.nnz), "min_count": min_count}
+
+
+def _some(corpus: TokenizedCorpus, seed: int) -> TokenizedCorpus:
+    """The corpus, or of a very large one as many random documents as have ``_MAX_COUNTED`` tokens together."""
+    lengths = corpus.head.lengths + corpus.body.lengths
+    if lengths.sum() <= _MAX_COUNTED:
+        return corpus
+    order = np.random.default_rng(seed).permutation(len(corpus))
+    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), _MAX_COUNTED, side="right")))
+    return corpus.take(np.sort(order[:count]))
 
 
 def _threads() -> int:
@@ -254,21 +271,23 @@ def vectors(context: Context) -> dict[str, Any]:
         return {"dim": 0}
     from scipy.sparse import csr_matrix
 
-    from kexue.words import PMIEmbedding
+    from kexue.words import CooccurrenceCounter, PMIEmbedding
     from kexue.workbench.tokens import TokenizedCorpus
 
     corpus = TokenizedCorpus.load(context.folder / parts.TOKENS)
     stored = load_file(context.folder / parts.COUNTS)
     words = [corpus.vocabulary[i] for i in stored["kept"]]
     size = len(words)
-    lower = csr_matrix((stored["data"] / int(stored["unit"][0]), stored["indices"], stored["indptr"]), (size, size))
+    lower = csr_matrix((stored["data"], stored["indices"], stored["indptr"]), (size, size))
+    # The triangle alone: the whole matrix and the checks of one would need many times the memory.
+    counts = CooccurrenceCounter.from_counts(lower, words, stored["counts"], window=context.settings.window)
     dim = min(context.settings.word_dim, size - 1)
     # The penalty of one count is right for millions of words and would leave nothing of a small corpus.
     reg = float(np.clip(stored["counts"].sum() / 1e6, 0.01, 1.0))
     model = PMIEmbedding(dim=dim, reg=reg, random_state=context.settings.seed, n_jobs=_threads())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on how much is explained: a corpus of ten documents explains little
-        model.fit((lower + lower.T).tocsr(), vocabulary=words, counts=stored["counts"])
+        model.fit(counts)
     model.save(context.folder / parts.WORDS)
     return {"dim": dim, "loss": float(model.loss_history_[-1])}
 
@@ -332,7 +351,9 @@ def evaluate(context: Context) -> dict[str, Any]:
     corpus = TokenizedCorpus.load(folder / parts.TOKENS)
     model = BagEncoder.load(folder / parts.ENCODER)
     tables: dict[str, list[dict[str, Any]]] = {}
-    rows = held_out_questions(corpus, choose_held_out(corpus, seed=settings.seed), model)
+    held_out = choose_held_out(corpus, seed=settings.seed)
+    among = _sample_rows(len(corpus), np.flatnonzero(held_out), settings.seed)
+    rows = held_out_questions(corpus.take(among), held_out[among], model)
     if rows:
         tables["Held-out titles: which document does the title belong to?"] = rows
     store = DocumentStore(folder / parts.DOCUMENTS)
@@ -345,7 +366,12 @@ def evaluate(context: Context) -> dict[str, Any]:
     if not settings.evaluate:
         relevant = _sample(relevant, _ASKED, settings.seed)
     if any(relevant):
-        tables["Related items: which documents does See Also name?"] = related_items(corpus, relevant, model)
+        needed = {number for i, some in enumerate(relevant) if some for number in (i, *some)}
+        among = _sample_rows(len(corpus), np.array(sorted(needed), np.int64), settings.seed)
+        place = {number: new for new, number in enumerate(among.tolist())}
+        relevant = [{place[j] for j in relevant[i]} for i in among.tolist()]
+        rows = related_items(corpus.take(among), relevant, model)
+        tables["Related items: which documents does See Also name?"] = rows
     if settings.evaluate:
         # Checkpoints lie with those of the main training, so that this is resumed as well.
         out = folder / parts.TRAINING / "evaluation"
@@ -353,7 +379,22 @@ def evaluate(context: Context) -> dict[str, Any]:
         if rows:
             tables["Questions: first line to document, encoder trained on the other half"] = rows
     # CPU seconds differ from run to run, and figures must not.
-    return {"tables": {title: [_without(row, "seconds") for row in rows] for title, rows in tables.items()}}
+    figures: dict[str, Any] = {
+        "tables": {title: [_without(row, "seconds") for row in rows] for title, rows in tables.items()}
+    }
+    if len(corpus) > _MAX_EVALUATED:
+        figures["searched"] = f"{_MAX_EVALUATED:,} random documents of {len(corpus):,}"
+    return figures
+
+
+def _sample_rows(count: int, needed: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Which of ``count`` documents are searched: all, or those ``needed`` and random ones up to _MAX_EVALUATED."""
+    if count <= _MAX_EVALUATED:
+        return np.arange(count)
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(seed).permutation(count)[: max(0, _MAX_EVALUATED - len(needed))]] = True
+    chosen[needed] = True
+    return np.flatnonzero(chosen)
 
 
 def _without(row: Mapping[str, Any], key: str) -> dict[str, Any]:

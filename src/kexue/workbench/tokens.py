@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
@@ -28,7 +29,8 @@ from kexue.workbench.fields import is_name, name_and_parent, split_head
 
 FORMAT = 1
 FIELDS = ("head", "body", "name", "last")
-_BLOCK = 1 << 12  # documents looked at at a time
+_MOST_WORDS = 500_000  # the commonest ones; a row of every table in training each, so they bound the memory
+_AT_ONCE = 1 << 22  # tokens that are renumbered together, at least one document
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ class Ragged:
         lengths = self.lengths[index]
         offsets = np.zeros(len(index) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        source = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Ragged(self.values[source], offsets)
+        values = np.empty(offsets[-1], np.int32)
+        _copy_rows(self.values, self.offsets[index], lengths, values, offsets)
+        return Ragged(values, offsets)
 
     def masked(self, keep: NDArray[np.bool_]) -> Ragged:
         """The same rows, those with ``keep`` False emptied."""
@@ -122,15 +125,18 @@ def concatenate(*fields: Ragged) -> Ragged:
     values = np.empty(offsets[-1], np.int32)
     start = offsets[:-1].copy()
     for part in fields:
-        lengths = part.lengths
-        for first in range(0, len(lengths), _BLOCK):  # by blocks: the places take four times the room of the values
-            rows = slice(first, first + _BLOCK)
-            low, high = part.offsets[first], part.offsets[min(first + _BLOCK, len(lengths))]
-            place = np.repeat(start[rows] - part.offsets[:-1][rows], lengths[rows])
-            place += np.arange(low, high)
-            values[place] = part.values[low:high]
-        start += lengths
+        _copy_rows(part.values, part.offsets, part.lengths, values, start)
+        start += part.lengths
     return Ragged(values, offsets)
+
+
+@njit(cache=True)
+def _copy_rows(source, begins, lengths, out, starts):  # type: ignore[no-untyped-def]
+    """Copy runs of ``source`` to their places. An index of all values would take several times their memory."""
+    for row in range(len(lengths)):
+        begin, start = begins[row], starts[row]
+        for t in range(lengths[row]):
+            out[start + t] = source[begin + t]
 
 
 @dataclass
@@ -181,6 +187,14 @@ class TokenizedCorpus:
     def without_heads(self, rows: NDArray[np.bool_]) -> TokenizedCorpus:
         """The same corpus with the heads of ``rows`` (bool ``(N,)``) taken away."""
         return TokenizedCorpus(**{**self.__dict_fields(), "head": self.head.masked(~rows)})
+
+    def take(self, rows: Sequence[int] | NDArray[Any]) -> TokenizedCorpus:
+        """The given documents only, in the given order; vocabulary and ``df`` stay."""
+        index = np.asarray(rows, np.int64)
+        fields = {name: getattr(self, name).take(index) for name in FIELDS}
+        numbers = {name: getattr(self, name)[index] for name in ("own", "parent", "position")}
+        labels = [self.labels[i] for i in index.tolist()]
+        return TokenizedCorpus(**{**self.__dict_fields(), **fields, **numbers, "labels": labels})
 
     def without_names(self) -> TokenizedCorpus:
         """The same corpus as plain text: no names, no order."""
@@ -261,14 +275,16 @@ class _Spill:
         offsets = np.zeros(len(old), np.int64)
         kept = 0
         with open(self.path, "rb") as source, open(f"{target}.raw", "wb") as sink:
-            for first in range(0, len(lengths), 1 << 14):
-                last = min(first + (1 << 14), len(lengths))
+            first = 0
+            while first < len(lengths):
+                last = max(first + 1, int(np.searchsorted(old, old[first] + _AT_ONCE, side="right")) - 1)
                 values = renumber[np.fromfile(source, np.int32, int(old[last] - old[first]))]
                 keep = values >= 0
                 values[keep].tofile(sink)
                 running = np.concatenate([[0], np.cumsum(keep)])
                 offsets[first + 1 : last + 1] = kept + running[old[first + 1 : last + 1] - old[first]]
                 kept = int(offsets[last])
+                first = last
         self.path.unlink()
         raw = Path(f"{target}.raw")
         values = np.memmap(raw, np.int32, "r") if kept else np.empty(0, np.int32)
@@ -319,7 +335,8 @@ def tokenize_corpus(
         tokenizer: Text -> tokens; a method ``parts`` (name -> tokens without compounds) is used when there is one.
         folder: Where the arrays go.
         min_df: Documents a word must stand in; None is 2, or 1 for a corpus under 50 documents. Words of names always
-            stay: a name that only one document has is the best of all queries.
+            stay: a name that only one document has is the best of all queries. Of more than 500 000 words the commonest
+            are taken; the word index of the store knows the others.
         progress: Show a bar; None if standard error is a terminal.
         total: Number of documents, for the bar.
 
@@ -419,7 +436,7 @@ def _rank_words(
     # Letters only: the digits and hexadecimal pieces of generated ids are not worth a row each.
     words = list(ids)
     keep[[number for number in named if df[number] and words[number].replace("_", "").isalpha()]] = True
-    kept = sorted(np.flatnonzero(keep).tolist(), key=lambda number: (-df[number], words[number]))
+    kept = sorted(np.flatnonzero(keep).tolist(), key=lambda number: (-df[number], words[number]))[:_MOST_WORDS]
     renumber = np.full(len(words), -1, np.int32)
     renumber[kept] = np.arange(len(kept), dtype=np.int32)
     return [words[number] for number in kept], df[kept].copy(), renumber

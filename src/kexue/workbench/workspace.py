@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from kexue import __version__
 from kexue._files import recover_directory
-from kexue.corpus import Document
-from kexue.workbench.build import Settings
-from kexue.workbench.build import build as build_workspace
-from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import Manifest
-from kexue.workbench.parts import Parts
+from kexue.workbench.parts import DAMAGE, Parts, damaged
 from kexue.workbench.search import Searcher
 
-# What reading files can raise whose content is not what was written.
-_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, SafetensorError)
+if TYPE_CHECKING:
+    from kexue.corpus import Document
 
 
 class Workspace(Searcher):
@@ -82,6 +76,9 @@ class Workspace(Searcher):
             WorkspaceError: ``out`` exists, another build into it is running, or the disk is full.
             ValueError: the corpus holds no documents, or two with the same id.
         """
+        from kexue.workbench.build import Settings
+        from kexue.workbench.build import build as build_workspace
+
         settings = Settings(seed=seed, epochs=epochs, dim=dim, evaluate=evaluate)
         folder = build_workspace(
             corpus,
@@ -144,14 +141,10 @@ def _load(folder: Path) -> tuple[Manifest, Parts]:
     try:
         manifest = Manifest.read(folder)
         parts = Parts.load(folder)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if _identity(folder) != before:
             return _load(folder)
-        if isinstance(error, WorkspaceError):
-            raise
-        raise WorkspaceError(
-            f"{folder} is damaged ({error}); build it again with `kexue build ... --out {folder} --force`"
-        ) from error
+        raise damaged(folder, error) from error
     if _identity(folder) != before:
         parts.store.close()
         return _load(folder)
