@@ -56,13 +56,13 @@ def build(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes of the encoder over the corpus [by its size].")
+        int | None, typer.Option(min=1, help="Passes of the encoder over the corpus; without, its size decides.")
     ] = None,
     dim: Annotated[int, typer.Option(min=2, help="Width of the document vectors.")] = 256,
-    id_column: Annotated[str | None, typer.Option(help="Column of the ids [guessed].")] = None,
-    title_column: Annotated[str | None, typer.Option(help="Column of the titles [guessed].")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts [guessed].")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels [guessed].")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the ids; guessed without.")] = None,
+    title_column: Annotated[str | None, typer.Option(help="Column of the titles; guessed without.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts; guessed without.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels; guessed without.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     skip_errors: Annotated[
         bool, typer.Option("--skip-errors", help="Leave out unreadable files instead of stopping.")

@@ -23,7 +23,7 @@ create table documents (
     row integer primary key, id text not null unique, title text not null, text text not null,
     labels text not null, meta text not null);
 create virtual table words using fts5(
-    body, content='', columnsize=1, detail=none,
+    body, content='', columnsize=1, detail=full,
     tokenize = "unicode61 remove_diacritics 0 categories 'L* M* N* P* S* Co'");
 """
 _BATCH = 2000
