@@ -8,7 +8,7 @@ HEAD_LIMIT = 200  # characters; a longer first line is a paragraph, of which the
 _SENTENCE = re.compile(r".*?(?:[.!?](?=\s)|[。！？])", re.S)
 _SEPARATORS = re.compile(r"[./\\:#]+")
 _NAME = re.compile(r"(?=.*[^\W\d_])[\w.\-/\\:#$<>+]+")
-_UNSPACED = re.compile(  # ideographs, kana, Thai and its neighbours: words are not divided by spaces
+UNSPACED = re.compile(  # ideographs, kana, Thai and its neighbours: words are not divided by spaces
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _SUFFIX = re.compile(r"\.(?:txt|md|rst|html?|jsonl?|csv|parquet|py|tex|pdf|docx?|log)$", re.I)
@@ -36,7 +36,7 @@ def is_title(text: str) -> bool:
     text = text.strip()
     if not is_name(text):
         return bool(text)
-    return bool(_UNSPACED.search(text)) and not _SEPARATORS.search(text)
+    return bool(UNSPACED.search(text)) and not _SEPARATORS.search(text)
 
 
 def split_head(title: str, text: str, first_line: bool) -> tuple[str, str]:
