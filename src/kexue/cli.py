@@ -95,7 +95,7 @@ def build(
         chosen = [name.strip() for name in packages.split(",") if name.strip()]
         if not chosen:
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
-    with _resumable():
+    with _resumable(), _option_names(skip_errors):
         workspace = Workspace.build(
             list(paths) if paths else None,
             out,
@@ -298,6 +298,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _option_names(skipping: bool) -> Iterator[None]:
+    """Let errors of the reader speak of options of the command line, and of the one that passes over bad files."""
+    from kexue.corpus import CorpusError
+
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name in ("id_column", "title_column", "text_column", "label_column"):
+            message = message.replace(name, "--" + name.replace("_", "-"))
+        message = message.replace("encoding='utf-16'", "--encoding utf-16")
+        message = message.replace("has another encoding, name it", "has another encoding, name it with --encoding")
+        if isinstance(error, CorpusError) and not skipping and not message.endswith(": empty"):
+            message += ". --skip-errors leaves out what cannot be read"
+        raise ValueError(message) from error
 
 
 @contextmanager
