@@ -82,6 +82,25 @@ def test_errors_are_one_clear_message_with_the_right_exit_code(space, tmp_path, 
     assert result.stdout == ""
 
 
+def test_errors_of_the_reader_name_options_of_the_command_line(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("a\tfirst\tsecond\n", encoding="utf-8")
+    (tmp_path / "broken.txt").write_bytes(b"good\nbad \xff\n")
+    result = kexue("build", "pairs.tsv", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "--text-column" in result.stderr
+    result = kexue("build", "broken.txt", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "line 2" in result.stderr
+    assert "--encoding" in result.stderr
+    assert "--skip-errors" in result.stderr
+
+
+def test_help_texts_lose_no_words_to_markup():
+    result = kexue("build", "--help")
+    assert "guessed" in result.stdout
+    assert "decides" in result.stdout
+
+
 def test_methods_lists_all_rows(space):
     rows = json.loads(kexue("methods", "--json").stdout)
     assert len(rows) == 38

@@ -57,13 +57,13 @@ def build(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes of the encoder over the corpus [by its size].")
+        int | None, typer.Option(min=1, help="Passes of the encoder over the corpus; without, its size decides.")
     ] = None,
     dim: Annotated[int, typer.Option(min=2, help="Width of the document vectors.")] = 256,
-    id_column: Annotated[str | None, typer.Option(help="Column of the ids [guessed].")] = None,
-    title_column: Annotated[str | None, typer.Option(help="Column of the titles [guessed].")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts [guessed].")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels [guessed].")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the ids; guessed without.")] = None,
+    title_column: Annotated[str | None, typer.Option(help="Column of the titles; guessed without.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts; guessed without.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels; guessed without.")] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     skip_errors: Annotated[
         bool, typer.Option("--skip-errors", help="Leave out unreadable files instead of stopping.")
@@ -96,7 +96,7 @@ def build(
         chosen = [name.strip() for name in packages.split(",") if name.strip()]
         if not chosen:
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
-    with _interruptible("interrupted; give the same command again to continue"):
+    with _interruptible("interrupted; give the same command again to continue"), _option_names(skip_errors):
         workspace = Workspace.build(
             list(paths) if paths else None,
             out,
@@ -301,6 +301,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _option_names(skipping: bool) -> Iterator[None]:
+    """Let errors of the reader speak of options of the command line, and of the one that passes over bad files."""
+    from kexue.corpus import CorpusError
+
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name in ("id_column", "title_column", "text_column", "label_column"):
+            message = message.replace(name, "--" + name.replace("_", "-"))
+        message = message.replace("encoding='utf-16'", "--encoding utf-16")
+        message = message.replace("has another encoding, name it", "has another encoding, name it with --encoding")
+        if isinstance(error, CorpusError) and not skipping and not message.endswith(": empty"):
+            message += ". --skip-errors leaves out what cannot be read"
+        raise ValueError(message) from error
 
 
 @contextmanager

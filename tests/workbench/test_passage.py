@@ -45,3 +45,17 @@ def test_spans_lie_in_the_passage_in_order(text, query):
         position = end
     assert "\n" not in passage
     assert len(passage) <= 62
+
+
+def test_a_short_chinese_sentence_is_not_marked_as_a_whole():
+    _, spans = best_passage("常州房价还会涨吗", {"房价": 2.0, "房": 1.0, "价": 1.0}, TOKENIZER)
+    assert spans == [(2, 4)]
+
+
+def test_characters_of_a_word_are_not_marked_in_other_words_where_the_word_stands():
+    text = "机器人大赛上的人工智能"
+    query = dict.fromkeys(["人", "工", "智能", "智", "能"], 1.0)
+    passage, spans = best_passage(text, query, TOKENIZER)
+    assert [passage[a:b] for a, b in spans] == ["人工智能"]
+    alone, spans = best_passage("机器人大赛", query, TOKENIZER)  # the only match there is stays
+    assert [alone[a:b] for a, b in spans] == ["人"]

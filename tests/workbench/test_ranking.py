@@ -141,3 +141,21 @@ def test_saved_ranker_answers_the_same(corpus, encoder, tmp_path):
         Ranker.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="one row for each of the 160"):
         Ranker.build(corpus, np.zeros((3, 4), np.float32))
+
+
+def test_first_lines_are_searched_as_text_however_many_there_are(tmp_path):
+    texts = ["opening words. " + "body " * 60 if i < 20 else f"only body number {i}" for i in range(40)]
+    texts[3] = "zebra crossing. " + "body " * 60
+    pile = [Document(str(i), text) for i, text in enumerate(texts)]
+    corpus = tokenize_corpus(pile, lambda text: text.replace(".", "").split(), tmp_path)
+    assert corpus.head.lengths[3] > 0
+    assert (corpus.head.lengths == 0).sum() >= 20
+    order, _, _ = Ranker.build(corpus, None).search(corpus.lookup(["zebra"]), None, 1)
+    assert order.tolist() == [3]
+
+
+def test_titles_without_spaces_are_searched(tmp_path):
+    pile = [Document(f"d{i}", f"正文 {i}", title=f"标题第{'一二三四五六七八九十'[i]}") for i in range(10)]
+    corpus = tokenize_corpus(pile, Tokenizer(), tmp_path)
+    order, _, _ = Ranker.build(corpus, None).search(corpus.lookup(["七"]), None, 1)
+    assert order.tolist() == [6]

@@ -57,6 +57,8 @@ def test_keyword_search_ranks_by_bm25_and_takes_any_text(tmp_path):
     for hostile in ('"', "*", "NEAR(", "a OR", "-", "'; drop table documents; --"):
         assert store.keywords([hostile], 5) == []
     assert store.keywords([], 5) == []
+    scores = dict(store.keywords(["dog", "cat"], 5))
+    assert scores[1] > scores[0] > 0
     assert len(store) == 3
 
 

@@ -47,6 +47,8 @@ def test_ragged_refuses_offsets_that_do_not_fit_and_rows_outside():
         ("A real title", "Body.", True, ("A real title", "Body.")),
         ("A title on one line.", "A title on\none line.\n\nBody.", True, ("A title on one line.", "\n\nBody.")),
         ("numpy.linalg.norm", "Head.\nBody.", True, ("Head.", "Body.")),
+        ("深度学习研究", "正文。", False, ("深度学习研究", "正文。")),
+        ("论文/研究", "正文。", False, ("", "正文。")),
         ("", "One line only", True, ("", "One line only")),
         ("", "First sentence. " + "word " * 100, True, ("First sentence.", " " + "word " * 100)),
         ("", "", True, ("", "")),
@@ -63,6 +65,8 @@ def test_head_is_the_title_or_the_first_line(title, text, first_line, expected):
         ("docs/guide/set_up.md", "", ("set_up", "docs/guide")),
         ("17", "train_test_split", ("train_test_split", "")),
         ("17", "A title", ("", "")),
+        ("17", "深度学习研究", ("", "")),
+        ("书/第一章.txt", "", ("第一章", "书")),
         ("pile.jsonl:12", "", ("jsonl", "pile")),
     ],
 )
@@ -91,7 +95,7 @@ def test_vocabulary_goes_by_document_frequency_then_alphabet(tmp_path):
 def test_rare_words_leave_but_words_of_names_stay(tmp_path):
     documents = [*documentation(), Document("lib.sparse.quixotic", "matrix unheard\nof words")]
     corpus = tokenize_corpus(documents, Tokenizer(), tmp_path)
-    assert corpus.flags == {"names": True, "order": True, "heads": True}
+    assert corpus.flags == {"names": True, "order": True, "heads": True, "titles": False}
     assert "quixotic" in corpus.vocabulary
     assert "unheard" not in corpus.vocabulary
     row = len(documents) - 1

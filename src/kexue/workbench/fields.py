@@ -8,6 +8,9 @@ HEAD_LIMIT = 200  # characters; a longer first line is a paragraph, of which the
 _SENTENCE = re.compile(r".*?(?:[.!?](?=\s)|[。！？])", re.S)
 _SEPARATORS = re.compile(r"[./\\:#]+")
 _NAME = re.compile(r"(?=.*[^\W\d_])[\w.\-/\\:#$<>+]+")
+UNSPACED = re.compile(  # ideographs, kana, Thai and its neighbours: words are not divided by spaces
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _SUFFIX = re.compile(r"\.(?:txt|md|rst|html?|jsonl?|csv|parquet|py|tex|pdf|docx?|log)$", re.I)
 
 
@@ -19,6 +22,21 @@ def is_name(text: str) -> bool:
         (True, False, False)
     """
     return bool(_NAME.fullmatch(text.strip()))
+
+
+def is_title(text: str) -> bool:
+    """Whether a given title says something as text rather than being an identifier.
+
+    A title of an unspaced script is one run of letters without being a name, unless it has the separators of a path.
+
+    Example:
+        >>> is_title("Matrix or vector norm."), is_title("numpy.linalg.norm"), is_title("静夜思"), is_title("诗/静夜思")
+        (True, False, True, False)
+    """
+    text = text.strip()
+    if not is_name(text):
+        return bool(text)
+    return bool(UNSPACED.search(text)) and not _SEPARATORS.search(text)
 
 
 def split_head(title: str, text: str, first_line: bool) -> tuple[str, str]:
@@ -37,7 +55,7 @@ def split_head(title: str, text: str, first_line: bool) -> tuple[str, str]:
     """
     title = title.strip()
     body = text.lstrip()
-    if title and not is_name(title):
+    if title and is_title(title):
         # A summary of several lines is given as one line: it is found again whatever its line breaks.
         start = re.match(r"\s+".join(map(re.escape, title.split())) + r"(?!\w)", body)
         return title, body[start.end() :] if start else body
@@ -59,7 +77,8 @@ def name_and_parent(identifier: str, title: str) -> tuple[str, str]:
         >>> name_and_parent("numpy.linalg.norm", ""), name_and_parent("guide/setup.md", "Setting up")
         (('norm', 'numpy.linalg'), ('setup', 'guide'))
     """
-    candidates = [text.strip() for text in (identifier, title) if is_name(text)]
+    # A title that is text already counts as such.
+    candidates = [text.strip() for text in (identifier, "" if is_title(title) else title) if is_name(text)]
     if not candidates:
         return "", ""
     # A title such as ``norm`` may be all there is besides a number; a dotted id says more than a bare title.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from kexue.workbench.fields import UNSPACED
 
 # Runs without white space and punctuation; combining marks of every script stay with their letters.
-_CHUNK = re.compile(r"[^\s!-/:-@\[-^`{-~。，、；：？！“”‘’（）《》【】…—]+")
+_CHUNK = re.compile(r"[^\s!-/:-@\[-^`{-~。，、；：？！．・～“”‘’（）《》【】「」『』…—]+")
 _LIMIT = 50_000  # characters looked at; longer documents are cut into pieces when they are read
-_BREAK = re.compile(r"[\s。！？；，、]")
+_BREAK = re.compile(r"[\s。！？；，、．]")
 
 
 def find_words(
@@ -33,16 +35,45 @@ def find_words(
         token = known[chunk]
         if token is None:
             continue
-        if len(chunk) > len(token) + 4 and token in chunk.casefold():
+        inside: list[tuple[int, int, str]] = []
+        if UNSPACED.search(chunk) or (len(chunk) > len(token) + 4 and token in chunk.casefold()):
             # A run without spaces (Chinese, or a joined identifier): mark the words inside, not the run.
             for word in weights:
                 begin = chunk.casefold().find(word)
                 while begin >= 0:
-                    spans.append((match.start() + begin, match.start() + begin + len(word), word))
+                    inside.append((match.start() + begin, match.start() + begin + len(word), word))
                     begin = chunk.casefold().find(word, begin + len(word))
+        spans += inside or [(match.start(), match.end(), token)]
+    return _without_strays(text, sorted(set(spans)))
+
+
+def _without_strays(text: str, spans: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Leave out lone characters of an unspaced script that elsewhere in the text stand in a longer match.
+
+    The tokens of a Chinese word are the word and its characters; where the word is there, a character that happens to
+    stand in another word says nothing.
+    """
+    runs: list[list[int]] = []
+    for begin, end, _ in spans:
+        if runs and begin <= runs[-1][1]:
+            runs[-1][1] = max(end, runs[-1][1])
         else:
-            spans.append((match.start(), match.end(), token))
-    return sorted(set(spans))
+            runs.append([begin, end])
+    longer = {character for begin, end in runs if end - begin > 1 for character in text[begin:end]}
+    stray = {begin for begin, end in runs if end - begin == 1 and text[begin] in longer and UNSPACED.match(text[begin])}
+    return [span for span in spans if span[0] not in stray]
+
+
+def whole_words(words: Iterable[str]) -> list[str]:
+    """The words without the single characters of an unspaced script that another of the words contains.
+
+    Example:
+        >>> whole_words(["房价", "涨", "价", "房", "a"])
+        ['房价', '涨', 'a']
+    """
+    known = list(dict.fromkeys(words))
+    inside = {character for word in known if len(word) > 1 for character in word}
+    return [word for word in known if not (len(word) == 1 and word in inside and UNSPACED.match(word))]
 
 
 def surface_forms(text: str, tokenize: Callable[[str], Sequence[str]]) -> dict[str, str]:
@@ -98,7 +129,7 @@ def best_passage(
         # Begin at a line or sentence shortly before the first match.
         lead = text.rfind("\n", max(0, start - width // 3), start)
         if lead < 0:
-            lead = max(text.rfind(mark, max(0, start - width // 3), start) for mark in (". ", "。", "！", "？"))
+            lead = max(text.rfind(mark, max(0, start - width // 3), start) for mark in (". ", "。", "！", "？", "．"))
         start = lead + 1 if lead >= 0 else max(0, start - width // 6)
         while start > 0 and start < len(text) and not _BREAK.match(text[start - 1]):
             start -= 1

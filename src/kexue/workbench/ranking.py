@@ -137,7 +137,12 @@ class Titles:
 
 
 def heads_are_text(corpus: TokenizedCorpus) -> bool:
-    """Whether heads are searched like text: when 9 of 10 documents have one, or none has."""
+    """Whether heads are searched like text: when 9 of 10 documents have one, or none has, or they are first lines.
+
+    A first line is a part of the text: to leave it out would hide it from every query.
+    """
+    if not corpus.flags.get("titles", True):
+        return True
     share = float((corpus.head.lengths > 0).mean())
     return share >= 0.9 or share == 0
 

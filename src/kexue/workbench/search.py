@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue.workbench.parts import Parts
-from kexue.workbench.passage import best_passage, surface_forms
+from kexue.workbench.passage import best_passage, surface_forms, whole_words
 from kexue.workbench.ranking import NAME_PART, TEXT_PART
 from kexue.workbench.tokens import split_head
 
 _QUERY_LIMIT = 20_000  # characters; the rest of a longer query is not looked at
+_SIGNALS = {
+    "words": "shared words",
+    "meaning": "similar meaning",
+    "name": "similar name",
+    "mentions": "is mentioned",
+    "mentioned": "mentions it",
+    "order": "stands near",
+}
 _HIGHEST = 1.0 + TEXT_PART + NAME_PART  # the most that a document can score by known words and meaning
 
 
@@ -51,7 +59,7 @@ class Hit:
         if "similarity" in self.evidence:
             parts.append(f"similarity {self.evidence['similarity']:.2f}")
         for name, value in self.evidence.get("signals", {}).items():
-            parts.append(f"{name}: {value}")
+            parts.append(f"{_SIGNALS.get(name, name)} {value:.2f}")
         return "; ".join(parts)
 
 
@@ -103,7 +111,7 @@ class Searcher:
         forms = surface_forms(query, parts.tokenizer)
         for _, part in found.values():
             told = parts.telling({word: parts.weight(word) for word in part["words"]})
-            part["words"] = list(dict.fromkeys(forms.get(word, word) for word in told))
+            part["words"] = whole_words(forms.get(word, word) for word in told)
         weights = parts.telling({token: parts.weight(token) for token in tokens})
         best = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))[:k]
         return self._hits([(row, score, part) for row, (score, part) in best], weights)
@@ -159,15 +167,20 @@ class Searcher:
         shared = self._topic(row)
         hits = []
         for other, score, why in best:
-            hits.append((int(other), float(score), {"signals": why}))
+            there = set(self._words_of(int(other)))
+            words = [parts.surface.get(word, word) for word in shared if word in there][:8]
+            hits.append((int(other), float(score), {"words": words, "signals": why}))
         return self._hits(hits, shared)
 
     def _topic(self, row: int) -> dict[str, float]:
         """The most telling words of a document, to show where a related one speaks of the same."""
-        parts = self._parts
-        ids = np.unique(np.concatenate([parts.tokens.head[row], parts.tokens.body[row]]))
-        weights = {parts.tokens.vocabulary[i]: parts.weight(parts.tokens.vocabulary[i]) for i in ids}
+        weights = {word: self._parts.weight(word) for word in whole_words(self._words_of(row))}
         return dict(sorted(weights.items(), key=lambda item: (-item[1], item[0]))[:40])
+
+    def _words_of(self, row: int) -> list[str]:
+        tokens = self._parts.tokens
+        ids = np.unique(np.concatenate([tokens.head[row], tokens.body[row]]))
+        return [tokens.vocabulary[i] for i in ids]
 
     def words(self, word: str, k: int = 10) -> list[tuple[str, float]]:
         """Words that occur together with ``word`` more often than chance.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kexue._checks import check_int
 from kexue._files import atomic_path, write_json
 from kexue._progress import track
-from kexue.workbench.fields import is_name, name_and_parent, split_head
+from kexue.workbench.fields import is_title, name_and_parent, split_head
 
 FORMAT = 1
 FIELDS = ("head", "body", "name", "last")
@@ -154,7 +154,7 @@ class TokenizedCorpus:
         labels: That last part as text, lower-cased ("" without names): compared letter by letter.
         parent: Number of the container (module, folder) each document stands in, int32 ``(N,)``, -1 for none.
         position: Place in the order of the corpus, int32 ``(N,)``.
-        flags: What the corpus has: ``names``, ``order``, ``heads`` (bool).
+        flags: What the corpus has: ``names``, ``order``, ``heads``; ``titles`` if heads are no first lines (bool).
     """
 
     vocabulary: list[str]
@@ -186,7 +186,8 @@ class TokenizedCorpus:
 
     def without_heads(self, rows: NDArray[np.bool_]) -> TokenizedCorpus:
         """The same corpus with the heads of ``rows`` (bool ``(N,)``) taken away."""
-        return TokenizedCorpus(**{**self.__dict_fields(), "head": self.head.masked(~rows)})
+        flags = {**self.flags, "titles": True}  # from now on some have a head and others none
+        return TokenizedCorpus(**{**self.__dict_fields(), "head": self.head.masked(~rows), "flags": flags})
 
     def take(self, rows: Sequence[int] | NDArray[Any]) -> TokenizedCorpus:
         """The given documents only, in the given order; vocabulary and ``df`` stay."""
@@ -312,7 +313,7 @@ def _titled(documents: Iterable[Any], limit: int = 2000) -> bool:
     seen = titled = 0
     for document in documents:
         seen += 1
-        titled += bool(document.title.strip()) and not is_name(document.title)
+        titled += is_title(document.title)
         if seen == limit:
             break
     return titled > 0.1 * seen
@@ -416,6 +417,7 @@ def tokenize_corpus(
         position=np.arange(len(labels), dtype=np.int32),
     )
     corpus.flags = {"names": names_are_informative(corpus), "order": False, "heads": bool(len(corpus.head.values))}
+    corpus.flags["titles"] = corpus.flags["heads"] and not first_line
     if not corpus.flags["names"]:
         corpus.name = corpus.last = Ragged(np.empty(0, np.int32), np.zeros(len(labels) + 1, np.int64))
         corpus.own, corpus.labels = np.full(len(labels), -1, np.int32), [""] * len(labels)
