@@ -28,8 +28,8 @@ $(WORKSPACE)/manifest.json: $(VENV)/.run
 
 run: $(WORKSPACE)/manifest.json
 	$(BIN)/kexue search $(WORKSPACE) "distance between two probability distributions" -k 3
-	$(BIN)/kexue search $(WORKSPACE) "split a string by a regular expression" -k 3
-	$(BIN)/kexue search $(WORKSPACE) "reduce the number of dimensions of the data" -k 3
+	$(BIN)/kexue search $(WORKSPACE) "find the shortest path in a graph" -k 3
+	$(BIN)/kexue search $(WORKSPACE) "learning rate schedule with warmup" -k 3
 	@echo "The report is $(WORKSPACE)/report.html. Ask your own: $(BIN)/kexue search $(WORKSPACE) \"...\""
 
 lint: $(VENV)/.dev
