@@ -36,6 +36,8 @@ def test_similar_leaves_the_document_out_and_prefers_its_family(workspace):
     hits = workspace.similar("tools.text.join", k=5)
     assert "tools.text.join" not in {h.id for h in hits}
     assert sum(h.id.startswith("tools.text.") for h in hits) >= 4
+    assert "text" in hits[0].evidence["words"]
+    assert not any(c.isdigit() for word in hits[0].evidence["words"] for c in word)
     assert hits[0].evidence["signals"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -167,20 +168,24 @@ class Searcher:
         shared = self._topic(row)
         hits = []
         for other, score, why in best:
-            there = set(self._words_of(int(other)))
+            there = self._words_of(int(other))
             words = [parts.surface.get(word, word) for word in shared if word in there][:8]
             hits.append((int(other), float(score), {"words": words, "signals": why}))
         return self._hits(hits, shared)
 
     def _topic(self, row: int) -> dict[str, float]:
         """The most telling words of a document, to show where a related one speaks of the same."""
-        weights = {word: self._parts.weight(word) for word in whole_words(self._words_of(row))}
+        counts = self._words_of(row)
+        # Numbers are rare and say nothing; a word that comes often says what the document is about.
+        words = [word for word in whole_words(counts) if not any(character.isdigit() for character in word)]
+        weights = {word: self._parts.weight(word) * (1 + math.log(counts[word])) for word in words}
         return dict(sorted(weights.items(), key=lambda item: (-item[1], item[0]))[:40])
 
-    def _words_of(self, row: int) -> list[str]:
+    def _words_of(self, row: int) -> dict[str, int]:
+        """Word -> how often it stands in the document."""
         tokens = self._parts.tokens
-        ids = np.unique(np.concatenate([tokens.head[row], tokens.body[row]]))
-        return [tokens.vocabulary[i] for i in ids]
+        ids, counts = np.unique(np.concatenate([tokens.head[row], tokens.body[row]]), return_counts=True)
+        return dict(zip((tokens.vocabulary[i] for i in ids), counts.tolist(), strict=True))
 
     def words(self, word: str, k: int = 10) -> list[tuple[str, float]]:
         """Words that occur together with ``word`` more often than chance.
