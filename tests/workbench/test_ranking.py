@@ -61,7 +61,7 @@ def test_a_name_and_a_rare_word_lead_to_their_document(corpus, encoder):
 
 def test_scores_are_the_sum_of_their_parts_and_words_alone_suffice(corpus, encoder):
     ranker = Ranker.build(corpus, document_vectors(encoder, corpus))
-    query = corpus.head[3]
+    query = corpus.body[3][:8]
     vector = encoder.encode_ids(Ragged.from_rows([query]))[0]
     total, lexical, meaning = ranker.scores(query, vector)
     np.testing.assert_allclose(total, lexical + meaning, rtol=1e-6)
@@ -92,6 +92,14 @@ def test_documents_without_a_title_compete_on_equal_terms(corpus, encoder):
     assert order.tolist() == [1]
     reordered = corpus.head[1][::-1]
     assert ranker.search(reordered, None, 1)[0].tolist() == [1]
+
+
+def test_a_whole_title_finds_its_document_first_whatever_else_is_similar(corpus, encoder):
+    ranker = Ranker.build(corpus, document_vectors(encoder, corpus))
+    for i in range(0, len(corpus), 7):
+        vector = encoder.encode_ids(Ragged.from_rows([corpus.head[i]]))[0]
+        first = int(ranker.search(corpus.head[i], vector, 1)[0][0])
+        assert set(corpus.head[first].tolist()) == set(corpus.head[i].tolist())
 
 
 def test_part_of_a_title_finds_its_document_where_others_have_none(tmp_path):

@@ -7,13 +7,15 @@ gathers the rows of its words: exact, and as long as its posting lists. With doc
 :func:`kexue.workbench.encoder.document_vectors` the second term is 3 x cosine with the text + 2 x cosine with the name.
 
 Where only a part of the documents has a title, the titles are left out of both terms: otherwise documents would win
-merely because they have one. A title that contains all words of the query then adds up to 10, by the share (idf) of the
-title that the query makes up.
+merely because they have one. There a title that contains all words of the query adds up to 10, by the share (idf) of
+the title that the query makes up. Where titles are text, only the title that has just the words of the query adds 10:
+who types a title wants that document.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ FORMAT = 1
 TEXT_PART, NAME_PART = 3.0, 2.0  # of a document's vector: its text with its name, and its name alone
 NAME_WEIGHT = 2.0
 WHOLE_TITLE = 10.0
+TELLING = 1 + math.log(5)  # idf of a word that stands in a fifth of the documents
 K1, B = 1.5, 0.75
-TITLE_PARTS = ("starts", "rows", "idf", "mass")
+TITLE_PARTS = ("starts", "rows", "idf", "mass", "sizes")
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,15 @@ class Titles:
         starts: Titles that contain word w are ``rows[starts[w]:starts[w + 1]]``, ``(V + 1,)``.
         rows: Document numbers, ascending for each word.
         idf: Weight of each word, ``(V,)``.
-        mass: Sum of the weights of each title, ``(N,)``.
+        mass: Sum of the weights of the telling words of each title, of all its words if it has none, ``(N,)``.
+        sizes: How many different words each title has, ``(N,)``.
     """
 
     starts: NDArray[np.int64]
     rows: NDArray[np.int32]
     idf: NDArray[np.float32]
     mass: NDArray[np.float32]
+    sizes: NDArray[np.int32]
 
     @classmethod
     def build(cls, corpus: TokenizedCorpus) -> Titles:
@@ -121,11 +126,29 @@ class Titles:
         pairs = sp.coo_array((np.ones(len(document), np.float32), (corpus.head.values, document)), (size, documents))
         held = sp.csr_array(pairs)  # adds up repeated words
         held.sort_indices()
-        mass = np.bincount(held.indices, np.repeat(idf, np.diff(held.indptr)), documents).astype(np.float32)
-        return cls(held.indptr.astype(np.int64), held.indices.astype(np.int32), idf, mass)
+        weight = np.repeat(idf, np.diff(held.indptr))
+        telling = np.bincount(held.indices, np.where(weight >= TELLING, weight, 0), documents)
+        every = np.bincount(held.indices, weight, documents)
+        mass = np.where(telling > 0, telling, every).astype(np.float32)
+        sizes = np.bincount(held.indices, minlength=documents).astype(np.int32)
+        return cls(held.indptr.astype(np.int64), held.indices.astype(np.int32), idf, mass, sizes)
 
     def containing(self, words: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Documents whose title contains all of the distinct ``words``, and the share of the title that these are."""
+        """Documents whose title contains all of the distinct ``words``, and the share of the title that these are.
+
+        Words that stand in more than a fifth of the documents count only if there are no others.
+        """
+        telling = words[self.idf[words] >= TELLING]
+        words = telling if len(telling) else words
+        found = self._with_all(words)
+        return found, np.minimum(self.idf[words].sum() / self.mass[found], 1)
+
+    def equal(self, words: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Documents whose title consists of the distinct ``words``, in any order."""
+        found = self._with_all(words)
+        return found[self.sizes[found] == len(words)]
+
+    def _with_all(self, words: NDArray[np.int64]) -> NDArray[np.int32]:
         postings = [self.rows[self.starts[word] : self.starts[word + 1]] for word in words]
         postings.sort(key=len)
         found = postings[0] if postings else self.rows[:0]
@@ -133,7 +156,7 @@ class Titles:
             if not len(found):
                 break
             found = np.intersect1d(found, other, assume_unique=True)
-        return found, self.idf[words].sum() / self.mass[found]
+        return found
 
 
 def heads_are_text(corpus: TokenizedCorpus) -> bool:
@@ -154,7 +177,9 @@ class Ranker:
         text: BM25 of the texts.
         names: BM25 of the names; no postings where names say nothing.
         vectors: Document vectors ``(N, D)``, or None for lexical ranking only.
-        titles: Titles beside the texts; None when titles are text.
+        titles: What stands in the titles; None without titles.
+        documents: How many there are; needed without vectors.
+        titles_are_text: Whether titles belong to ``text`` as well.
 
     Example:
         >>> rows, none, blank = Ragged.from_rows([[0, 1], [1, 2]]), Ragged.from_rows([[], []]), np.full(2, -1, np.int32)
@@ -171,8 +196,10 @@ class Ranker:
         vectors: NDArray[np.float32] | None,
         titles: Titles | None = None,
         documents: int | None = None,
+        titles_are_text: bool = True,
     ) -> None:
         self.text, self.names, self.vectors, self.titles = text, names, vectors, titles
+        self.titles_are_text = titles_are_text
         self.documents = len(vectors) if vectors is not None else int(documents or 0)
 
     @classmethod
@@ -189,8 +216,8 @@ class Ranker:
         heads = heads_are_text(corpus) if heads is None else heads
         size = len(corpus.vocabulary)
         text = concatenate(corpus.head, corpus.body) if heads else corpus.body
-        titles = None if heads else Titles.build(corpus)
-        return cls(Impacts.build(text, size), Impacts.build(corpus.last, size), vectors, titles, len(corpus))
+        titles = Titles.build(corpus) if len(corpus.head.values) else None
+        return cls(Impacts.build(text, size), Impacts.build(corpus.last, size), vectors, titles, len(corpus), heads)
 
     def scores(
         self, words: NDArray[Any], query_vector: NDArray[np.float32] | None
@@ -207,8 +234,11 @@ class Ranker:
             meaning = self.vectors @ np.asarray(query_vector, np.float32)
         total = lexical + meaning
         if self.titles is not None and len(distinct):
-            rows, share = self.titles.containing(distinct)
-            total[rows] += WHOLE_TITLE * share
+            if self.titles_are_text:
+                total[self.titles.equal(distinct)] += WHOLE_TITLE
+            else:
+                rows, share = self.titles.containing(distinct)
+                total[rows] += WHOLE_TITLE * share
         return total, lexical, meaning
 
     def search(
@@ -272,7 +302,12 @@ class Ranker:
         if self.vectors is not None:
             with atomic_path(target / "vectors.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, self.vectors, allow_pickle=False)
-        head = {"format": FORMAT, "documents": self.documents, "vectors": self.vectors is not None}
+        head = {
+            "format": FORMAT,
+            "documents": self.documents,
+            "vectors": self.vectors is not None,
+            "text": self.titles_are_text,
+        }
         write_json(target / "ranker.json", head)
 
     @classmethod
@@ -292,7 +327,7 @@ class Ranker:
         if head["vectors"]:
             vectors = np.asarray(np.load(source / "vectors.npy", mmap_mode="r" if mmap else None, allow_pickle=False))
         titles = Titles(*(arrays[f"titles.{part}"] for part in TITLE_PARTS)) if "titles.rows" in arrays else None
-        return cls(text, names, vectors, titles, head["documents"])
+        return cls(text, names, vectors, titles, head["documents"], head["text"])
 
 
 def top_k(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
