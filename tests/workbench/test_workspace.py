@@ -58,6 +58,18 @@ def test_words_that_stand_in_one_document_only_are_found(tmp_path, documents):
     assert hits[0].evidence["words"] == ["frobnicator"]
 
 
+def test_documents_without_a_shared_word_or_meaning_are_no_answer(workspace):
+    for hit in workspace.search("quantile of statistics", k=40):
+        assert hit.evidence["lexical"] > 0 or hit.evidence["similarity"] > 0.1
+
+
+def test_a_known_word_without_a_vector_is_told_from_an_unknown_one(workspace, monkeypatch):
+    rare = "quantile"
+    monkeypatch.setattr(workspace._parts.words, "vocabulary_", ["matrix", "text"])
+    with pytest.raises(KeyError, match="'quantile' stands too seldom"):
+        workspace.words(rare)
+
+
 @pytest.mark.parametrize(
     "query", ['"', "*", "NEAR(", "a OR b AND", "'; drop table documents; --", "\0", "🙂", "矩阵", "-", "(" * 50]
 )

@@ -41,6 +41,7 @@ FAST = {"reassoc", "contract", "nsz"}
 
 @njit(cache=True, fastmath=FAST)
 def sum_rows(ids, weights, offsets, table, scale, out):  # type: ignore[no-untyped-def]
+    """Add to row i of ``out`` (N, D) the sum of ``weights * scale[ids] * table[ids]`` over the words of document i."""
     width = table.shape[1]
     for row in range(len(offsets) - 1):
         total = out[row]

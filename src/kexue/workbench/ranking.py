@@ -33,6 +33,7 @@ FORMAT = 1
 TEXT_PART, NAME_PART = 3.0, 2.0  # of a document's vector: its text with its name, and its name alone
 NAME_WEIGHT = 2.0
 WHOLE_TITLE = 10.0
+NOISE = 0.1 * TEXT_PART  # unrelated documents have cosines around 0
 TELLING = 1 + math.log(5)  # idf of a word that stands in a fifth of the documents
 K1, B = 1.5, 0.75
 TITLE_PARTS = ("starts", "rows", "idf", "mass", "sizes")
@@ -254,12 +255,12 @@ class Ranker:
         Returns:
             Indices best first (ties: lower index), their scores, and for each a dict with ``lexical`` (in [0, 1]),
             ``cosine`` (the vector part divided by its largest possible value) and ``words`` (ids that matched).
-            Documents that share nothing with the query are left out.
+            Documents that share neither a word with the query nor a cosine above .1 are left out.
         """
         check_int("k", k, 1)
         total, lexical, meaning = self.scores(tokens, query_vector)
         order = top_k(total, k)
-        order = order[total[order] > 0]
+        order = order[(lexical[order] > 0) | (total[order] > NOISE)]
         distinct = np.unique(np.asarray(tokens, np.int64))
         matched = {int(i): [int(w) for w in distinct if self._has(int(w), int(i))] for i in order}
         parts = [

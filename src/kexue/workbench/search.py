@@ -198,7 +198,7 @@ class Searcher:
             ``(word, cosine)`` pairs, best first.
 
         Raises:
-            KeyError: the word is not known; the message names similar ones.
+            KeyError: the word is not known, in which case the message names similar ones, or is too rare.
         """
         if not isinstance(word, str):
             raise TypeError(f"the word must be a str; got {word!r} of type {type(word).__name__}")
@@ -208,6 +208,8 @@ class Searcher:
         known = self._parts.words.vocabulary_
         candidates = [word, unicodedata.normalize("NFKC", word).casefold(), *self._parts.tokenizer(word)]
         chosen = next((candidate for candidate in candidates if candidate in known), word)
+        if chosen not in known and any(candidate in self._parts.tokens.ids for candidate in candidates):
+            raise KeyError(f"{word!r} stands too seldom in this corpus to have a vector of its own")
         found = self._parts.words.related(chosen, k=k)
         return [(self._parts.surface.get(other, other), float(score)) for other, score in found]
 
