@@ -129,6 +129,32 @@ def recover_directory(target: Path) -> None:
             os.replace(old, target)
 
 
+@contextlib.contextmanager
+def replaced_folder(path: str | os.PathLike[str], mark: str, content: str) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` when the block is done.
+
+    Args:
+        path: The folder to be written; an existing one is replaced if it is empty or holds the file ``mark``.
+        mark: A file that every such folder has.
+        content: What the folder holds, for the error message.
+
+    Raises:
+        ValueError: ``path`` exists and holds something else.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target / mark).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and holds no {content}; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        replace_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def _set_aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 

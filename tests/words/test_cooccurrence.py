@@ -233,7 +233,7 @@ def test_ids_in_several_chunks_equal_one(monkeypatch):
     ids, offsets = zipf_ids(rng, 5000, 90), np.r_[0, 0, np.sort(rng.integers(0, 5001, 300)), 5000, 5000]
     names = [str(k) for k in range(80)]
     whole = counter().fit_ids(ids, offsets, names)
-    monkeypatch.setattr("kexue.words.cooccurrence._CHUNK", 7)
+    monkeypatch.setattr("kexue.words._windows._CHUNK", 7)
     assert same(counter().fit_ids(ids, offsets, names), whole)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kexue.words import NGramCounter
 from kexue.words import _runs as runs_module
+from kexue.words._shards import Span
 from reference.ngrams import ngram_counts, runs
 
 MIXED = "平方和,平方根 abc ABC 한국어 カタカナー हिन्दी 〇一二 x1\x00y 👍🏽ok ❤️z é"
@@ -102,11 +103,21 @@ def test_chunks_cut_inside_runs_do_not_change_a_count(n_jobs):
     assert table(small) == dict(ngram_counts([text, "平方"], 5))
 
 
-def test_a_table_that_outgrows_the_memory_budget_is_announced_and_exact():
-    text = "".join(map(chr, range(0x4E00, 0x9000)))
-    with pytest.warns(ResourceWarning, match="grown"):
-        counter = NGramCounter(order=3, memory="100KB").fit([text])
-    assert counter.total_ == len(text)
+@pytest.mark.parametrize("order", [3, 8])
+def test_a_table_that_outgrows_the_memory_budget_goes_to_disk_and_stays_exact(order):
+    draw = np.random.default_rng(0)
+    texts = ["".join(map(chr, draw.integers(0x4E00, 0x4E00 + 60, 3000))) for _ in range(20)] + [MIXED]
+    counter = NGramCounter(order=order, memory="300KB").fit(texts)
+    expected = ngram_counts(texts, order)
+    assert counter.table_.mapped
+    assert table(counter) == dict(expected)
+    for gram in [*list(expected)[:200], "zz", "平方"]:
+        assert counter.count(gram) == expected[gram]
+    copy = pickle.loads(pickle.dumps(counter))
+    assert not copy.table_.mapped
+    assert table(copy) == dict(expected)
+    more = counter.partial_fit([MIXED])
+    assert table(more) == dict(ngram_counts([*texts, MIXED], order))
 
 
 def test_files_and_texts_give_the_same_counts(tmp_path):
@@ -117,14 +128,14 @@ def test_files_and_texts_give_the_same_counts(tmp_path):
     assert table(NGramCounter(3).fit(path)) == expected
     assert table(NGramCounter(3).fit([path])) == expected
     # blocks that end inside a character
-    pieces = list(runs_module._file_pieces(path, 7))
+    pieces = list(runs_module._file_pieces(Span(str(path), 0, path.stat().st_size), 7))
     assert "".join(pieces) == path.read_bytes().decode()
 
 
 def test_broken_utf8_is_reported_with_file_line_and_byte_offset(tmp_path):
     path = tmp_path / "broken.txt"
     path.write_bytes("平方\nab".encode() + b"\xff" + b"c")
-    with pytest.raises(ValueError, match=r"broken\.txt: line 2, byte offset 9: not UTF-8"):
+    with pytest.raises(ValueError, match=r"broken\.txt: not UTF-8 at line 2, byte offset 9 "):
         NGramCounter().fit(path)
     path.write_bytes("平方".encode()[:-1])
     with pytest.raises(ValueError, match="line 1, byte offset 3"):

@@ -7,14 +7,16 @@ rows are independent, so that threads may share them out without changing a bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kexue.words._jobs import in_order
 from kexue.words._numba import kernel, prefetch
+from kexue.words._spill import Batch
 
 _AHEAD = 8  # occurrences between the request for a window and its use; the windows lie all over the corpus
 _SHIFT = 3
@@ -82,10 +84,10 @@ def fill(
 
 
 @kernel
-def index(tokens: Any, starts: Any, positions: Any) -> None:
-    """List the positions of each word: those of word i are ``positions[starts[i] : starts[i + 1]]``."""
+def index(tokens: Any, first: int, last: int, starts: Any, positions: Any) -> None:
+    """List the positions of each word from first to last: word i has ``positions[starts[i] : starts[i + 1]]``."""
     following = starts[:-1].copy()
-    for place in range(len(tokens)):
+    for place in range(first, last):
         word = tokens[place]
         if word >= 0:
             positions[following[word]] = place
@@ -169,71 +171,108 @@ def rows(
     return high, size
 
 
-def count_pairs(
+class Rows(NamedTuple):
+    """Some rows of the strictly lower triangle of the pair counts.
+
+    Attributes:
+        low: The first row.
+        ends: (rows,) where each ends in the columns.
+        columns: Ascending within a row.
+        values: The counts.
+    """
+
+    low: int
+    ends: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int32]
+    values: npt.NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of columns and values."""
+        return self.columns.nbytes + self.values.nbytes
+
+    def batch(self) -> Batch:
+        """Sorted keys (row << 32 | column), (n, 1), and counts."""
+        rows = np.arange(self.low, self.low + len(self.ends)).astype(np.uint64)
+        keys = np.repeat(rows << np.uint64(32), np.diff(self.ends, prepend=0)) | self.columns.astype(np.uint64)
+        return np.asarray(keys.reshape(-1, 1), np.uint64), self.values
+
+
+def pair_rows(
     tokens: npt.NDArray[np.int32],
     counts: npt.NDArray[np.int64],
     weights: npt.NDArray[np.int64],
     n_jobs: int,
-    advance: Callable[[float], None],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Strictly lower triangle of the weighted pair counts as CSR arrays (indptr, columns, values).
+    memory: int,
+    own: tuple[int, int] | None = None,
+) -> Iterator[Rows]:
+    """Strictly lower triangle of the weighted pair counts, in ranges of rows.
 
     Args:
         tokens: Words with -1 between documents and at both ends.
-        counts: (V,) occurrences of each word in ``tokens``.
+        counts: (V,) occurrences of each word among the own tokens.
         weights: Of :func:`window_weights`.
         n_jobs: Threads; the result does not depend on it.
-        advance: Called with the number of rows that were finished.
+        memory: Budget in bytes; decides how many rows come at a time.
+        own: Tokens from .. to whose windows are counted; the others are only looked at. None means all.
     """
     size = len(counts)
+    first, last = (0, len(tokens)) if own is None else own
     starts = np.zeros(size + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     positions = np.empty(int(starts[-1]), np.int32 if len(tokens) < 1 << 31 else np.int64)
-    index(tokens, starts, positions)
+    index(tokens, first, last, starts, positions)
     # Rows cost their occurrences plus a look at every group of words; tasks of equal cost.
     cost = starts[1:] + np.arange(1, size + 1) * (size // (64 * _GROUP) + 1)
-    tasks = max(1, int(cost[-1] // _ROW_WORK)) if size else 1
+    # A position meets at most 2 * window different words; some tasks are in memory at a time, and grow by copying.
+    work = int(np.clip(memory // (32 * 12 * 2 * (len(weights) - 1) * n_jobs), 1 << 10, _ROW_WORK))
+    tasks = max(1, int(cost[-1] // work)) if size else 1
     bounds = np.searchsorted(cost, np.linspace(0, cost[-1] if size else 0, tasks + 1)[1:-1]).tolist()
     bounds = sorted({0, *bounds, size})
-
     ends = np.zeros(size, np.int64)
     blocks = size // (8 * _GROUP) + 1
 
-    def task(number: int) -> Any:
-        row, high = bounds[number], bounds[number + 1]
+    def task(number: int) -> Rows:
+        low, high = bounds[number], bounds[number + 1]
         total, touched = np.zeros(blocks * 8 * _GROUP, np.int64), np.zeros(blocks * 8, np.uint8)
         columns, values = np.empty(high + (1 << 12), np.int32), np.empty(high + (1 << 12), np.int64)
-        filled = 0
+        row, filled = low, 0
         while True:
             row, filled = rows(
                 tokens, positions, starts, row, high, weights, total, touched, columns, values, filled, ends
             )
             if row == high:
-                return columns[:filled].copy(), values[:filled].copy()
+                return Rows(low, ends[low:high].copy(), columns[:filled].copy(), values[:filled].copy())
             columns = np.append(columns[:filled], np.empty(filled + high, np.int32))
             values = np.append(values[:filled], np.empty(filled + high, np.int64))
 
-    parts: list[Any] = []
     numbers = range(len(bounds) - 1)
     if n_jobs == 1:
-        for number in numbers:
-            parts.append(task(number))
-            advance(bounds[number + 1] - bounds[number])
+        yield from map(task, numbers)
     else:
         with ThreadPoolExecutor(n_jobs) as pool:
-            for number, part in zip(numbers, pool.map(task, numbers), strict=True):
-                parts.append(part)
-                advance(bounds[number + 1] - bounds[number])
+            yield from in_order(pool, task, numbers, 2 * n_jobs)
+
+
+def emptied(parts: list[Rows]) -> Iterator[Rows]:
+    """The parts in order; each leaves the list when it is taken."""
+    parts.reverse()
+    while parts:
+        yield parts.pop()
+
+
+def assemble(
+    parts: list[Rows], size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Join all rows to CSR arrays (indptr, columns, values); empties the list."""
     indptr = np.zeros(size + 1, np.int64)
-    total = sum(len(part[0]) for part in parts)
+    total = sum(len(part.columns) for part in parts)
     columns = np.empty(total, np.int32)
     values = np.empty(total, np.int64)
     done = 0
-    for number in numbers:  # each part is freed once it is copied: the peak stays near the size of the result
-        part_columns, part_values = parts[number]
-        parts[number] = None
-        indptr[bounds[number] + 1 : bounds[number + 1] + 1] = ends[bounds[number] : bounds[number + 1]] + done
-        columns[done : done + len(part_columns)] = part_columns
-        values[done : done + len(part_values)] = part_values
-        done += len(part_columns)
+    for part in emptied(parts):  # each part is freed once it is copied: the peak stays near the size of the result
+        indptr[part.low + 1 : part.low + 1 + len(part.ends)] = part.ends + done
+        columns[done : done + len(part.columns)] = part.columns
+        values[done : done + len(part.columns)] = part.values
+        done += len(part.columns)
     return indptr, columns, values

@@ -30,12 +30,53 @@ class Layout:
 
 @dataclass
 class Table:
-    """Sorted unique keys (M, words) of the longest grams, their counts (M,), and the alphabet (sorted code points)."""
+    """Sorted unique keys (M, words) of the longest grams, their counts (M,), and the alphabet (sorted code points).
+
+    ``mapped`` tells that keys and counts outgrew the memory budget and lie on disk.
+    """
 
     alphabet: NDArray[np.uint32]
     layout: Layout
     keys: NDArray[np.uint64]
     counts: NDArray[np.int64]
+    mapped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of keys and counts."""
+        return self.keys.nbytes + self.counts.nbytes
+
+    def grams(self, n: int, minimum: int, block: int = 1 << 20) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Grams of exactly n characters with count >= minimum: code points (M, n), sorted, and counts (M,)."""
+        found: list[tuple[NDArray[np.uint32], NDArray[np.int64]]] = []
+        held: tuple[NDArray[np.uint32], NDArray[np.int64]] | None = None  # the last gram, which may go on
+        for start in range(0, len(self.counts), block):  # copies of blocks: a mapped table must not come into memory
+            keys, counts = np.array(self.keys[start : start + block]), np.array(self.counts[start : start + block])
+            layout = self.layout
+            rows, sums = prefixes(keys, counts, n, minimum, layout.bits, layout.per_word, True)
+            if not len(rows):
+                continue
+            points = self._points(keys[rows], n)
+            if held is not None and np.array_equal(held[0][0], points[0]):
+                sums[0] += held[1][0]
+            elif held is not None:
+                found.append(held)
+            found.append((points[:-1], sums[:-1]))
+            held = points[-1:], sums[-1:]
+        if held is None:
+            return np.empty((0, n), np.uint32), np.empty(0, np.int64)
+        points, sums = (np.concatenate(part) for part in zip(*found, held, strict=True))
+        good = sums >= minimum
+        return points[good], sums[good]
+
+    def _points(self, keys: NDArray[np.uint64], n: int) -> NDArray[np.uint32]:
+        layout = self.layout
+        mask = np.uint64((1 << layout.bits) - 1)
+        points = np.empty((len(keys), n), np.uint32)
+        for j in range(n):
+            shift = np.uint64(layout.bits * (layout.per_word - 1 - j % layout.per_word))
+            points[:, j] = self.alphabet[((keys[:, j // layout.per_word] >> shift) & mask).astype(np.int64) - 1]
+        return points
 
 
 @numba.njit(cache=True, nogil=True)
@@ -137,7 +178,7 @@ def _recode(
 
 
 @numba.njit(cache=True, nogil=True)
-def _add(
+def add_tables(
     a: NDArray[np.uint64], ca: NDArray[np.int64], b: NDArray[np.uint64], cb: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Merge two sorted tables of equal layout, adding the counts of common keys."""
@@ -173,50 +214,44 @@ def _add(
 
 
 @numba.njit(cache=True, nogil=True)
-def _shared(a: NDArray[np.uint64], b: NDArray[np.uint64], order: int, bits: int, per_word: int) -> int:
-    """Number of leading characters that two keys share."""
-    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for j in range(order):
-        shift = np.uint64(bits * (per_word - 1 - j % per_word))
-        w = j // per_word
-        if ((a[w] ^ b[w]) >> shift) & mask != 0:
-            return j
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
-def _length(key: NDArray[np.uint64], order: int, bits: int, per_word: int) -> int:
-    """Number of characters before the padding."""
-    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for j in range(order):
-        if (key[j // per_word] >> np.uint64(bits * (per_word - 1 - j % per_word))) & mask == 0:
-            return j
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
 def prefixes(
-    keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int
+    keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int, edges: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All grams of exactly n characters: (first row that begins with it, count), in sorted order."""
-    rows = np.empty(16, np.int64)
-    sums = np.empty(16, np.int64)
-    m, start, total = 0, -1, 0
-    for i in range(keys.shape[0] + 1):
-        end = i == keys.shape[0]
-        if not end and i > 0 and start >= 0 and _shared(keys[i], keys[start], n, bits, per_word) == n:
-            total += counts[i]
+    """All grams of exactly n characters: (first row that begins with it, count), in sorted order.
+
+    With ``edges`` the first and the last gram are kept whatever their count: they may go on in neighbouring blocks.
+    """
+    # The words up to that of the n-th character, the last one masked, are the gram; it is whole if its end is not 0.
+    last = (n - 1) // per_word
+    shift = np.uint64(bits * (per_word - 1 - (n - 1) % per_word))
+    end = ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)) << shift
+    rows = np.empty(1 << 10, np.int64)
+    sums = np.empty(1 << 10, np.int64)
+    m, size = 0, keys.shape[0]
+    i = 0
+    while i < size:
+        if keys[i, last] & end == 0:
+            i += 1
             continue
-        if start >= 0 and total >= minimum:
+        start, total, head = i, counts[i], keys[i, last] >> shift
+        i += 1
+        while i < size and keys[i, last] >> shift == head:
+            same = True
+            for w in range(last):
+                if keys[i, w] != keys[start, w]:
+                    same = False
+                    break
+            if not same:
+                break
+            total += counts[i]
+            i += 1
+        if total >= minimum or (edges and (start == 0 or i == size or m == 0)):
             if m == rows.size:
-                grown, more = np.empty(2 * m, np.int64), np.empty(2 * m, np.int64)
+                grown, more = np.empty(4 * m, np.int64), np.empty(4 * m, np.int64)
                 grown[:m], more[:m] = rows, sums
                 rows, sums = grown, more
             rows[m], sums[m] = start, total
             m += 1
-        start = -1
-        if not end and _length(keys[i], n, bits, per_word) == n:
-            start, total = i, counts[i]
     return rows[:m].copy(), sums[:m].copy()
 
 
@@ -254,18 +289,27 @@ def count_text(text: str, own: int, order: int) -> Table:
     return Table(alphabet, layout, *_unique(keys))
 
 
+def widened(
+    keys: NDArray[np.uint64], order: int, old: NDArray[np.uint32], new: NDArray[np.uint32]
+) -> NDArray[np.uint64]:
+    """Keys over the alphabet ``old`` rewritten for ``new``, which contains it; sorted keys stay sorted."""
+    if new.size == old.size:
+        return keys
+    before, after = Layout.of(order, old.size), Layout.of(order, new.size)
+    mapping = np.zeros(old.size + 1, np.uint64)
+    mapping[1:] = np.searchsorted(new, old) + 1
+    bits = (after.bits, after.per_word, after.words)
+    return _recode(np.ascontiguousarray(keys), mapping, order, (before.bits, before.per_word), bits)
+
+
 def _widen(table: Table, alphabet: NDArray[np.uint32]) -> Table:
-    if alphabet.size == table.alphabet.size:
-        return table
-    layout = Layout.of(table.layout.order, alphabet.size)
-    mapping = np.zeros(table.alphabet.size + 1, np.uint64)
-    mapping[1:] = np.searchsorted(alphabet, table.alphabet) + 1
-    old, new = (table.layout.bits, table.layout.per_word), (layout.bits, layout.per_word, layout.words)
-    return Table(alphabet, layout, _recode(table.keys, mapping, layout.order, old, new), table.counts)
+    order = table.layout.order
+    keys = widened(table.keys, order, table.alphabet, alphabet)
+    return Table(alphabet, Layout.of(order, alphabet.size), keys, table.counts)
 
 
 def merge(a: Table, b: Table) -> Table:
     """Add the counts of two tables."""
     alphabet = np.union1d(a.alphabet, b.alphabet)
     a, b = _widen(a, alphabet), _widen(b, alphabet)
-    return Table(alphabet, a.layout, *_add(a.keys, a.counts, b.keys, b.counts))
+    return Table(alphabet, a.layout, *add_tables(a.keys, a.counts, b.keys, b.counts))

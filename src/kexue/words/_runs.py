@@ -12,11 +12,12 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kexue.words._shards import Source, Span, file_size, not_utf8
 
 CODE_POINTS = sys.maxunicode + 1
 _IN_RUN = frozenset(("Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "Mn", "Mc"))
@@ -61,54 +62,62 @@ def parse_memory(memory: int | str) -> int:
     return int(size)
 
 
-def as_source(source: Any) -> Iterable[Any]:
+def as_source(source: Any, on_error: str = "raise") -> Source:
     """Accept what a counter can read: one text, one path, or an iterable of texts and paths."""
+    if isinstance(source, Source):
+        return source
     if isinstance(source, (str, os.PathLike)):
-        return [source]
+        source = [source]
     if isinstance(source, (bytes, bytearray, Mapping)) or not isinstance(source, Iterable):
         raise TypeError(f"expected an iterable of str (texts) or pathlib.Path (files); got {type(source).__name__}")
-    return source
+    return Source(source, on_error)
 
 
 def rereadable(source: Iterable[Any]) -> bool:
     """Whether iterating over ``source`` a second time starts again (a list does, a generator does not)."""
-    return iter(source) is not source
+    items = source.items if isinstance(source, Source) else source
+    return iter(items) is not items
 
 
-def _file_pieces(path: Path, size: int) -> Iterator[str]:
-    """Decode a UTF-8 file block by block; broken bytes are reported with line and offset."""
-    offset, line, pending = 0, 1, b""
-    with open(path, "rb") as file:
+def check_text(item: Any, number: int) -> int:
+    """The size of a text; TypeError for anything else."""
+    if not isinstance(item, str):
+        raise TypeError(f"item {number} must be a str (text) or pathlib.Path (file); got {type(item).__name__}")
+    return len(item)
+
+
+def _file_pieces(span: Span, size: int) -> Iterator[str]:
+    """Decode lines of a UTF-8 file block by block; broken bytes are reported with line and offset."""
+    offset, pending = span.start, b""
+    with open(span.path, "rb") as file:
+        file.seek(span.start)
         while True:
-            block = file.read(size)
+            block = file.read(min(size, span.stop - offset - len(pending)))
             data = pending + block
             try:
                 text, pending = data.decode("utf-8"), b""
             except UnicodeDecodeError as error:
                 incomplete = error.reason == "unexpected end of data" and error.end == len(data)
                 if not (incomplete and block):
-                    at, row = offset + error.start, line + data[: error.start].count(b"\n")
-                    raise ValueError(f"{path}: line {row}, byte offset {at}: not UTF-8 ({error.reason})") from None
+                    raise not_utf8(span.path, offset + error.start, error.reason) from None
                 text, pending = data[: error.start].decode("utf-8"), data[error.start :]
             if text:
                 yield text
             offset += len(data) - len(pending)
-            line += text.count("\n")
             if not block:
                 return
 
 
 def _pieces(source: Iterable[Any], size: int) -> Iterator[str]:
     for number, item in enumerate(source):
-        if isinstance(item, str):
-            if len(item) <= size:
-                yield item
-            else:
-                yield from (item[start : start + size] for start in range(0, len(item), size))
+        if isinstance(item, Span):
+            yield from _file_pieces(item, size)
         elif isinstance(item, os.PathLike):
-            yield from _file_pieces(Path(item), size)
+            yield from _file_pieces(Span(os.fspath(item), 0, file_size(item)), size)
+        elif check_text(item, number) <= size:
+            yield item
         else:
-            raise TypeError(f"item {number} must be a str (text) or pathlib.Path (file); got {type(item).__name__}")
+            yield from (item[start : start + size] for start in range(0, len(item), size))
         yield "\n"  # a run never crosses from one text or file into the next
 
 

@@ -7,22 +7,28 @@ UTF-8 bytes with a hash table whose hits are compared byte by byte (no collision
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kexue._progress import Bar
 from kexue.words._numba import kernel
+from kexue.words._shards import Source, Span, file_size, not_utf8
+from kexue.words._spill import ArrayWriter, mapped
 
 Tokenize = Callable[[str], Sequence[str]]
 
-_READ = 1 << 25  # bytes of a file that are read at once
+_READ = 1 << 25  # bytes of a file that are read at once, at most
 _JOIN = 1 << 22  # characters of texts that are joined for one call of the scanner
+_TOKEN_BYTES = 6  # size of a word in a token list, for cutting a corpus into shards
+
+Kind = Literal["paths", "texts", "tokens"]
 
 
 class Encoded:
@@ -39,6 +45,27 @@ class Encoded:
         self.offsets = offsets
         self.words = words
 
+    def counts(self) -> npt.NDArray[np.int64]:
+        """(words,) occurrences of each."""
+        found = np.zeros(len(self.words), np.int64)
+        for start in range(0, len(self.ids), _JOIN):  # ids that are mapped from disk come into memory piece by piece
+            found += np.bincount(self.ids[start : start + _JOIN], minlength=len(found))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write to a folder that exists (ids only if they do not lie there yet)."""
+        if not (folder / "ids.npy").exists():
+            with ArrayWriter(folder / "ids.npy", "<i4") as out:
+                out.append(self.ids)
+        np.save(folder / "offsets.npy", self.offsets, allow_pickle=False)
+        (folder / "words.json").write_text(json.dumps(self.words), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoded:
+        """Read what :meth:`save` wrote; the ids stay on disk until they are used."""
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        return cls(mapped(folder / "ids.npy"), offsets, json.loads((folder / "words.json").read_text(encoding="utf-8")))
+
 
 def encode(data: Any, tokenize: Tokenize | None, bar: Bar | None = None) -> Encoded:
     """Read paths, texts or token lists into ids.
@@ -53,38 +80,75 @@ def encode(data: Any, tokenize: Tokenize | None, bar: Bar | None = None) -> Enco
         TypeError: Any other type, or a mixture.
         ValueError: A file is not UTF-8 (names file, line and byte offset), or a string holds lone surrogates.
     """
+    kind, source = classify(data)
+    items = [Span(os.fspath(item), 0, file_size(item)) for item in source] if kind == "paths" else source
+    return encode_items(kind, items, tokenize, bar=bar)
+
+
+def encode_items(
+    kind: Kind,
+    items: Iterable[Any],
+    tokenize: Tokenize | None,
+    keep: Callable[[npt.NDArray[np.int32]], None] | None = None,
+    read: int = _READ,
+    bar: Bar | None = None,
+) -> Encoded:
+    """Number the words of the items of a shard.
+
+    Args:
+        kind: Of the items.
+        items: Spans of files, texts or token lists.
+        tokenize: Splits a text or line into words; None splits at white space.
+        keep: Takes the ids piece by piece; the result then holds none.
+        read: Bytes of a file that are read at once.
+        bar: Progress, advanced by documents.
+    """
     bar = bar if bar is not None else Bar()
-    kind, items = classify(data)
     if kind == "tokens":
-        return _encode_tokens(_checked_tokens(items), bar)
-    if tokenize is not None:
-        lines = _lines(items) if kind == "paths" else items
-        return _encode_tokens(_tokenized(lines, tokenize), bar)
-    return _encode_bytes(_file_chunks(items) if kind == "paths" else _text_chunks(items), bar)
+        found = _encode_tokens(_checked_tokens(items), bar)
+    elif tokenize is not None:
+        found = _encode_tokens(_tokenized(_lines(items, read) if kind == "paths" else items, tokenize), bar)
+    else:
+        return _encode_bytes(_span_chunks(items, read) if kind == "paths" else _text_chunks(items), bar, keep)
+    if keep is not None:
+        keep(found.ids)
+        found.ids = np.empty(0, np.int32)
+    return found
 
 
-def classify(data: Any) -> tuple[str, Iterable[Any]]:
+def classify(data: Any, on_error: str = "raise") -> tuple[Kind, Source]:
     """Tell what an input holds from its first element: ("paths" | "texts" | "tokens", the elements)."""
     if isinstance(data, os.PathLike):
-        return "paths", [Path(data)]
+        return "paths", Source([Path(data)], on_error)
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise TypeError(
             "expected an iterable of texts or of token lists, a pathlib.Path or several of them; "
             f"got {type(data).__name__}" + (" (put a single text into a list)" if isinstance(data, str) else "")
         )
+    if isinstance(data, Sequence) and data and isinstance(data[0], os.PathLike):
+        return "paths", Source([*_same(data, os.PathLike, "a path")], on_error)
     items = iter(data)
     try:
         first = next(items)
     except StopIteration:
-        return "texts", []
+        return "texts", Source([], on_error)
     rest = itertools.chain([first], items)
     if isinstance(first, os.PathLike):
-        return "paths", _same(rest, os.PathLike, "a path")
+        return "paths", Source(_same(rest, os.PathLike, "a path"), on_error)
     if isinstance(first, str):
-        return "texts", _same(rest, str, "a str")
+        return "texts", Source(_same(rest, str, "a str"), on_error)
     if isinstance(first, Sequence | np.ndarray) and not isinstance(first, bytes):
-        return "tokens", rest
+        return "tokens", Source(rest, on_error)
     raise TypeError(f"item 0 must be a str, a pathlib.Path or a sequence of str; got {type(first).__name__}")
+
+
+def item_size(item: Any, number: int) -> int:
+    """Size of a text or token list, for cutting a corpus into shards; TypeError for anything else."""
+    if isinstance(item, str):
+        return len(item)
+    if isinstance(item, bytes) or not isinstance(item, Sequence | np.ndarray):
+        raise TypeError(f"item {number} must be a sequence of str like item 0; got {type(item).__name__}")
+    return _TOKEN_BYTES * len(check_words(item, f"item {number}"))
 
 
 def _same(items: Iterable[Any], kind: type, name: str) -> Iterator[Any]:
@@ -142,49 +206,57 @@ def check_encodable(words: Sequence[str]) -> None:
         raise ValueError(f"words must be valid Unicode; {bad!r} holds a lone surrogate") from None
 
 
-def _file_chunks(paths: Iterable[Path]) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
-    """Whole lines of the files, checked to be UTF-8, with the end of each line."""
-    for path in paths:
-        base, line, rest = 0, 1, b""
-        with open(path, "rb") as file:
+_Chunk = tuple[bytes, npt.NDArray[np.int64], bool]  # UTF-8, the ends of its documents, whether the last one ends here
+
+
+def _span_chunks(spans: Iterable[Span], read: int) -> Iterator[_Chunk]:
+    """Pieces of files, checked to be UTF-8, with the end of each line; a very long line is cut at white space."""
+    for span in spans:
+        base, rest, inside = span.start, b"", False
+        with open(span.path, "rb") as file:
+            file.seek(span.start)
             while True:
-                block = file.read(_READ)
+                # A line without any white space grows: reading as much again keeps the work linear.
+                block = file.read(min(max(read, len(rest)), span.stop - base - len(rest)))
                 data = rest + block
-                cut = data.rfind(b"\n") + 1 if block else len(data)
+                cut, whole = (data.rfind(b"\n") + 1, True) if block else (len(data), True)
+                if not cut and block:
+                    cut, whole = max(data.rfind(b" "), data.rfind(b"\t")) + 1, False
                 chunk, rest = data[:cut], data[cut:]
                 if chunk:
-                    _check_utf8(chunk, path, base, line)
+                    _check_utf8(chunk, span.path, base)
                     text = chunk[3:] if base == 0 and chunk.startswith(b"\xef\xbb\xbf") else chunk  # byte order mark
                     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == 10) + 1
-                    line += len(ends)
                     if text and (not len(ends) or ends[-1] < len(text)):
                         ends = np.append(ends, len(text))
-                    yield text, ends.astype(np.int64)
-                    base += len(chunk)
+                    yield text, ends.astype(np.int64), whole
+                    base, inside = base + len(chunk), not whole
                 if not block:
                     break
+        if inside:  # the file ended right behind the white space at which its last line was cut
+            yield b"\n", np.ones(1, np.int64), True
 
 
-def _check_utf8(chunk: bytes, path: Path, base: int, line: int) -> None:
+def _check_utf8(chunk: bytes, path: str, base: int) -> None:
     try:
         chunk.decode()
     except UnicodeDecodeError as error:
-        place = error.start
-        raise ValueError(
-            f"{path}: not UTF-8 at line {line + chunk.count(bytes([10]), 0, place)}, byte offset {base + place} "
-            f"(byte 0x{chunk[place]:02x}: {error.reason})"
-        ) from None
+        raise not_utf8(path, base + error.start, error.reason) from None
 
 
-def _lines(paths: Iterable[Path]) -> Iterator[str]:
-    for chunk, ends in _file_chunks(paths):
+def _lines(spans: Iterable[Span], read: int) -> Iterator[str]:
+    begun: list[bytes] = []
+    for chunk, ends, whole in _span_chunks(spans, read):
         start = 0
-        for end in ends.tolist():
-            yield chunk[start:end].decode().rstrip("\r\n")
+        for number, end in enumerate(ends.tolist()):
+            begun.append(chunk[start:end])
             start = end
+            if whole or number < len(ends) - 1:
+                yield b"".join(begun).decode().rstrip("\r\n")
+                begun = []
 
 
-def _text_chunks(texts: Iterable[str]) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
+def _text_chunks(texts: Iterable[str]) -> Iterator[_Chunk]:
     """Texts joined into UTF-8 buffers, with the end of each text."""
     pending: list[bytes] = []
     size = 0
@@ -196,13 +268,15 @@ def _text_chunks(texts: Iterable[str]) -> Iterator[tuple[bytes, npt.NDArray[np.i
         pending.append(data + b"\n")
         size += len(data)
         if size > _JOIN:
-            yield b"".join(pending), np.cumsum([len(item) for item in pending])
+            yield b"".join(pending), np.cumsum([len(item) for item in pending]), True
             pending, size = [], 0
     if pending:
-        yield b"".join(pending), np.cumsum([len(item) for item in pending])
+        yield b"".join(pending), np.cumsum([len(item) for item in pending]), True
 
 
-def _encode_bytes(chunks: Iterable[tuple[bytes, npt.NDArray[np.int64]]], bar: Bar) -> Encoded:
+def _encode_bytes(
+    chunks: Iterable[_Chunk], bar: Bar, keep: Callable[[npt.NDArray[np.int32]], None] | None = None
+) -> Encoded:
     table = np.full(1 << 12, -1, np.int32)
     hashes = np.empty(len(table) // 2, np.uint64)
     starts = np.zeros(len(hashes) + 1, np.int64)  # word k is arena[starts[k] : starts[k + 1]]
@@ -211,7 +285,9 @@ def _encode_bytes(chunks: Iterable[tuple[bytes, npt.NDArray[np.int64]]], bar: Ba
     ids: list[npt.NDArray[np.int32]] = []
     offsets = [np.zeros(1, np.int64)]
     total = 0
-    for data, ends in chunks:
+    if keep is None:
+        keep = ids.append
+    for data, ends, whole in chunks:
         buffer = np.frombuffer(data, np.uint8)
         out = np.empty(len(buffer) // 2 + 1, np.int32)
         bounds = np.zeros(len(ends), np.int64)
@@ -228,8 +304,8 @@ def _encode_bytes(chunks: Iterable[tuple[bytes, npt.NDArray[np.int64]]], bar: Ba
                 rehash(table, hashes, known)
             else:
                 arena = np.append(arena, np.empty(max(len(arena), len(data)), np.uint8))
-        ids.append(out[:filled].copy())
-        offsets.append(bounds + total)
+        keep(out[:filled].copy())
+        offsets.append((bounds if whole else bounds[:-1]) + total)
         total += filled
         bar.advance(len(ends))
     letters = arena[: starts[known]].tobytes()

@@ -4,16 +4,22 @@
 
 with w = 1/distance ("harmonic") or 1 ("flat"). Differences from GloVe's ``cooccur``: the counts are exact integers in
 units of 1/lcm(1..window), so that any split of a corpus and any order of merging gives the same bits; rows are
-accumulated from an inverted index instead of hashing, sorting and shuffling pairs on disk; pairs of a word with itself
-are left out, as the article's model needs it. Words outside the vocabulary leave before the windows are laid, as in
-GloVe.
+accumulated from an inverted index instead of hashing, sorting and shuffling pairs; pairs of a word with itself are left
+out, as the article's model needs it. Words outside the vocabulary leave before the windows are laid, as in GloVe. What
+outgrows the memory budget goes to disk as sorted runs (`_windows`, `_spill`), and shards can be counted by processes, a
+Ray cluster or any executor (`_jobs`), always to the same bits.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,29 +29,60 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from kexue._checks import check_choice, check_int
-from kexue._progress import progress
+from kexue._files import replaced_folder
+from kexue._progress import Bar, progress
 from kexue.words import _count
-from kexue.words._text import Encoded, Tokenize, check_encodable, encode
+from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_order
+from kexue.words._merge import write_batches
+from kexue.words._runs import parse_memory
+from kexue.words._shards import Shard, Source, shards, total_size_mb
+from kexue.words._spill import group_rows
+from kexue.words._text import Encoded, Kind, Tokenize, classify, encode_items, item_size
+from kexue.words._triangle import (
+    canonical,
+    csr,
+    ranks,
+    read_triangle,
+    renumbered,
+    triangle,
+    triangle_batches,
+    write_triangle,
+)
+from kexue.words._vocabulary import by_count, distinct_words
+from kexue.words._windows import encode_shard, pairs_of_parts, read_size, token_stream
 
 __all__ = ["CooccurrenceCounter"]
 
-_CHUNK = 1 << 22  # ids that are converted at a time
+_FORMAT, _VERSION = "kexue.cooccurrence", 1
+_MOST_TEXT = 1 << 25  # bytes of text that are numbered together
+_TOKEN_BYTES = 12  # of a word in memory: its id as read, its id in the vocabulary, its position
 
 
 class CooccurrenceCounter(BaseEstimator):
     """Count how often words stand near each other, exactly.
 
-    Memory: 12 bytes per unordered pair that occurs, plus 12 bytes per token while counting.
+    Memory: at most about ``memory`` while counting; 12 bytes per unordered pair that occurs and 12 per token, when that
+    fits, else both lie on disk (in the folder for temporary files, or in ``folder``) and pairs are read from there. The
+    distinct words always have to fit, and with ``tokenize`` the longest line.
 
     Args:
         window: Words to each side, at least 1. Windows end at the document.
         min_count: Rarer words are dropped before windowing (GloVe's default 5). Not applied to a given vocabulary.
         weighting: "harmonic" counts a pair at distance d as 1/d, "flat" as 1.
-        n_jobs: Threads for the pair counts; the result is the same for every number.
+        n_jobs: Threads, or processes; the result is the same for every number.
         tokenize: Callable str -> list of str for texts and files; None splits at white space like ``str.split()``.
         vocabulary: Count these words only: a list of distinct words (ids in this order), or a mapping word -> count as
             of :meth:`count_words` (``min_count`` applies, ids by count). Give all shards the same one to merge them.
         progress: Whether to show a progress bar; None shows it on a terminal.
+        memory: Budget for counting, bytes or text such as "2GB", shared by all workers.
+        executor: None counts in this process; "processes" in ``n_jobs`` processes; "ray" on the Ray cluster that is
+            running or that RAY_ADDRESS names, else on a local one (extra ``ray``); or any object with
+            ``submit(function, *arguments)`` that returns futures, or with ``apply_async``. Workers on other machines
+            must see the files and ``folder``; ``tokenize`` must be picklable.
+        folder: Where :meth:`fit` keeps what it has counted. If it is killed, the same call goes on from there; after
+            it has finished, the same call (same settings and texts) reads the result. One folder for one count.
+        on_error: "raise" stops at a file that cannot be read or is not UTF-8 (what was counted stays in ``folder``);
+            "skip" leaves such files out and lists them in ``skipped_``.
 
     Attributes:
         vocabulary_: (V,) list of words, by descending count, ties alphabetical (or in the given order).
@@ -53,6 +90,7 @@ class CooccurrenceCounter(BaseEstimator):
         unit_: A count of 1 is this many units: lcm(1..window) or 1.
         n_documents_: Documents read, empty ones included.
         n_tokens_: Words read that are in the vocabulary.
+        skipped_: (path, reason) of the files left out.
 
     Raises:
         ValueError: A parameter is out of range, or in :meth:`fit` nothing is left to count.
@@ -75,6 +113,10 @@ class CooccurrenceCounter(BaseEstimator):
         tokenize: Tokenize | None = None,
         vocabulary: Sequence[str] | Mapping[str, int] | None = None,
         progress: bool | None = None,
+        memory: int | str = "2GB",
+        executor: Executor = None,
+        folder: str | os.PathLike[str] | None = None,
+        on_error: str = "raise",
     ) -> None:
         self.window = window
         self.min_count = min_count
@@ -83,13 +125,17 @@ class CooccurrenceCounter(BaseEstimator):
         self.tokenize = tokenize
         self.vocabulary = vocabulary
         self.progress = progress
+        self.memory = memory
+        self.executor = executor
+        self.folder = folder
+        self.on_error = on_error
         self._check()
 
     def _check(self) -> npt.NDArray[np.int64]:
         check_int("window", self.window, 1)
         check_int("min_count", self.min_count, 1)
         check_choice("weighting", self.weighting, ("harmonic", "flat"))
-        check_int("n_jobs", self.n_jobs, 1)
+        check_counting(self.memory, self.n_jobs, self.executor, self.folder, self.on_error)
         if self.tokenize is not None and not callable(self.tokenize):
             raise TypeError(f"tokenize must be callable or None; got {self.tokenize!r}")
         weights, unit = _count.window_weights(int(self.window), self.weighting)
@@ -112,27 +158,122 @@ class CooccurrenceCounter(BaseEstimator):
             TypeError: A single string, or items that are not all of one of these types.
             ValueError: A file is not UTF-8 (names file, line, byte offset); or no word reaches ``min_count``.
         """
-        weights = self._check()
-        with progress("reading words", enabled=self.progress) as bar:
-            corpus = encode(X, self.tokenize, bar)
+        self._check()
         given = self._given_vocabulary()
+        kind, source = classify(X, self.on_error)
+        in_memory = self.executor is None and self.folder is None
+        with progress("reading words", total_size_mb(source), enabled=self.progress) as bar:
+            parts, job = self._read(kind, source, bar, in_memory)
+        done = False
+        try:
+            self._count(parts, job, given)
+            done = True
+        finally:
+            files = job.close(done) if job is not None else None
+        if job is not None:
+            self._files = files if self._mapped else None
+        self.skipped_ = list(source.skipped)
+        return self
+
+    def _job(self, folder: Any) -> Job:
+        settings = {
+            "counts": "word pairs",
+            "window": int(self.window),
+            "weighting": self.weighting,
+            "tokenize": None if self.tokenize is None else _identity(self.tokenize),
+        }
+        return Job(settings, parse_memory(self.memory), int(self.n_jobs), self.executor, folder)
+
+    def _read(self, kind: Kind, source: Source, bar: Bar, in_memory: bool) -> tuple[list[Any], Job | None]:
+        """Number the words of all shards: in memory (:class:`Encoded`) or on disk (folders of a job)."""
+        budget, n_jobs = parse_memory(self.memory), int(self.n_jobs)
+        parts: list[Any] = []
+        if in_memory:
+            size = int(np.clip(budget // (16 * n_jobs), 1 << 16, _MOST_TEXT))
+            pieces = shards(source, size, item_size)
+            held = 0
+            with ThreadPoolExecutor(n_jobs) as pool:
+                read = partial(self._encode, kind, read=read_size(budget // n_jobs))
+                found = in_order(pool, read, pieces, n_jobs - 1) if n_jobs > 1 else map(read, pieces)
+                for part, amount in found:
+                    parts.append(part)
+                    bar.advance(amount / 1e6)
+                    held += 2 * _TOKEN_BYTES * len(part.ids)
+                    if held > budget:
+                        break
+                else:
+                    return parts, None
+                # Too much for memory: what was read goes to disk, and the rest after it.
+                job = self._job(None)
+                try:
+                    parts = [self._to_disk(job, number, part) for number, part in enumerate(parts)]
+                    for part, amount in found:
+                        parts.append(self._to_disk(job, len(parts), part))
+                        bar.advance(amount / 1e6)
+                except BaseException:
+                    job.close(False)
+                    raise
+            return parts, job
+        job = self._job(self.folder)
+        try:
+            share = max(1, budget // job.parallel)
+            size = int(np.clip(share // _TOKEN_BYTES, 1 << 16, 1 << 28))
+            tasks = (
+                Task(shard.key, encode_shard, (kind, shard.items, self.tokenize, share), shard.size / 1e6)
+                for shard in shards(source, size, item_size, keys=True)
+            )
+            return list(job.run("read", tasks, "", bar.advance)), job
+        except BaseException:
+            job.close(False)
+            raise
+
+    def _encode(self, kind: Kind, shard: Shard, read: int) -> tuple[Encoded, int]:
+        return encode_items(kind, shard.items, self.tokenize, read=read), shard.size
+
+    @staticmethod
+    def _to_disk(job: Job, number: int, part: Encoded) -> Path:
+        path = job.path("read", f"{number:06d}", "")
+        path.mkdir()
+        part.save(path)
+        return path
+
+    def _count(self, parts: list[Any], job: Job | None, given: list[str] | None) -> None:
+        """Find the vocabulary and count the pairs of what was read."""
+        loaded = (part if isinstance(part, Encoded) else Encoded.load(part) for part in parts)
+        documents = tokens = 0
+        total: Counter[str] = Counter()
+        for part in loaded:
+            documents += len(part.offsets) - 1
+            tokens += len(part.ids)
+            total.update(dict(zip(part.words, part.counts().tolist(), strict=True)))
         if given is None:
-            counts = np.bincount(corpus.ids, minlength=len(corpus.words))
-            words, order = self._select(corpus.words, counts.tolist())
+            names = list(total)
+            words, _ = self._select(names, list(total.values()))
             if not words:
                 raise ValueError(
-                    f"no word occurs min_count={self.min_count} times: the corpus has {len(corpus.ids)} words, "
-                    f"{len(corpus.words)} different ones"
+                    f"no word occurs min_count={self.min_count} times: the corpus has {tokens} words, "
+                    f"{len(total)} different ones"
                 )
-            ids = np.full(len(corpus.words), -1, np.int32)
-            ids[order] = np.arange(len(words), dtype=np.int32)
         else:
             words = given
-            number = {word: k for k, word in enumerate(words)}
-            ids = np.array([number.get(word, -1) for word in corpus.words], np.int32)
-        if not len(ids):
-            ids = np.full(1, -1, np.int32)
-        return self._fit(corpus, ids, words, weights)
+        self._ordered = self.vocabulary is not None
+        counts = np.array([total[word] for word in words], np.int64)
+        if job is None:
+            self._in_memory(parts, words, False, documents)
+            return
+        weights, _ = _count.window_weights(int(self.window), self.weighting)
+        _count.check_range(int(counts.sum()), weights)
+        with progress("counting pairs", total=len(parts), enabled=self.progress) as bar:
+            inner = 1 if job.parallel > 1 else int(self.n_jobs)
+            runs = pairs_of_parts(job, parts, words, int(self.window), self.weighting, inner, bar)
+            self._finish(words, counts, documents, triangle(job, runs, len(words), bar))
+
+    def _finish(self, words: list[str], counts: npt.NDArray[np.int64], documents: int, pairs: Any) -> None:
+        indptr, columns, values, self._mapped = pairs
+        self._files = None  # the temporary folder that the pairs are mapped from
+        self.vocabulary_, self.counts_, self.unit_ = words, counts, self._unit
+        self.n_documents_, self.n_tokens_ = documents, int(counts.sum())
+        self._lower = csr(values, columns, indptr)
 
     def fit_ids(self, ids: Any, offsets: Any, vocabulary: Sequence[str]) -> CooccurrenceCounter:
         """Count a corpus that is already numbered, for example a memory-mapped one.
@@ -157,7 +298,7 @@ class CooccurrenceCounter(BaseEstimator):
             >>> X.counts_.tolist(), int(X.matrix_[0, 1])   # the dropped word leaves no gap
             ([2, 1], 2)
         """
-        weights = self._check()
+        self._check()
         words = distinct_words(vocabulary)
         ids = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
         bounds = np.asarray(offsets)
@@ -170,7 +311,10 @@ class CooccurrenceCounter(BaseEstimator):
                 f"offsets must start at 0, never descend and end at len(ids) = {len(ids)}; "
                 f"got {bounds[:3].tolist()}...{bounds[-3:].tolist()}"
             )
-        return self._fit(Encoded(ids, bounds, words), np.empty(0, np.int32), words, weights)
+        self._ordered = True
+        self._in_memory([Encoded(ids, bounds, words)], words, True, len(bounds) - 1)
+        self.skipped_ = []
+        return self
 
     @classmethod
     def from_counts(cls, lower: Any, vocabulary: Sequence[str], counts: Any, **settings: Any) -> CooccurrenceCounter:
@@ -201,7 +345,7 @@ class CooccurrenceCounter(BaseEstimator):
             )
         counter._lower, counter.vocabulary_, counter.counts_ = lower, words, occurrences
         counter.unit_, counter.n_tokens_, counter.n_documents_ = counter._unit, int(occurrences.sum()), 0
-        counter._ordered = True
+        counter._ordered, counter._mapped, counter._files, counter.skipped_ = True, False, None, []
         return counter
 
     def count_words(self, X: Any) -> Counter[str]:
@@ -222,10 +366,14 @@ class CooccurrenceCounter(BaseEstimator):
             >>> shards[0].merge(shards[1]).counts_.tolist()
             [2, 1, 1]
         """
-        with progress("reading words", enabled=self.progress) as bar:
-            corpus = encode(X, self.tokenize, bar)
-        counts = np.bincount(corpus.ids, minlength=len(corpus.words)).tolist()
-        return Counter(dict(zip(corpus.words, counts, strict=True)))
+        kind, source = classify(X, self.on_error)
+        with progress("reading words", total_size_mb(source), enabled=self.progress) as bar:
+            total: Counter[str] = Counter()
+            for shard in shards(source, int(np.clip(parse_memory(self.memory) // 16, 1 << 16, _MOST_TEXT)), item_size):
+                part, amount = self._encode(kind, shard, read_size(parse_memory(self.memory)))
+                total.update(dict(zip(part.words, part.counts().tolist(), strict=True)))
+                bar.advance(amount / 1e6)
+        return total
 
     def merge(self, other: CooccurrenceCounter) -> CooccurrenceCounter:
         """The counts of both corpora together; exact, in any order and grouping.
@@ -253,7 +401,7 @@ class CooccurrenceCounter(BaseEstimator):
                 )
         if self._ordered != other._ordered:
             raise ValueError("cannot merge counts with a given vocabulary and counts with one that was found")
-        right = other._lower
+        right, order = other._lower, None
         right_counts = other.counts_
         if self.vocabulary_ != other.vocabulary_:
             only = sorted(set(self.vocabulary_) ^ set(other.vocabulary_))
@@ -262,25 +410,114 @@ class CooccurrenceCounter(BaseEstimator):
                 raise ValueError(f"cannot merge counts with different vocabularies: {detail}; give both `vocabulary=`")
             place = {word: k for k, word in enumerate(other.vocabulary_)}
             order = np.array([place[word] for word in self.vocabulary_])
-            right, right_counts = _renumbered(right, order), right_counts[order]
+            right_counts = right_counts[order]
         _count.check_range(self.n_tokens_ + other.n_tokens_, _count.window_weights(self.window, self.weighting)[0])
-        merged = copy.copy(self)
-        merged.n_documents_ = self.n_documents_ + other.n_documents_
-        merged.n_tokens_ = self.n_tokens_ + other.n_tokens_
-        merged.vocabulary_, merged.counts_ = list(self.vocabulary_), self.counts_ + right_counts
-        merged._lower = _canonical(self._lower + right)
+        merged = CooccurrenceCounter(**{**self.get_params(deep=False), "folder": None})
+        words, counts, documents = list(self.vocabulary_), self.counts_ + right_counts, 0
+        documents = self.n_documents_ + other.n_documents_
+        new: npt.NDArray[np.int64] | None = None
         if not self._ordered:
-            ranks = _by_count(merged.vocabulary_, merged.counts_.tolist())
-            merged._lower = _renumbered(merged._lower, np.array(ranks))
-            merged.vocabulary_ = [merged.vocabulary_[k] for k in ranks]
-            merged.counts_ = merged.counts_[ranks]
+            new = np.array(by_count(words, counts.tolist()))
+            words, counts = [words[k] for k in new], counts[new]
+        size = 12 * (self._lower.nnz + right.nnz)
+        if not (self._mapped or other._mapped) and 4 * size <= parse_memory(self.memory):
+            if order is not None:
+                right = renumbered(right, order)
+            lower = canonical(self._lower + right)
+            lower = lower if new is None else renumbered(lower, new)
+            merged._finish(words, counts, documents, (lower.indptr, lower.indices, lower.data, False))
+        else:
+            first = None if new is None else ranks(new)
+            second = first if order is None else (ranks(order) if first is None else first[ranks(order)])
+            merged._add_on_disk([(self._lower, first), (right, second)], words, counts, documents)
+        merged._ordered = self._ordered
+        merged.skipped_ = [*self.skipped_, *other.skipped_]
         return merged
+
+    def _add_on_disk(
+        self, parts: list[tuple[Any, npt.NDArray[np.int64] | None]], words: list[str], counts: Any, documents: int
+    ) -> None:
+        """Add triangles, each with the new number of every word (None: as it is), on disk."""
+        job, done = self._job(None), False
+        try:
+            runs: list[Path] = []
+            for lower, rank in parts:
+                block = max(1 << 12, job.memory // 128)
+                batches = triangle_batches(lower.indptr, lower.indices, lower.data, rank, block)
+                # Rows in a new order are sorted block by block: each block is a run of its own.
+                for some in [batches] if rank is None else ([batch] for batch in batches):
+                    runs.append(job.path("run", f"{len(runs):06d}", ".parquet"))
+                    write_batches(runs[-1], some, group_rows(job.memory, 1))
+            self._finish(words, counts, documents, triangle(job, runs, len(words), Bar()))
+            done = True
+        finally:
+            files = job.close(done)
+        self._files = files if self._mapped else None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the counts to a folder: arrays as .npy files, and ``counter.json`` with a format version.
+
+        Args:
+            path: The folder; an older one of counts is replaced when the new one is complete. A ``tokenize`` function
+                is not part of it.
+
+        Raises:
+            ValueError: The folder holds something else.
+        """
+        self._fitted()
+        settings = {name: getattr(self, name) for name in ("window", "min_count", "weighting")}
+        about = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "settings": {name: getattr(value, "item", lambda v=value: v)() for name, value in settings.items()},
+            "ordered": self._ordered,
+            "documents": self.n_documents_,
+            "counts": self.counts_.tolist(),
+            "vocabulary": self.vocabulary_,
+        }
+        with replaced_folder(path, "counter.json", "word pair counts") as temporary:
+            lower = self._lower
+            batches = triangle_batches(lower.indptr, lower.indices, lower.data, None, 1 << 17)
+            write_triangle(temporary, batches, len(self.vocabulary_), lambda amount: None)
+            (temporary / "counter.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], memory: int | str = "2GB") -> CooccurrenceCounter:
+        """Read what :meth:`save` wrote; pairs of more than a quarter of ``memory`` stay on disk.
+
+        Raises:
+            ValueError: Not such a folder, damaged, or another format version.
+            FileNotFoundError: There is none.
+        """
+        folder = Path(path)
+        try:
+            about = json.loads((folder / "counter.json").read_text(encoding="utf-8"))
+            kind, version = about["format"], about["version"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder} holds no word pair counts or is damaged") from None
+        if kind != _FORMAT or version != _VERSION:
+            raise ValueError(f"{folder}: expected {_FORMAT} version {_VERSION}; got {kind} version {version}")
+        counter = cls(**about["settings"], memory=memory)
+        pairs = read_triangle(folder, parse_memory(memory) // 4)
+        counter._finish(about["vocabulary"], np.array(about["counts"], np.int64), about["documents"], pairs)
+        counter._ordered, counter.skipped_ = about["ordered"], []
+        if counter._ordered:
+            counter.vocabulary = list(counter.vocabulary_)
+        return counter
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        if state.get("_mapped"):  # a copy must not depend on a temporary folder
+            lower = self._lower
+            arrays = (np.array(part) for part in (lower.data, lower.indices, lower.indptr))
+            state |= {"_lower": csr(*arrays), "_mapped": False}
+        return {**state, "_files": None}
 
     @property
     def matrix_(self) -> sparse.csr_matrix:
         """(V, V) symmetric int64 counts in units of 1/``unit_``, empty diagonal; built at each access (24 B a pair)."""
         self._fitted()
-        return _canonical(self._lower + self._lower.T.tocsr())
+        return canonical(self._lower + self._lower.T.tocsr())
 
     @property
     def lower_(self) -> sparse.csr_matrix:
@@ -301,90 +538,44 @@ class CooccurrenceCounter(BaseEstimator):
         return distinct_words(self.vocabulary)
 
     def _select(self, words: list[str], counts: list[int]) -> tuple[list[str], list[int]]:
-        order = [k for k in _by_count(words, counts) if counts[k] >= self.min_count]
+        order = [k for k in by_count(words, counts) if counts[k] >= self.min_count]
         return [words[k] for k in order], order
 
-    def _fit(
-        self, corpus: Encoded, ids: npt.NDArray[np.int32], words: list[str], weights: npt.NDArray[np.int64]
-    ) -> CooccurrenceCounter:
-        size = len(words)
-        counts = np.zeros(size, np.int64)
-        documents = len(corpus.offsets) - 1
-        tokens = np.empty(len(corpus.ids) + documents + 2, np.int32)
-        tokens[0] = -1
-        document, filled = 0, 1
-        for start in range(0, len(corpus.ids), _CHUNK):
-            chunk = _as_int32(corpus.ids[start : start + _CHUNK])
-            document, filled = _count.fill(chunk, start, corpus.offsets, document, ids, size, tokens, filled, counts)
-        tokens[filled] = -1
-        tokens = tokens[: filled + 1]
-        total = int(counts.sum())
-        _count.check_range(total, weights)
-        corpus.ids = np.empty(0, np.int32)  # frees our own copy; a caller's array is merely let go
+    def _in_memory(self, parts: list[Encoded], words: list[str], numbered: bool, documents: int) -> None:
+        """Count the pairs of words that fit in memory; the pairs themselves may go to disk."""
+        weights, _ = _count.window_weights(int(self.window), self.weighting)
+        tokens, counts = token_stream(parts, words, numbered)
+        _count.check_range(int(counts.sum()), weights)
+        size, budget = len(words), parse_memory(self.memory)
+        found: list[_count.Rows] = []
         with progress("counting pairs", total=size, enabled=self.progress) as bar:
-            indptr, columns, values = _count.count_pairs(tokens, counts, weights, int(self.n_jobs), bar.advance)
-        self.vocabulary_ = words
-        self.counts_ = counts
-        self.unit_ = self._unit
-        self.n_documents_ = documents
-        self.n_tokens_ = total
-        self._ordered = self.vocabulary is not None or not len(ids)
-        self._lower = _csr(values, columns, indptr)
-        return self
+            rows = _count.pair_rows(tokens, counts, weights, int(self.n_jobs), budget)
+            held = 0
+            for some in rows:
+                found.append(some)
+                held += some.nbytes
+                bar.advance(len(some.ends))
+                if 4 * held > budget:
+                    break
+            else:
+                self._finish(words, counts, documents, (*_count.assemble(found, size), False))
+                return
+            job, done = self._job(None), False
+            try:
+                path = job.path("triangle", "0", "")
+                path.mkdir()
+                batches = (some.batch() for some in itertools.chain(_count.emptied(found), rows))
+                write_triangle(path, batches, size, lambda amount: bar.advance(0))
+                self._finish(words, counts, documents, read_triangle(path, job.memory // 4))
+                done = True
+            finally:
+                self._files = job.close(done)
 
 
-def _by_count(words: Sequence[str], counts: Sequence[int]) -> list[int]:
-    return sorted(range(len(words)), key=lambda k: (-counts[k], words[k]))
-
-
-def distinct_words(words: Iterable[Any]) -> list[str]:
-    """A vocabulary as a list; ValueError if it is empty or repeats a word, TypeError if an item is not a str."""
-    if isinstance(words, str):
-        raise TypeError("vocabulary must be a sequence of words; got a single str")
-    found = list(words)
-    seen: set[str] = set()
-    for place, word in enumerate(found):
-        if not isinstance(word, str):
-            raise TypeError(f"vocabulary[{place}] must be a str; got {word!r} of type {type(word).__name__}")
-        if word in seen:
-            raise ValueError(f"vocabulary must not repeat words; {word!r} occurs again at position {place}")
-        seen.add(word)
-    if not found:
-        raise ValueError("the vocabulary is empty; expected at least one word")
-    check_encodable(found)
-    return found
-
-
-def _as_int32(chunk: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """A copy as int32; what does not fit can be no word number and becomes -1."""
-    if chunk.dtype.itemsize > 4 or chunk.dtype == np.uint32:
-        return np.where((chunk >= 0) & (chunk < 1 << 31), chunk, -1).astype(np.int32)
-    return np.array(chunk, np.int32)
-
-
-def _csr(
-    values: npt.NDArray[np.int64], columns: npt.NDArray[np.int32], indptr: npt.NDArray[np.int64]
-) -> sparse.csr_matrix:
-    size = len(indptr) - 1
-    if indptr[-1] < 1 << 31:  # scipy wants equal index types and would otherwise widen the columns
-        indptr = indptr.astype(np.int32)
-    matrix = sparse.csr_matrix((size, size), dtype=np.int64)
-    matrix.data, matrix.indices, matrix.indptr = values, columns, indptr
-    matrix.has_sorted_indices = matrix.has_canonical_format = True
-    return matrix
-
-
-def _canonical(matrix: Any) -> sparse.csr_matrix:
-    result = sparse.csr_matrix(matrix)
-    result.sort_indices()
-    return result
-
-
-def _renumbered(lower: sparse.csr_matrix, order: npt.NDArray[np.int64]) -> sparse.csr_matrix:
-    """The triangle after word ``order[k]`` became word k."""
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    pairs = lower.tocoo()
-    first, second = rank[pairs.row], rank[pairs.col]
-    place = (np.maximum(first, second), np.minimum(first, second))
-    return _canonical(sparse.csr_matrix((pairs.data, place), shape=lower.shape))
+def _identity(tokenize: Tokenize) -> str:
+    """A name for a tokenizer: its configuration, or the name of the function."""
+    config = getattr(tokenize, "to_config", None)
+    if callable(config):
+        return digest(config())
+    kind = tokenize if hasattr(tokenize, "__qualname__") else type(tokenize)
+    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"

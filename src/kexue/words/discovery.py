@@ -24,6 +24,7 @@ What we do differently, and why:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_int, check_real
+from kexue.words._jobs import Executor, check_counting
 from kexue.words._keys import bound
 from kexue.words._lexicon import PIECE, description, remove_redundant
 from kexue.words._runs import as_source, code_points, rereadable, run_table, whole_runs
@@ -203,11 +205,17 @@ class WordDiscovery:
         method: "solidity" (articles 4256, 6920) or "adjacent" (article 5476).
         redundancy: None, "length" or "article": whether, and by which rule, words that their parts explain go.
         min_proba: Only for "adjacent": least probability of a pair and of a word.
-        n_jobs: Threads for counting.
+        n_jobs: Threads or processes for counting.
+        memory: Budget for counting, as of :class:`NGramCounter`.
+        executor: Who counts, as of :class:`NGramCounter`.
+        folder: Where counts are kept, so that a killed one goes on, as of :class:`NGramCounter`.
+        on_error: "raise" or "skip" files that cannot be read, as of :class:`NGramCounter`.
+        progress: Whether to show a progress bar; None shows it on a terminal.
 
     Attributes:
         vocabulary_: Word -> count, most frequent first (ties alphabetical). Single characters are words too.
         min_pmi_: The thresholds that were used.
+        skipped_: (path, reason) of the files left out.
         entropy_per_char_: H / l in nats: the entropy of a word of the vocabulary over its mean length.
 
     Raises:
@@ -242,10 +250,15 @@ class WordDiscovery:
         redundancy: str | None = "length",
         min_proba: float = 1e-7,
         n_jobs: int = 1,
+        memory: int | str = "2GB",
+        executor: Executor = None,
+        folder: str | os.PathLike[str] | None = None,
+        on_error: str = "raise",
+        progress: bool | None = None,
     ) -> None:
         check_int("order", order, 2)
         check_int("min_count", min_count, 1)
-        check_int("n_jobs", n_jobs, 1)
+        check_counting(memory, n_jobs, executor, folder, on_error)
         check_choice("method", method, ("solidity", "adjacent"))
         check_real("min_proba", min_proba, minimum=0.0)
         if redundancy is not None:
@@ -256,6 +269,11 @@ class WordDiscovery:
         self.redundancy = redundancy
         self.min_proba = float(min_proba)
         self.n_jobs = int(n_jobs)
+        self.memory = memory
+        self.executor = executor
+        self.folder = folder
+        self.on_error = on_error
+        self.progress = progress
         self.min_pmi = min_pmi
         self._thresholds()
 
@@ -290,20 +308,23 @@ class WordDiscovery:
         """
         order = self.order if self.method == "solidity" else 2
         if isinstance(source, NGramCounter):
-            counter, texts = source, _sources(source) if texts is None else as_source(texts)
+            counter, texts = source, _sources(source) if texts is None else as_source(texts, self.on_error)
             if counter.order < order:
                 raise ValueError(f"the counter must have counted order {order} or more; got order {counter.order}")
         else:
             if texts is not None:
                 raise TypeError(f"texts is only used with an NGramCounter; got {type(source).__name__} as source")
-            counter, texts = None, as_source(source)
+            counter, texts = None, as_source(source, self.on_error)
         if not rereadable(texts):
             raise ValueError(
                 "word discovery reads the text twice, and an iterator can be read only once; pass a list, paths, or an "
                 "object whose __iter__ starts again"
             )
         if counter is None:
-            counter = NGramCounter(order=order, n_jobs=self.n_jobs).fit(texts)
+            counter = NGramCounter(
+                order, 1, self.memory, self.n_jobs, self.executor, self.folder, self.on_error, self.progress
+            ).fit(texts)
+        self.skipped_ = list(counter.skipped_)
         thresholds = self._thresholds()
         if thresholds is None:
             thresholds = self._choose(texts)

@@ -38,7 +38,8 @@ from kexue.words import _adagrad, _als
 from kexue.words._pairs import Counts, Pairs, from_counter, from_matrix, make_pairs
 from kexue.words._queries import WordQueries
 from kexue.words._text import Tokenize
-from kexue.words.cooccurrence import CooccurrenceCounter, distinct_words
+from kexue.words._vocabulary import distinct_words
+from kexue.words.cooccurrence import CooccurrenceCounter
 from kexue.words.word_format import read_word2vec, write_word2vec
 
 __all__ = ["PMIEmbedding"]
