@@ -50,10 +50,11 @@ class Table:
         """Grams of exactly n characters with count >= minimum: code points (M, n), sorted, and counts (M,)."""
         found: list[tuple[NDArray[np.uint32], NDArray[np.int64]]] = []
         held: tuple[NDArray[np.uint32], NDArray[np.int64]] | None = None  # the last gram, which may go on
-        for start in range(0, len(self.counts), block):  # copies of blocks: a mapped table must not come into memory
-            keys, counts = np.array(self.keys[start : start + block]), np.array(self.counts[start : start + block])
-            layout = self.layout
-            rows, sums = prefixes(keys, counts, n, minimum, layout.bits, layout.per_word, True)
+        for start in range(0, len(self.counts), block):
+            keys, counts = self.keys[start : start + block], self.counts[start : start + block]
+            if self.mapped:  # copies of blocks: the table itself must not come into memory
+                keys, counts = np.array(keys), np.array(counts)
+            rows, sums = prefixes(keys, counts, n, minimum, self.layout.bits, self.layout.per_word)
             if not len(rows):
                 continue
             points = self._points(keys[rows], n)
@@ -132,32 +133,67 @@ def _pack(
 
 
 @numba.njit(cache=True, nogil=True)
-def _unique(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Collapse sorted keys to unique keys and counts."""
-    n, words = keys.shape
-    starts = 0
-    for i in range(n):
-        for w in range(words):
-            if i == 0 or keys[i, w] != keys[i - 1, w]:
-                starts += 1
-                break
-    unique = np.empty((starts, words), np.uint64)
-    counts = np.empty(starts, np.int64)
-    m, last = -1, 0
-    for i in range(n):
-        fresh = i == 0
-        for w in range(words):
-            if fresh or keys[i, w] != keys[i - 1, w]:
-                fresh = True
-                break
-        if fresh:
-            if m >= 0:
-                counts[m] = i - last
+def _sorted(keys: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint64]:
+    """Sort by the bits low .. high (radix, least significant byte first); the input serves as a buffer."""
+    passes = (high - low + 7) // 8
+    starts = np.zeros((passes, 256), np.int64)
+    for i in range(keys.size):
+        key = keys[i] >> np.uint64(low)
+        for p in range(passes):
+            starts[p, key & np.uint64(255)] += 1
+            key >>= np.uint64(8)
+    other = np.empty_like(keys)
+    for p in range(passes):
+        row = starts[p]
+        total = 0
+        for byte in range(256):
+            count = row[byte]
+            row[byte] = total
+            total += count
+        shift = np.uint64(low + 8 * p)
+        for i in range(keys.size):
+            key = keys[i]
+            byte = (key >> shift) & np.uint64(255)
+            other[row[byte]] = key
+            row[byte] += 1
+        keys, other = other, keys
+    return keys
+
+
+@numba.njit(cache=True, nogil=True)
+def _unique_words(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Collapse sorted keys of one word to unique keys and counts."""
+    n = keys.size
+    starts = 1 if n else 0
+    for i in range(1, n):
+        starts += keys[i] != keys[i - 1]
+    unique, counts = np.empty(starts, np.uint64), np.empty(starts, np.int64)
+    m, last = 0, 0
+    for i in range(1, n):
+        if keys[i] != keys[i - 1]:
+            unique[m], counts[m] = keys[last], i - last
             m, last = m + 1, i
-            for w in range(words):
-                unique[m, w] = keys[i, w]
-    if m >= 0:
-        counts[m] = n - last
+    if n:
+        unique[m], counts[m] = keys[last], n - last
+    return unique, counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _unique(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Collapse sorted keys of several words to unique keys and counts."""
+    n, words = keys.shape
+    fresh = np.ones(n, np.bool_)
+    for i in range(1, n):
+        same = True
+        for w in range(words):
+            same &= keys[i, w] == keys[i - 1, w]
+        fresh[i] = not same
+    rows = np.flatnonzero(fresh)
+    unique, counts = np.empty((rows.size, words), np.uint64), np.empty(rows.size, np.int64)
+    for m in range(rows.size):
+        for w in range(words):
+            unique[m, w] = keys[rows[m], w]
+        counts[m] = (rows[m + 1] if m + 1 < rows.size else n) - rows[m]
     return unique, counts
 
 
@@ -215,37 +251,37 @@ def add_tables(
 
 @numba.njit(cache=True, nogil=True)
 def prefixes(
-    keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int, edges: bool
+    keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All grams of exactly n characters: (first row that begins with it, count), in sorted order.
+    """Grams of exactly n characters: (first row that begins with it, count), in sorted order.
 
-    With ``edges`` the first and the last gram are kept whatever their count: they may go on in neighbouring blocks.
+    Those below ``minimum`` are left out, but never the first and the last one: they may go on in neighbouring blocks.
     """
-    # The words up to that of the n-th character, the last one masked, are the gram; it is whole if its end is not 0.
+    # The words up to that of the n-th character, the last one cut behind it, are the gram; it is whole if that
+    # character is not 0.
     last = (n - 1) // per_word
     shift = np.uint64(bits * (per_word - 1 - (n - 1) % per_word))
-    end = ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)) << shift
+    low = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     rows = np.empty(1 << 10, np.int64)
     sums = np.empty(1 << 10, np.int64)
-    m, size = 0, keys.shape[0]
+    m, size, column = 0, keys.shape[0], keys[:, last]
     i = 0
     while i < size:
-        if keys[i, last] & end == 0:
+        head = column[i] >> shift
+        if head & low == 0:
             i += 1
             continue
-        start, total, head = i, counts[i], keys[i, last] >> shift
+        start, total = i, counts[i]
         i += 1
-        while i < size and keys[i, last] >> shift == head:
+        while i < size and column[i] >> shift == head:
             same = True
             for w in range(last):
-                if keys[i, w] != keys[start, w]:
-                    same = False
-                    break
+                same &= keys[i, w] == keys[start, w]
             if not same:
                 break
             total += counts[i]
             i += 1
-        if total >= minimum or (edges and (start == 0 or i == size or m == 0)):
+        if total >= minimum or m == 0 or i == size:
             if m == rows.size:
                 grown, more = np.empty(4 * m, np.int64), np.empty(4 * m, np.int64)
                 grown[:m], more[:m] = rows, sums
@@ -283,9 +319,10 @@ def count_text(text: str, own: int, order: int) -> Table:
     numbers[alphabet] = np.arange(1, alphabet.size + 1, dtype=np.int32)
     keys = _pack(points, numbers, own, size, (order, layout.bits, layout.per_word, layout.words))
     if layout.words == 1:
-        keys[:, 0].sort()
-    else:
-        keys = np.ascontiguousarray(keys[np.lexsort(keys.T[::-1])])
+        low, high = layout.bits * (layout.per_word - order), layout.bits * layout.per_word
+        unique, counts = _unique_words(_sorted(keys.ravel(), low, high))
+        return Table(alphabet, layout, unique.reshape(-1, 1), counts)
+    keys = np.ascontiguousarray(keys[np.lexsort(keys.T[::-1])])
     return Table(alphabet, layout, *_unique(keys))
 
 

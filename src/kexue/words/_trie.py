@@ -36,13 +36,36 @@ class Trie:
         ranking = sorted(range(len(words)), key=words.__getitem__)
         lengths = np.fromiter((len(words[i]) for i in ranking), np.int64, len(words))
         flat = code_points("".join(words[i] for i in ranking))
-        used, counts = np.unique(flat, return_counts=True)
+        return cls._of_sorted(flat, lengths, np.asarray(ranking, np.int32))
+
+    @classmethod
+    def of_grams(cls, grams: Sequence[NDArray[np.uint32]]) -> Trie:
+        """Build from distinct grams as code points, (M, n) for several n; ``value`` counts through all of them."""
+        widest = max((rows.shape[1] for rows in grams), default=1)
+        total = sum(map(len, grams))
+        padded = np.zeros((total, widest), np.uint32)  # no gram holds the character 0
+        lengths = np.empty(total, np.int64)
+        first = 0
+        for rows in grams:
+            padded[first : first + len(rows), : rows.shape[1]] = rows
+            lengths[first : first + len(rows)] = rows.shape[1]
+            first += len(rows)
+        ranking = np.lexsort(padded.T[::-1])
+        padded, lengths = padded[ranking], lengths[ranking]
+        flat = padded[np.arange(widest) < lengths[:, None]]
+        return cls._of_sorted(flat, lengths, ranking.astype(np.int32))
+
+    @classmethod
+    def _of_sorted(cls, flat: NDArray[np.uint32], lengths: NDArray[np.int64], ranking: NDArray[np.int32]) -> Trie:
+        """From sorted strings one after the other, and the number of each."""
+        counts = np.bincount(flat, minlength=1)
+        used = np.flatnonzero(counts)
         numbers = np.zeros(CODE_POINTS, np.int32)
         # Frequent characters get small numbers: the children of a state lie close together, the arrays stay dense.
-        numbers[used[np.argsort(-counts, kind="stable")]] = np.arange(1, used.size + 1, dtype=np.int32)
+        numbers[used[np.argsort(-counts[used], kind="stable")]] = np.arange(1, used.size + 1, dtype=np.int32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         base, check, value = _build(numbers[flat], offsets, used.size)
-        value = np.where(value >= 0, np.asarray([*ranking, -1], np.int32)[value], np.int32(-1))
+        value = np.where(value >= 0, np.append(ranking, np.int32(-1))[value], np.int32(-1))
         return cls(numbers, base, check, value, int(lengths.max(initial=0)))
 
 

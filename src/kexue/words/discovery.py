@@ -33,11 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_int, check_real
+from kexue.words._cutting import Cutter
 from kexue.words._jobs import Executor, check_counting
 from kexue.words._keys import bound
 from kexue.words._lexicon import PIECE, description, remove_redundant
-from kexue.words._runs import as_source, code_points, rereadable, run_table, whole_runs
-from kexue.words._trie import Trie
+from kexue.words._runs import as_source, rereadable, whole_runs
 from kexue.words.ngrams import NGramCounter
 from kexue.words.segmenter import Segmenter
 
@@ -81,116 +81,6 @@ def solidity(counter: NGramCounter, min_count: int) -> _Levels:
             weakest = np.minimum(weakest, total + logs[n - 1] - logs[j - 1][left] - logs[n - j - 1][right])
         found.append((rows, weakest))
     return found
-
-
-@numba.njit(cache=True)
-def _match(
-    points: NDArray[np.uint32],
-    at: int,
-    stop: int,
-    numbers: NDArray[np.int32],
-    base: NDArray[np.int32],
-    check: NDArray[np.int32],
-    value: NDArray[np.int32],
-) -> int:
-    """Length of the longest gram that starts at ``at`` and ends by ``stop``, or 0."""
-    state, longest = 0, 0
-    for j in range(at, stop):
-        number = numbers[points[j]]
-        if number == 0:
-            break
-        child = base[state] + number
-        if check[child] != state:
-            break
-        state = child
-        if value[state] >= 0:
-            longest = j + 1 - at
-    return longest
-
-
-@numba.njit(cache=True)
-def _cut(
-    points: NDArray[np.uint32],
-    in_run: NDArray[np.bool_],
-    numbers: NDArray[np.int32],
-    base: NDArray[np.int32],
-    check: NDArray[np.int32],
-    value: NDArray[np.int32],
-    order: int,
-    backtrack: bool,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
-    """Cut a text into pieces: (start, length, count) of the distinct ones kept, and the number of all pieces.
-
-    Distinct pieces are collected in an open hash table that compares characters, so that no collision can merge two.
-    """
-    size = 1 << 12
-    table = np.full(size, -1, np.int64)
-    start, length = np.empty(size, np.int64), np.empty(size, np.int64)
-    count, hashes = np.empty(size, np.int64), np.empty(size, np.uint64)
-    reach = np.empty(points.size + 1, np.int64)  # length of the longest gram at each position of the piece
-    m, pieces, i, n = 0, 0, 0, points.size
-    while i < n:
-        if not in_run[points[i]]:
-            i += 1
-            continue
-        begin, end, code = i, i + 1, np.uint64(0xCBF29CE484222325)
-        while i < end:
-            stop = i
-            while stop < n and stop < i + order and in_run[points[stop]]:
-                stop += 1
-            reach[i] = _match(points, i, stop, numbers, base, check, value)
-            end = max(end, i + reach[i])
-            code = (code ^ np.uint64(points[i])) * np.uint64(0x9E3779B97F4A7C15)
-            code ^= code >> np.uint64(29)
-            i += 1
-        pieces += 1
-        size_of = end - begin
-        if backtrack and size_of > 2:
-            whole = True
-            for j in range(begin, max(begin, end - order) + 1):
-                if reach[j] != min(order, size_of):
-                    whole = False
-                    break
-            if not whole:
-                continue
-        slot = code & np.uint64(size - 1)
-        while table[slot] >= 0:
-            k = table[slot]
-            if hashes[k] == code and length[k] == size_of:
-                same = True
-                for j in range(size_of):
-                    if points[start[k] + j] != points[begin + j]:
-                        same = False
-                        break
-                if same:
-                    count[k] += 1
-                    break
-            slot = (slot + np.uint64(1)) & np.uint64(size - 1)
-        if table[slot] >= 0:
-            continue
-        table[slot] = m
-        start[m], length[m], count[m], hashes[m] = begin, size_of, 1, code
-        m += 1
-        if 2 * m > size:
-            size *= 4
-            start, length, count = _grow(start, size), _grow(length, size), _grow(count, size)
-            more = np.empty(size, np.uint64)
-            more[:m] = hashes[:m]
-            hashes = more
-            table = np.full(size, -1, np.int64)
-            for k in range(m):
-                slot = hashes[k] & np.uint64(size - 1)
-                while table[slot] >= 0:
-                    slot = (slot + np.uint64(1)) & np.uint64(size - 1)
-                table[slot] = k
-    return start[:m].copy(), length[:m].copy(), count[:m].copy(), pieces
-
-
-@numba.njit(cache=True)
-def _grow(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    grown = np.empty(size, np.int64)
-    grown[: values.size] = values
-    return grown
 
 
 class WordDiscovery:
@@ -345,14 +235,14 @@ class WordDiscovery:
             raise ValueError("this WordDiscovery has no vocabulary yet; call fit(texts) first")
         return Segmenter(self.vocabulary_, max_words)
 
-    def _strong(self, thresholds: tuple[float, ...], levels: _Levels) -> Trie:
-        """The trie of the grams that must not be cut."""
-        grams: list[str] = []
-        for (rows, weakest), least in zip(levels, thresholds, strict=False):
-            strong = rows[weakest >= least] if self.method == "solidity" else rows[weakest > least]
-            n, text = rows.shape[1], strong.tobytes().decode("utf-32-le")
-            grams.extend(text[i : i + n] for i in range(0, len(text), n))
-        return Trie.build(grams)
+    def _cutter(self, thresholds: tuple[float, ...], levels: _Levels) -> Cutter:
+        """Cuts between the grams that must not be cut."""
+        solid = self.method == "solidity"
+        grams = [
+            rows[weakest >= least] if solid else rows[weakest > least]
+            for (rows, weakest), least in zip(levels, thresholds, strict=False)
+        ]
+        return Cutter(grams, self.order if solid else 2, solid)
 
     def _levels(self, counter: NGramCounter) -> _Levels:
         if self.method == "solidity":
@@ -365,25 +255,9 @@ class WordDiscovery:
     def _lexicon(
         self, texts: Iterable[Any], counter: NGramCounter, thresholds: tuple[float, ...], levels: _Levels | None = None
     ) -> dict[str, int]:
-        trie = self._strong(thresholds, self._levels(counter) if levels is None else levels)
+        cutter = self._cutter(thresholds, self._levels(counter) if levels is None else levels)
+        vocabulary, pieces = cutter.count(whole_runs(texts, PIECE), self.n_jobs)
         solid = self.method == "solidity"
-        vocabulary: dict[str, int] = {}
-        pieces = 0
-        for text in whole_runs(texts, PIECE):
-            starts, lengths, counts, cut = _cut(
-                code_points(text),
-                run_table(),
-                trie.numbers,
-                trie.base,
-                trie.check,
-                trie.value,
-                self.order if solid else 2,
-                solid,
-            )
-            pieces += cut
-            for start, length, count in zip(starts.tolist(), lengths.tolist(), counts.tolist(), strict=True):
-                word = text[start : start + length]
-                vocabulary[word] = vocabulary.get(word, 0) + count
         least = self.min_count if solid else max(self.min_count, math.floor(self.min_proba * pieces) + 1)
         vocabulary = {word: count for word, count in vocabulary.items() if count >= least}
         return vocabulary if self.redundancy is None else remove_redundant(vocabulary, self.redundancy)
