@@ -24,7 +24,9 @@ table. `make bench` measures again and rewrites this page. A ratio above 1 means
 
 def main(rooms: list[str]) -> None:
     """Run the given rooms, or all of them."""
-    known = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "harness"))
+    known = sorted(
+        m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "harness", "peers")
+    )
     unknown = set(rooms) - set(known)
     if unknown:
         sys.exit(f"unknown benchmark {', '.join(sorted(unknown))}; known: {', '.join(known)}")

@@ -1,7 +1,8 @@
 """Interleaved timing of several implementations of the same work.
 
 Contenders take turns (A B C A B C ...) so that a change of the machine's load hits all of them alike. CPU time of the
-process (all its threads) is measured, medians are reported, and each ratio is taken against the peer in the same run.
+process (all its threads) and of the programs that it has run is measured, medians are reported, and each ratio is taken
+against the peer in the same run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -58,6 +60,12 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of the programs that it has run to their end."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def installed(module: str) -> bool:
     """Whether a peer (extra ``bench``) can be imported."""
     return importlib.util.find_spec(module) is not None
@@ -91,9 +99,9 @@ def compare(
         function()
     for _ in range(repeats):
         for name, function in contenders.items():
-            start = time.process_time()
+            start = cpu_seconds()
             function()
-            samples[name].append(time.process_time() - start)
+            samples[name].append(cpu_seconds() - start)
     median = {name: statistics.median(times) * 1e3 for name, times in samples.items()}
     base = peer if peer in median else next(iter(median))
     rows = [

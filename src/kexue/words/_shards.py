@@ -184,9 +184,14 @@ def shards(source: Iterable[Any], size: int, check: Callable[[Any, int], int], k
         yield finish()
 
 
-def total_size_mb(source: Source) -> float | None:
-    """Megabytes of a list of files, for a progress bar; None when it cannot be known beforehand."""
+def in_mb(size: int | None) -> float | None:
+    """A size for a progress bar."""
+    return None if size is None else size / 1e6
+
+
+def total_size(source: Source) -> int | None:
+    """Bytes of a list of files; None when it cannot be known beforehand."""
     items = source.items
     if not isinstance(items, Sequence) or not all(isinstance(item, os.PathLike) for item in items):
         return None
-    return sum(os.path.getsize(item) for item in items if Path(item).is_file()) / 1e6
+    return sum(os.path.getsize(item) for item in items if Path(item).is_file())

@@ -277,9 +277,8 @@ def _text_chunks(texts: Iterable[str]) -> Iterator[_Chunk]:
 def _encode_bytes(
     chunks: Iterable[_Chunk], bar: Bar, keep: Callable[[npt.NDArray[np.int32]], None] | None = None
 ) -> Encoded:
-    table = np.full(1 << 12, -1, np.int32)
-    hashes = np.empty(len(table) // 2, np.uint64)
-    starts = np.zeros(len(hashes) + 1, np.int64)  # word k is arena[starts[k] : starts[k + 1]]
+    table = np.zeros((1 << 13, 2), np.uint64)
+    starts = np.zeros(len(table) // 2 + 1, np.int64)  # word k is arena[starts[k] : starts[k + 1]]
     arena = np.empty(1 << 16, np.uint8)
     known = 0
     ids: list[npt.NDArray[np.int32]] = []
@@ -294,28 +293,25 @@ def _encode_bytes(
         position = document = filled = 0
         while True:
             position, document, filled, known = scan(
-                buffer, position, ends, document, bounds, out, filled, table, hashes, starts, arena, known
+                buffer, position, ends, document, bounds, out, filled, table, starts, arena, known
             )
             if document == len(ends):
                 break
-            if known == len(hashes):
-                hashes, starts = _grown(hashes), _grown(starts)
-                table = np.full(4 * len(hashes), -1, np.int32)
-                rehash(table, hashes, known)
+            if known == len(starts) - 1:
+                starts = np.append(starts, np.zeros(len(starts) - 1, np.int64))
+                table = rehash(table)
             else:
                 arena = np.append(arena, np.empty(max(len(arena), len(data)), np.uint8))
         keep(out[:filled].copy())
         offsets.append((bounds if whole else bounds[:-1]) + total)
         total += filled
         bar.advance(len(ends))
-    letters = arena[: starts[known]].tobytes()
-    cuts = starts[: known + 1].tolist()
-    words = [letters[a:b].decode() for a, b in itertools.pairwise(cuts)]
+    arena, starts = arena[: starts[known]], starts[: known + 1]
+    # One text for all words: characters before each start are bytes that do not continue a character.
+    cuts = np.concatenate([np.zeros(1, np.int64), np.cumsum((arena & 0xC0) != 0x80)])[starts].tolist()
+    letters = arena.tobytes().decode()
+    words = [letters[a:b] for a, b in itertools.pairwise(cuts)]
     return Encoded(np.concatenate(ids) if ids else np.empty(0, np.int32), np.concatenate(offsets), words)
-
-
-def _grown(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.append(values, np.zeros(len(values), values.dtype))
 
 
 @kernel
@@ -341,6 +337,12 @@ def _space(buffer: Any, place: int, size: int) -> int:
 
 
 @kernel
+def _slot(key: Any, mask: int) -> Any:
+    mixed = key * np.uint64(0x9E3779B97F4A7C15)
+    return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
+
+
+@kernel
 def scan(
     buffer: Any,
     position: int,
@@ -350,15 +352,15 @@ def scan(
     out: Any,
     filled: int,
     table: Any,
-    hashes: Any,
     starts: Any,
     arena: Any,
     known: int,
 ) -> Any:
     """Number the words of a UTF-8 buffer; stops early when the tables are full, to be called again after they grew.
 
-    ``table`` (open addressing) maps an FNV-1a hash to a word number; ``bounds[d]`` becomes the number of words up to
-    the end of document d.
+    ``table`` (open addressing) holds for each word a key and its number + 1. The key of a word of up to seven bytes is
+    the word itself with its length; that of a longer one is a hash, and its bytes are compared. ``bounds[d]`` becomes
+    the number of words up to the end of document d.
 
     Returns:
         (position, document, filled, known) to go on from.
@@ -372,38 +374,48 @@ def scan(
                 position += gap
                 continue
             begin = position
-            code = np.uint64(14695981039346656037)
+            key = np.uint64(0)
             while position < end:
                 byte = buffer[position]
                 if (byte <= 32 or 0xC2 <= byte <= 0xE3) and _space(buffer, position, end) > 0:
                     break
-                code = (code ^ np.uint64(byte)) * np.uint64(1099511628211)
+                key = (key << np.uint64(8)) | np.uint64(byte)
                 position += 1
             length = position - begin
-            slot = np.int64((code ^ (code >> np.uint64(29))) & np.uint64(mask))
-            number = -1
-            while table[slot] >= 0:
-                candidate = table[slot]
-                if hashes[candidate] == code and starts[candidate + 1] - starts[candidate] == length:
+            if length < 8:
+                key |= np.uint64(length) << np.uint64(56)
+            else:
+                key = np.uint64(14695981039346656037)
+                for k in range(begin, position):
+                    key = (key ^ np.uint64(buffer[k])) * np.uint64(1099511628211)
+                key |= np.uint64(255) << np.uint64(56)
+            slot = _slot(key, mask)
+            number: Any = -1
+            while table[slot, 1] != 0:
+                if table[slot, 0] == key:
+                    candidate = np.int64(table[slot, 1]) - 1
                     same = True
-                    first = starts[candidate]
-                    for k in range(length):
-                        if arena[first + k] != buffer[begin + k]:
-                            same = False
-                            break
+                    if length >= 8:
+                        first = starts[candidate]
+                        same = starts[candidate + 1] - first == length
+                        if same:
+                            for k in range(length):
+                                if arena[first + k] != buffer[begin + k]:
+                                    same = False
+                                    break
                     if same:
                         number = candidate
                         break
                 slot = (slot + 1) & mask
             if number < 0:
-                first = starts[known] if known < len(hashes) else 0
-                if known == len(hashes) or first + length > len(arena):
+                if known == len(starts) - 1 or starts[known] + length > len(arena):
                     return begin, document, filled, known
+                first = starts[known]
                 for k in range(length):
                     arena[first + k] = buffer[begin + k]
-                hashes[known] = code
                 starts[known + 1] = first + length
-                table[slot] = known
+                table[slot, 0] = key
+                table[slot, 1] = known + 1
                 number = known
                 known += 1
             out[filled] = number
@@ -414,12 +426,16 @@ def scan(
 
 
 @kernel
-def rehash(table: Any, hashes: Any, known: int) -> None:
-    """Enter the first ``known`` hashes into an empty table."""
-    mask = len(table) - 1
-    for number in range(known):
-        code = hashes[number]
-        slot = np.int64((code ^ (code >> np.uint64(29))) & np.uint64(mask))
-        while table[slot] >= 0:
+def rehash(table: Any) -> Any:
+    """A table of twice the size with the same words."""
+    larger = np.zeros((2 * len(table), 2), np.uint64)
+    mask = len(larger) - 1
+    for old in range(len(table)):
+        if table[old, 1] == 0:
+            continue
+        slot = _slot(table[old, 0], mask)
+        while larger[slot, 1] != 0:
             slot = (slot + 1) & mask
-        table[slot] = number
+        larger[slot, 0] = table[old, 0]
+        larger[slot, 1] = table[old, 1]
+    return larger

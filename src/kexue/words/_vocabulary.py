@@ -8,9 +8,10 @@ from typing import Any
 from kexue.words._text import check_encodable
 
 
-def by_count(words: Sequence[str], counts: Sequence[int]) -> list[int]:
-    """The order of the words by descending count, ties alphabetical."""
-    return sorted(range(len(words)), key=lambda k: (-counts[k], words[k]))
+def by_count(words: Sequence[str], counts: Sequence[int], minimum: int = 0) -> list[int]:
+    """The order of the words with at least ``minimum`` occurrences by descending count, ties alphabetical."""
+    kept = [k for k, count in enumerate(counts) if count >= minimum]
+    return sorted(kept, key=lambda k: (-counts[k], words[k]))
 
 
 def distinct_words(words: Iterable[Any]) -> list[str]:

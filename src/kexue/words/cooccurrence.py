@@ -35,7 +35,7 @@ from kexue.words import _count
 from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_order
 from kexue.words._merge import write_batches
 from kexue.words._runs import parse_memory
-from kexue.words._shards import Shard, Source, shards, total_size_mb
+from kexue.words._shards import Shard, Source, in_mb, shards, total_size
 from kexue.words._spill import group_rows
 from kexue.words._text import Encoded, Kind, Tokenize, classify, encode_items, item_size
 from kexue.words._triangle import (
@@ -162,7 +162,7 @@ class CooccurrenceCounter(BaseEstimator):
         given = self._given_vocabulary()
         kind, source = classify(X, self.on_error)
         in_memory = self.executor is None and self.folder is None
-        with progress("reading words", total_size_mb(source), enabled=self.progress) as bar:
+        with progress("reading words", in_mb(total_size(source)), enabled=self.progress) as bar:
             parts, job = self._read(kind, source, bar, in_memory)
         done = False
         try:
@@ -190,6 +190,9 @@ class CooccurrenceCounter(BaseEstimator):
         parts: list[Any] = []
         if in_memory:
             size = int(np.clip(budget // (16 * n_jobs), 1 << 16, _MOST_TEXT))
+            files = total_size(source)
+            if files is not None:  # a share for every thread
+                size = max(1 << 16, min(size, files // n_jobs + 1))
             pieces = shards(source, size, item_size)
             held = 0
             with ThreadPoolExecutor(n_jobs) as pool:
@@ -247,8 +250,7 @@ class CooccurrenceCounter(BaseEstimator):
             tokens += len(part.ids)
             total.update(dict(zip(part.words, part.counts().tolist(), strict=True)))
         if given is None:
-            names = list(total)
-            words, _ = self._select(names, list(total.values()))
+            words = self._select(total)
             if not words:
                 raise ValueError(
                     f"no word occurs min_count={self.min_count} times: the corpus has {tokens} words, "
@@ -367,7 +369,7 @@ class CooccurrenceCounter(BaseEstimator):
             [2, 1, 1]
         """
         kind, source = classify(X, self.on_error)
-        with progress("reading words", total_size_mb(source), enabled=self.progress) as bar:
+        with progress("reading words", in_mb(total_size(source)), enabled=self.progress) as bar:
             total: Counter[str] = Counter()
             for shard in shards(source, int(np.clip(parse_memory(self.memory) // 16, 1 << 16, _MOST_TEXT)), item_size):
                 part, amount = self._encode(kind, shard, read_size(parse_memory(self.memory)))
@@ -533,13 +535,12 @@ class CooccurrenceCounter(BaseEstimator):
         if self.vocabulary is None:
             return None
         if isinstance(self.vocabulary, Mapping):
-            words, _ = self._select(list(self.vocabulary), list(self.vocabulary.values()))
-            return distinct_words(words)
+            return distinct_words(self._select(self.vocabulary))
         return distinct_words(self.vocabulary)
 
-    def _select(self, words: list[str], counts: list[int]) -> tuple[list[str], list[int]]:
-        order = [k for k in by_count(words, counts) if counts[k] >= self.min_count]
-        return [words[k] for k in order], order
+    def _select(self, total: Mapping[str, int]) -> list[str]:
+        names = list(total)
+        return [names[k] for k in by_count(names, list(total.values()), self.min_count)]
 
     def _in_memory(self, parts: list[Encoded], words: list[str], numbered: bool, documents: int) -> None:
         """Count the pairs of words that fit in memory; the pairs themselves may go to disk."""

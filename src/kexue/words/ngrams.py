@@ -37,7 +37,7 @@ from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_or
 from kexue.words._keys import Layout, Table, bound, count_text, merge
 from kexue.words._merge import Merging, merge_runs, write_table
 from kexue.words._runs import as_source, check_text, chunks, code_points, parse_memory, rereadable
-from kexue.words._shards import Source, shards, total_size_mb
+from kexue.words._shards import Source, in_mb, shards, total_size
 from kexue.words._spill import ArrayWriter, group_rows, in_batches, mapped
 
 _BYTES_PER_CHARACTER = 48  # text, code points, keys, sorted copy and table of one chunk, per character
@@ -248,7 +248,7 @@ class NGramCounter:
             with progress("counting n-grams (M characters)", enabled=self.progress) as bar:
                 table, files = self._count_here(texts, bar)
         else:
-            with progress("counting n-grams (MB)", total_size_mb(texts), enabled=self.progress) as bar:
+            with progress("counting n-grams (MB)", in_mb(total_size(texts)), enabled=self.progress) as bar:
                 table, files = self._count_shards(texts, folder, bar)
         if self._table is not None and len(self._table.counts):
             table, files = self._sum([self._table, table])
