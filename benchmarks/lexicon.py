@@ -9,9 +9,11 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Table, compare, installed
+from benchmarks.peers import kenlm, run_kenlm
 from kexue.words import NGramCounter, Segmenter, Tokenizer, WordDiscovery
 
 SECTION = "Counting, word discovery, segmentation, tokens"
@@ -96,6 +98,37 @@ def _counting(texts: list[str]) -> Table:
         repeats=5,
     )
     return _rates(table, size / 1e6, "M characters/s")
+
+
+def _large() -> list[Table]:
+    """Counting against KenLM's program, which is made for large text."""
+    if kenlm() is None:
+        return []
+    texts = _language(120_000)
+    size = sum(map(len, texts))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = folder / "corpus.txt"
+        corpus.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        peer = "KenLM count_ngrams"
+        table = compare(
+            "Character n-grams of a larger text",
+            f"Exact counts of all grams of 1 to {_ORDER} characters; {size:,} characters of generated Chinese-like "
+            "text, one thread; ours from a file. KenLM first gets the characters with spaces between them, and writes its "
+            "counts of the longest grams.",
+            {
+                peer: lambda: run_kenlm(folder, texts, _ORDER),
+                "kexue NGramCounter": lambda: NGramCounter(order=_ORDER).fit(corpus),
+                "kexue NGramCounter, memory 64 MB (on disk)": lambda: NGramCounter(order=_ORDER, memory="64MB").fit(
+                    corpus
+                ),
+            },
+            peer=peer,
+            packages=("numpy", "numba"),
+            repeats=3,
+            remarks=["KenLM 0.3.0 as distributed on the package index, compiled here, with --memory=1G."],
+        )
+    return [_rates(table, size / 1e6, "M characters/s")]
 
 
 def _discovery(texts: list[str]) -> Table:
@@ -185,4 +218,4 @@ def _tokens() -> Table:
 def run() -> list[Table]:
     """Measure everything of this room."""
     texts = _language(12_000)
-    return [_counting(texts), _discovery(texts), _segmentation(texts), _tokens()]
+    return [_counting(texts), *_large(), _discovery(texts), _segmentation(texts), _tokens()]

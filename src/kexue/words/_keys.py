@@ -206,6 +206,17 @@ def _recode(
     bits, per, words = new
     mask = (np.uint64(1) << np.uint64(old_bits)) - np.uint64(1)
     out = np.zeros((keys.shape[0], words), np.uint64)
+    if words == 1 and keys.shape[1] == 1:
+        step, width = np.uint64(old_bits), np.uint64(bits)
+        for i in range(keys.shape[0]):
+            rest, code = keys[i, 0] >> np.uint64(old_bits * (old_per - order)), np.uint64(0)
+            place = np.uint64(bits * (per - order))
+            for _ in range(order):
+                code |= mapping[rest & mask] << place
+                rest >>= step
+                place += width
+            out[i, 0] = code
+        return out
     for i in range(keys.shape[0]):
         for j in range(order):
             code = mapping[(keys[i, j // old_per] >> np.uint64(old_bits * (old_per - 1 - j % old_per))) & mask]
@@ -222,6 +233,14 @@ def add_tables(
     keys = np.empty((a.shape[0] + b.shape[0], words), np.uint64)
     counts = np.empty(a.shape[0] + b.shape[0], np.int64)
     i = j = m = 0
+    if words == 1:
+        while i < a.shape[0] and j < b.shape[0]:
+            x, y = a[i, 0], b[j, 0]
+            keys[m, 0] = min(x, y)
+            counts[m] = (ca[i] if x <= y else 0) + (cb[j] if y <= x else 0)
+            i += x <= y
+            j += y <= x
+            m += 1
     while i < a.shape[0] or j < b.shape[0]:
         side = 0  # -1: take a, 1: take b, 0: both
         if i == a.shape[0]:
