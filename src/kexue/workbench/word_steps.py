@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,6 @@ from kexue.workbench.word_tokens import clauses
 
 _MAX_PARSED = 80  # words; parsing is cubic in them, and a longer clause is a list or has no punctuation
 _TYPICAL = {False: 6.0, True: 1.7}  # characters of a word with its space; of a word of an unspaced script
-_LONG_WORD = 20  # characters; a longer white-space token of an unspaced script is a clause
 
 
 @dataclass(frozen=True)
@@ -267,9 +267,7 @@ def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
                     line = {"id": identifier, "text": clause, "tree": tree.to_dict() if tree is not None else None}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    # Parsed into a folder of its own first: the note needs the figures, and the model must not wait half changed.
-    import tempfile
-
+    # Parsed into a folder of its own first: the note needs the figures.
     with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=f".{model.folder.name}.parses.") as folder:
         parsed = Path(folder) / "parses.jsonl"
         with _measured() as spent:
