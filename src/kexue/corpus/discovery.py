@@ -93,9 +93,9 @@ def discover(
 ) -> list[Source]:
     """List the files to read: named files as they come, folders recursively in the order of their names.
 
-    Hidden entries, workspaces and word models of kexue, binary files, pipes, devices, empty files, dangling links and files seen before
-    are left out of folders and told to ``report(path, reason)``; the same problem with a file that was
-    named directly is an error.
+    Hidden entries, workspaces and word models of kexue, binary files, pipes, devices, empty files, dangling links and
+    files seen before are left out of folders and told to ``report(path, reason)``; the same problem with a file that
+    was named directly is an error.
 
     Args:
         paths: Files and folders that exist.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
 from kexue._files import atomic_path
 from kexue.workbench import parts as layout
 from kexue.workbench.evaluation import choose_held_out
 from kexue.workbench.lexicon import explain, telling_words
+from kexue.workbench.pages import page
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Hit, Searcher
 from kexue.workbench.word_map import Mark, word_map
@@ -60,24 +60,6 @@ def write_report(
         temporary.write_text(text, encoding="utf-8")
     parts.store.close()
     return (folder / layout.REPORT).stat().st_size
-
-
-def figure(value: Any) -> str:
-    """A value as the reports show it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-    return str(value)
-
-
-def page(template: str, **values: Any) -> str:
-    """Render a template of this room."""
-    environment = Environment(loader=PackageLoader("kexue.workbench", "."), autoescape=True, trim_blocks=True)
-    environment.filters["figure"] = figure
-    return environment.get_template(template).render(**values)
 
 
 def _mark(hit: Hit) -> Markup:

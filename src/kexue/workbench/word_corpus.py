@@ -59,7 +59,7 @@ class WordCorpus:
         *,
         skip_bad: bool = False,
         encoding: str = "utf-8",
-        **columns: str | None,
+        **columns: Any,
     ) -> None:
         self.paths = [Path(path) for path in paths]
         self.documents = self.characters = self.skipped_count = 0
@@ -73,7 +73,11 @@ class WordCorpus:
             on_error="skip" if skip_bad else "raise", **columns,
         )  # fmt: skip
         sources = discover([os.fspath(path) for path in self.paths], None, self._skip, not skip_bad)
-        if sources and not any(columns.values()) and all(_plain(source, check_encoding(encoding)) for source in sources):
+        if (
+            sources
+            and not any(columns.values())
+            and all(_plain(source, check_encoding(encoding)) for source in sources)
+        ):
             self._survey(sources, skip_bad)
         else:
             self._survey_texts()
@@ -197,7 +201,9 @@ class _Survey:
 
 def spread(text: str) -> list[str]:
     """Short text as it is; of long text a tenth, in slices from all over it."""
-    return [text] if len(text) <= _WHOLE else [text[start : start + _SLICE] for start in range(0, len(text), 10 * _SLICE)]
+    return (
+        [text] if len(text) <= _WHOLE else [text[start : start + _SLICE] for start in range(0, len(text), 10 * _SLICE)]
+    )
 
 
 def _reason(error: CorpusError) -> str:

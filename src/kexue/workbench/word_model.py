@@ -8,8 +8,8 @@
     model.json       format version; how each part was made
     report.html      all of it for reading
 
-Each command adds a part or replaces one. The folder is exchanged as a whole (unchanged files are linked, not copied), so
-that whatever happens there stands either the model of before or the new one.
+Each command adds a part or replaces one. The folder is exchanged as a whole (unchanged files are linked, not copied),
+so that whatever happens there stands either the model of before or the new one.
 """
 
 from __future__ import annotations
@@ -113,20 +113,22 @@ class WordModel:
         """
         path = Path(folder).resolve()
         if not path.name or path.is_mount():
-            raise WorkspaceError(f"cannot make a word model at {path}, which cannot be replaced; give a folder inside it")
+            raise WorkspaceError(
+                f"cannot make a word model at {path}, which cannot be replaced; give a folder inside it"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise WorkspaceError(
-                f"another command is writing into {folder} (it holds {lock.lock_file}); wait for it or choose another folder"
+                f"another command is writing into {folder} (it holds {lock.lock_file}); wait for it"
             ) from None
         try:
             recover_directory(path)
             if path.exists() and not is_model(path) and not (path.is_dir() and not any(path.iterdir())):
                 raise WorkspaceError(
-                    f"{folder} exists and is not a word model{_what_else(path)}; nothing is overwritten, choose another folder"
+                    f"{folder} exists and is not a word model{_what_else(path)}, so it is not touched; choose another"
                 )
             shutil.rmtree(_staging(path), ignore_errors=True)
             yield cls.open(path) if is_model(path) else cls(path, {})
@@ -156,9 +158,7 @@ class WordModel:
             notes = {name: self.notes[name] for name in FILES if name in self.notes and name != part}
             notes[part] = {"kexue": __version__, **note}
             notes = {name: notes[name] for name in FILES if name in notes}
-            write_json(
-                staging / NOTES, {"format": FORMAT, "version": VERSION, "kexue": __version__, "parts": notes}
-            )
+            write_json(staging / NOTES, {"format": FORMAT, "version": VERSION, "kexue": __version__, "parts": notes})
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
             replace_directory(staging, self.folder)

@@ -79,9 +79,7 @@ class WordTable:
             from kexue.workbench.workspace import Workspace
 
             if not path.exists():
-                raise WorkspaceError(
-                    f"{where} does not exist; expected a word model, a workspace or a word2vec file"
-                )
+                raise WorkspaceError(f"{where} does not exist; expected a word model, a workspace or a word2vec file")
             workspace = Workspace.open(path)
             return cls.of_parts(workspace._parts, workspace.close)
         raise WorkspaceError(f"{where} is neither a word model nor a workspace, nor a word2vec file")

@@ -12,7 +12,7 @@ import numpy as np
 
 from kexue._files import atomic_path
 from kexue.workbench.lexicon import telling_words
-from kexue.workbench.report import figure, page
+from kexue.workbench.pages import figure, page
 from kexue.workbench.word_map import Mark, word_map
 from kexue.workbench.word_model import REPORT, WordModel
 
@@ -52,7 +52,7 @@ def write_word_report(model: WordModel, seed: int = 0) -> Path:
     if "phrases" in model.notes:
         values["phrases"] = _phrases(model)
     if "templates" in model.notes:
-        values["templates"] = _templates(model)
+        values["templates"] = template_rows(model, _LISTED)
     if "parses" in model.notes:
         values["trees"] = _trees(model)
     if "vectors" in model.notes:
@@ -137,15 +137,22 @@ def join_words(words: Sequence[str]) -> str:
     return out
 
 
-def _templates(model: WordModel) -> list[dict[str, Any]]:
+def template_rows(model: WordModel, most: int) -> list[dict[str, Any]]:
+    """The best templates with what stands in their slots, JSON-compatible.
+
+    Args:
+        model: A model with templates.
+        most: How many.
+    """
     rows = []
-    for template in itertools.islice(model.templates.templates_, _LISTED):
+    for template in itertools.islice(model.templates.templates_, most):
         slots = sum(item is None for item in template.pattern)
         rows.append(
             {
+                "text": str(template),
                 "pattern": list(template.pattern),
-                "support": template.support,
-                "gain": template.gain,
+                "support": int(template.support),
+                "gain": float(template.gain),
                 "fillers": [_filler_names(template.fillers(number)) for number in range(slots)],
             }
         )
