@@ -108,7 +108,7 @@ def decide(words: str, share: float, characters: int, texts: Iterable[str]) -> t
     elif words == "discover" or (words == "auto" and share >= MIN_UNSPACED):
         discovery = WordDiscovery(min_count=discovery_min_count(int(characters * share)))
         try:
-            discovery.fit(_Unspaced(texts))
+            discovery.fit(Unspaced(texts))
         except ValueError:  # nothing was seen often enough: characters and pairs of them have to do
             figures["words"] = "too little text"
         else:
@@ -123,7 +123,7 @@ def decide(words: str, share: float, characters: int, texts: Iterable[str]) -> t
     return segmenter, figures
 
 
-class _Unspaced:
+class Unspaced:
     """The runs of unspaced scripts of texts: the thresholds of a mixed corpus must not be chosen for its English."""
 
     def __init__(self, texts: Iterable[str]) -> None:

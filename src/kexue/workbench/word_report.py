@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kexue.workbench.word_model import REPORT, WordModel
 _MAP_WORDS = 220
 _RANKED = 20
 _FREQUENT = 1000  # words among which norms are compared; those of rare words are chance
+_ENOUGH = 5_000_000  # words of text from which the norms of frequent words are hardly chance
 _DOTS = 700
 _PER_LENGTH = 40
 _LISTED = 60
@@ -210,6 +212,7 @@ def _vectors(model: WordModel, seed: int) -> dict[str, Any]:
         "smallest": [entry(row) for row in order[:_RANKED].tolist()],
         "largest": [entry(row) for row in order[::-1][:_RANKED].tolist()],
         "among": len(frequent),
+        "small": model.notes["vectors"]["figures"].get("tokens", _ENOUGH) < _ENOUGH,
         "plot": norm_plot(norms),
         "neighbours": [(word, [other for other, _ in vectors.related(word, k=8)]) for word in some],
     }
@@ -221,7 +224,11 @@ def norm_plot(norms: Any) -> dict[str, Any]:
     if size < 2:
         return {}
     rows = np.unique(np.round(np.geomspace(1, size, _DOTS)).astype(int)) - 1
-    top = float(norms.max()) or 1.0
+    most = float(norms.max()) or 1.0
+    step = next(
+        unit * 10.0**power for power in range(-6, 9) for unit in (1.0, 2.0, 5.0) if most <= 5 * unit * 10.0**power
+    )
+    top = step * math.ceil(most / step)
     left, right, base, height = 50.0, 985.0, 260.0, 245.0
     x = left + (right - left) * np.log(rows + 1) / np.log(size)
     y = base - height * norms[rows] / top
@@ -229,5 +236,5 @@ def norm_plot(norms: Any) -> dict[str, Any]:
     return {
         "dots": list(zip(x.tolist(), y.tolist(), strict=True)),
         "ranks": [(left + (right - left) * float(np.log(tick) / np.log(size)), f"{tick:,}") for tick in ticks],
-        "norms": [(base - height * step / 4, f"{top * step / 4:.1f}") for step in range(5)],
+        "norms": [(base - height * tick * step / top, f"{tick * step:g}") for tick in range(round(top / step) + 1)],
     }

@@ -15,12 +15,20 @@ from typing import Any
 
 from kexue._files import atomic_path
 from kexue._progress import track
-from kexue.workbench.lexicon import MIN_UNSPACED, discovery_min_count, threads, vector_min_count, word_vectors
+from kexue.workbench.lexicon import (
+    MIN_UNSPACED,
+    Unspaced,
+    discovery_min_count,
+    threads,
+    vector_min_count,
+    word_vectors,
+)
 from kexue.workbench.word_corpus import WordCorpus
 from kexue.workbench.word_model import WordModel
 from kexue.workbench.word_tokens import clauses
 
 _MAX_PARSED = 80  # words; parsing is cubic in them, and a longer clause is a list or has no punctuation
+_ALL_UNSPACED = 0.9  # share of letters from which a text counts as one without spaces
 _TYPICAL = {False: 6.0, True: 1.7}  # characters of a word with its space; of a word of an unspaced script
 
 
@@ -73,6 +81,7 @@ def learn_vocabulary(
     method: str = "solidity",
     redundancy: str | None = "length",
     max_words: int = 50_000,
+    unspaced_only: bool = False,
     counting: Counting | None = None,
 ) -> dict[str, Any]:
     """Discover the words of a text and keep them as the model's segmenter.
@@ -86,6 +95,8 @@ def learn_vocabulary(
         method: "solidity" or "adjacent".
         redundancy: "length", "article" or None.
         max_words: Keep the most frequent ones.
+        unspaced_only: Look at scripts without spaces only: the thresholds of a mixed text must not be chosen for its
+            English, whose words need no discovery.
         counting: How counting is done.
 
     Returns:
@@ -93,13 +104,13 @@ def learn_vocabulary(
     """
     from kexue.words import WordDiscovery
 
-    least = min_count or discovery_min_count(corpus.characters)
+    least = min_count or discovery_min_count(int(corpus.characters * (corpus.share if unspaced_only else 1)))
     options = (counting or Counting()).options(WordDiscovery)
     with _measured() as spent:
         discovery = WordDiscovery(
             order=order, min_count=least, min_pmi=min_pmi, method=method, redundancy=redundancy, **options
         )
-        discovery.fit(corpus.source)
+        discovery.fit(Unspaced(corpus) if unspaced_only else corpus.source)
         segmenter = discovery.segmenter(max_words)
     long = [(word, count) for word, count in segmenter.vocabulary.items() if len(word) > 1]
     figures = {
@@ -110,7 +121,7 @@ def learn_vocabulary(
     }
     settings = {
         "order": order, "min_count": least, "min_pmi": _plain(min_pmi), "method": method, "redundancy": redundancy,
-        "max_words": max_words,
+        "max_words": max_words, "unspaced_only": unspaced_only,
     }  # fmt: skip
     model.put("vocabulary", segmenter.save, _note(settings, corpus, figures, spent))
     return {**figures, "top": long}
@@ -129,7 +140,7 @@ def choose_words(model: WordModel, corpus: WordCorpus, kind: str = "auto", count
     """
     if kind == "auto":
         if "vocabulary" not in model.notes and corpus.share >= MIN_UNSPACED:
-            learn_vocabulary(model, corpus, counting=counting)
+            learn_vocabulary(model, corpus, unspaced_only=corpus.share < _ALL_UNSPACED, counting=counting)
         kind = "words"
     return Words(kind, model.tokenizer(kind))
 
