@@ -443,7 +443,7 @@ def test_phrases_are_found_kept_and_shown(run, tmp_path):
     code, text, err = run("words", "phrases", corpus, "--out", tmp_path / "m", "--json")
     assert code == 0, err
     found = json.loads(text)["phrases"]
-    assert set(found[0]) == {"words", "gain"}
+    assert set(found[0]) == {"words", "count", "gain"}
     assert any({"new", "york"} <= set(row["words"]) for row in found)
     assert "new york" in (tmp_path / "m" / "report.html").read_text(encoding="utf-8")
 
@@ -483,7 +483,7 @@ def test_parsing_a_corpus_learns_templates_and_writes_every_parse(run, tmp_path)
     assert len(answer["trees"]) == 1
     lines = (out / "parses.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 300
-    assert set(json.loads(lines[0])) == {"id", "text", "tree"}
+    assert set(json.loads(lines[0])) == {"id", "text", "parse", "tree"}
     assert json.loads(lines[0])["id"] == "questions.txt:1"
 
 

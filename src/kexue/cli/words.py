@@ -25,7 +25,6 @@ from kexue.cli.common import (
     interruptible,
     option_names,
     print_json,
-    print_table,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +117,9 @@ def phrases(
     min_count: Annotated[int | None, typer.Option(min=1, help="Least count of a phrase.")] = None,
     min_gain: Annotated[float | None, typer.Option(help="Least gain of joining two words.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Words of the longest phrase.")] = None,
+    min_npmi: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Least normalised mutual information of its words.")
+    ] = None,
     tokenizer: Kind = "auto",
     k: Count = 20,
     id_column: IdColumn = None,
@@ -134,19 +136,18 @@ def phrases(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
     ) as (model, text):  # fmt: skip
-        from kexue.workbench.word_report import join_words
-        from kexue.workbench.word_steps import choose_words, learn_phrases
+        from kexue.workbench.word_steps import choose_words, learn_phrases, phrase_rows
+        from kexue.workbench.word_tokens import join_words
 
         words = choose_words(model, text, tokenizer)
         figures = learn_phrases(
             model, text, words, _given(min_count=min_count, min_gain=min_gain, max_length=max_length)
         )
-        best = sorted(model.phrases.phrases_.items(), key=lambda item: (-float(item[1]), item[0]))[:k]
-        rows = [{"words": list(phrase), "gain": float(gain)} for phrase, gain in best]
+        rows = phrase_rows(model.phrases, k)
         _answer(model, text, "phrases", figures, {"phrases": rows}, as_json)
         if not as_json:
-            for phrase, gain in best:
-                print(f"{float(gain):8.3f}  {join_words(phrase)}")
+            for row in rows:
+                print(f"{row['count']:8,}  {join_words(row['words'])}")
 
 
 @words_app.command()
@@ -174,18 +175,18 @@ def templates(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
     ) as (model, text):  # fmt: skip
-        from kexue.workbench.word_report import template_rows
         from kexue.workbench.word_steps import choose_words, learn_templates
 
         words = choose_words(model, text, tokenizer)
         settings = _given(
             window=window, min_prob=min_prob, min_pmi=min_pmi, min_support=min_support, max_words=max_words
         )
-        figures = learn_templates(model, text, words, settings)
-        rows = template_rows(model, k)
+        figures = learn_templates(model, text, words, settings, examples=max(k, 100))
+        rows = model.notes["templates"]["examples"][:k]
         _answer(model, text, "templates", figures, {"templates": rows}, as_json)
         if not as_json:
-            print_table([{**row, "pattern": row["text"], "fillers": _slots(row), "text": ""} for row in rows])
+            for row in rows:
+                print(f"{row['support']:8,}  {row['text']}    {_slots(row)}".rstrip())
 
 
 @words_app.command()
@@ -301,7 +302,7 @@ def parse(
         _answer(model, text, "parses", figures, {"trees": trees} if texts else {}, as_json)
     if not as_json:
         for tree in trees:
-            print(tree["shown"])
+            print(tree["parse"])
 
 
 @contextmanager
@@ -360,7 +361,7 @@ def _trees(parse_text: Any, texts: Any) -> list[dict[str, Any]]:
     found = []
     for text in texts:
         tree = parse_text(text)
-        found.append({"text": text, "shown": str(tree), "tree": tree.to_dict()})
+        found.append({"text": text, "parse": str(tree), "tree": tree.to_dict()})
     return found
 
 
@@ -370,7 +371,7 @@ def _print_trees(parse_text: Any, texts: Any, as_json: bool) -> None:
         print_json([{"text": tree["text"], "tree": tree["tree"]} for tree in trees])
     else:
         for tree in trees:
-            print(tree["shown"])
+            print(tree["parse"])
 
 
 def _lines() -> list[str]:

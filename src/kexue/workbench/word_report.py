@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from kexue.workbench.lexicon import telling_words
 from kexue.workbench.pages import figure, page
 from kexue.workbench.word_map import Mark, word_map
 from kexue.workbench.word_model import REPORT, WordModel
+from kexue.workbench.word_steps import phrase_rows
+from kexue.workbench.word_tokens import join_words
 
 _MAP_WORDS = 220
 _RANKED = 20
@@ -24,7 +26,6 @@ _ENOUGH = 5_000_000  # words of text from which the norms of frequent words are 
 _DOTS = 700
 _PER_LENGTH = 40
 _LISTED = 60
-_FILLERS = 8
 _TREES = 12
 _TITLES = {
     "vocabulary": "Vocabulary",
@@ -52,9 +53,10 @@ def write_word_report(model: WordModel, seed: int = 0) -> Path:
     if "vocabulary" in model.notes:
         values["by_length"] = _by_length(model)
     if "phrases" in model.notes:
-        values["phrases"] = _phrases(model)
+        values["phrases"] = phrase_rows(model.phrases, _LISTED)
+        values["join_words"] = join_words
     if "templates" in model.notes:
-        values["templates"] = template_rows(model, _LISTED)
+        values["templates"] = model.notes["templates"].get("examples", [])[:_LISTED]
     if "parses" in model.notes:
         values["trees"] = _trees(model)
     if "vectors" in model.notes:
@@ -119,60 +121,6 @@ def _by_length(model: WordModel) -> list[tuple[str, int, list[tuple[str, int]]]]
     ]
 
 
-def _phrases(model: WordModel) -> list[tuple[str, float]]:
-    best = sorted(model.phrases.phrases_.items(), key=lambda item: (-float(item[1]), item[0]))[:_LISTED]
-    return [(join_words(words), float(gain)) for words, gain in best]
-
-
-def join_words(words: Sequence[str]) -> str:
-    """Words as people write them: without spaces between those of an unspaced script.
-
-    Example:
-        >>> join_words(["word", "vectors"]), join_words(["宝玉", "道"])
-        ('word vectors', '宝玉·道')
-    """
-    out = ""
-    for word in words:
-        if out:
-            out += " " if out[-1].isascii() or word[0].isascii() else "·"
-        out += word
-    return out
-
-
-def template_rows(model: WordModel, most: int) -> list[dict[str, Any]]:
-    """The best templates with what stands in their slots, JSON-compatible.
-
-    Args:
-        model: A model with templates.
-        most: How many.
-    """
-    rows = []
-    for template in itertools.islice(model.templates.templates_, most):
-        slots = sum(item is None for item in template.pattern)
-        rows.append(
-            {
-                "text": str(template),
-                "pattern": list(template.pattern),
-                "support": int(template.support),
-                "gain": float(template.gain),
-                "fillers": [_filler_names(template.fillers(number)) for number in range(slots)],
-            }
-        )
-    return rows
-
-
-def _filler_names(fillers: Any) -> list[str]:
-    """The most frequent fillers of a slot, whether they come as counts, pairs or plain texts."""
-    if isinstance(fillers, Mapping):
-        fillers = [name for name, _ in sorted(fillers.items(), key=lambda item: (-item[1], str(item[0])))]
-    names = []
-    for filler in itertools.islice(fillers, _FILLERS):
-        if isinstance(filler, tuple) and len(filler) == 2 and isinstance(filler[1], int):
-            filler = filler[0]
-        names.append(filler if isinstance(filler, str) else join_words(filler))
-    return names
-
-
 def _trees(model: WordModel) -> list[dict[str, Any]]:
     """The first sentences in which a template was found."""
     found: list[dict[str, Any]] = []
@@ -180,15 +128,10 @@ def _trees(model: WordModel) -> list[dict[str, Any]]:
         for line in itertools.islice(file, 2000):
             entry = json.loads(line)
             if entry["tree"] and entry["tree"].get("template"):
-                found.append({**entry, "shown": bracketed(entry["tree"])})
+                found.append(entry)
                 if len(found) == _TREES:
                     break
     return found
-
-
-def bracketed(tree: Mapping[str, Any]) -> str:
-    """A tree as text, if its ``to_dict`` says how; else the text that it covers."""
-    return str(tree.get("string") or tree.get("text") or "")
 
 
 def _vectors(model: WordModel, seed: int) -> dict[str, Any]:

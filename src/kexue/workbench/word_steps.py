@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ from kexue.workbench.word_corpus import WordCorpus
 from kexue.workbench.word_model import WordModel
 from kexue.workbench.word_tokens import clauses
 
-_MAX_PARSED = 80  # words; parsing is cubic in them, and a longer clause is a list or has no punctuation
+_MAX_PARSED = 200  # words; a longer clause is a list or has no punctuation, and parsing takes their square
 _ALL_UNSPACED = 0.9  # share of letters from which a text counts as one without spaces
+_FILLERS = 8
 _TYPICAL = {False: 6.0, True: 1.7}  # characters of a word with its space; of a word of an unspaced script
 
 
@@ -165,8 +166,18 @@ def learn_phrases(
     return figures
 
 
+def phrase_rows(miner: Any, most: int) -> list[dict[str, Any]]:
+    """The phrases of the largest gain, JSON-compatible."""
+    best = itertools.islice(miner.phrases_.items(), most)
+    return [{"words": list(words), "count": int(miner.counts_[words]), "gain": float(gain)} for words, gain in best]
+
+
 def learn_templates(
-    model: WordModel, corpus: WordCorpus, words: Words, options: Mapping[str, Any] | None = None
+    model: WordModel,
+    corpus: WordCorpus,
+    words: Words,
+    options: Mapping[str, Any] | None = None,
+    examples: int = 100,
 ) -> dict[str, Any]:
     """Find sentence templates.
 
@@ -175,14 +186,28 @@ def learn_templates(
         corpus: The text, of which each clause is a sentence.
         words: From :func:`choose_words`.
         options: Settings of :class:`kexue.words.TemplateMiner` that differ from its own.
+        examples: Of how many of the best templates the most frequent fillers are kept, under ``examples`` in the notes.
     """
     from kexue.words import TemplateMiner
 
     with _measured() as spent:
         miner = TemplateMiner(**(options or {})).fit(Clauses(corpus, words.tokenize, "templates"))
-    figures = {"templates": len(miner.templates_)}
-    model.put("templates", miner.save, _note(_with_words(model, words, options), corpus, figures, spent))
+        rows = [_template_row(template) for template in miner.templates_[:examples]]
+    figures = {"templates": len(miner.templates_), "complete_from_support": int(miner.complete_)}
+    note = _note(_with_words(model, words, options), corpus, figures, spent)
+    model.put("templates", miner.save, {**note, "examples": rows})
     return figures
+
+
+def _template_row(template: Any) -> dict[str, Any]:
+    """A template with what stands in its slots most often, JSON-compatible."""
+    return {
+        "text": str(template),
+        "pattern": list(template.pattern),
+        "support": int(template.support),
+        "gain": float(template.gain),
+        "fillers": [list(itertools.islice(template.fillers(number), _FILLERS)) for number in range(template.holes)],
+    }
 
 
 def learn_vectors(
@@ -258,7 +283,7 @@ def import_vectors(model: WordModel, path: Path) -> dict[str, Any]:
 def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
     """Parse each clause of a text by the model's templates and write the trees to ``parses.jsonl``.
 
-    A line of that file is ``{"id", "text", "tree"}``; ``tree`` is null for a clause of more than 80 words.
+    A line of that file is ``{"id", "text", "parse", "tree"}``; the last two are null for a clause of more than 200 words.
     """
     parse = parser(model)
     tokenize = model.tokenizer(part="templates")
@@ -275,7 +300,10 @@ def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
                     else:
                         tree = parse(clause)
                         figures["with_template"] += tree.template is not None
-                    line = {"id": identifier, "text": clause, "tree": tree.to_dict() if tree is not None else None}
+                    known = (
+                        {"parse": None, "tree": None} if tree is None else {"parse": str(tree), "tree": tree.to_dict()}
+                    )
+                    line = {"id": identifier, "text": clause, **known}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # Parsed into a folder of its own first: the note needs the figures.
@@ -287,8 +315,8 @@ def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
     return figures
 
 
-def parser(model: WordModel) -> Callable[[str], Any]:
-    """A function from text to its Tree, by the templates of a model.
+def parser(model: WordModel) -> Callable[[Any], Any]:
+    """A function from text, or words, to its Tree, by the templates of a model.
 
     Raises:
         WorkspaceError: The model has no templates.
@@ -315,9 +343,7 @@ class Clauses:
 def _measured() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
     clock, cpu = time.perf_counter(), time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield spent
+    yield spent
     spent["seconds"] = round(time.perf_counter() - clock, 2)
     spent["cpu_seconds"] = round(time.process_time() - cpu, 2)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kexue.words.tokenizer import _UNSPACED
@@ -93,6 +93,21 @@ def clauses(text: str) -> Iterator[str]:
     piece = text[start:].strip()
     if any(map(str.isalnum, piece)):
         yield piece
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Words as people write them: without spaces between those of an unspaced script.
+
+    Example:
+        >>> join_words(["word", "vectors"]), join_words(["宝玉", "道"])
+        ('word vectors', '宝玉·道')
+    """
+    out = ""
+    for word in words:
+        if out:
+            out += " " if out[-1].isascii() or word[0].isascii() else "·"
+        out += word
+    return out
 
 
 def unspaced_share(texts: Iterable[str]) -> float:
