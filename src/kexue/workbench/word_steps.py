@@ -283,7 +283,8 @@ def import_vectors(model: WordModel, path: Path) -> dict[str, Any]:
 def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
     """Parse each clause of a text by the model's templates and write the trees to ``parses.jsonl``.
 
-    A line of that file is ``{"id", "text", "parse", "tree"}``; the last two are null for a clause of more than 200 words.
+    A line of that file is ``{"id", "text", "parse", "tree"}``; the last two are null for a clause of more than 200
+    words. A tree has ``template`` (null: plain words), ``text`` and, where there are any, ``children``.
     """
     parse = parser(model)
     tokenize = model.tokenizer(part="templates")
@@ -313,6 +314,12 @@ def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
             save(parsed)
         model.put("parses", parsed.rename, _note({"max_words": _MAX_PARSED}, corpus, figures, spent))
     return figures
+
+
+def _slim(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree without what its text says already: a corpus of trees is many times larger than its text."""
+    children = [_slim(child) for child in tree["children"]]
+    return {"template": tree["template"], "text": tree["text"], **({"children": children} if children else {})}
 
 
 def parser(model: WordModel) -> Callable[[Any], Any]:
