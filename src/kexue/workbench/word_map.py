@@ -67,7 +67,10 @@ def place(points: NDArray[Any], labels: Sequence[str]) -> list[Mark]:
     for (x, y), word in zip(points.tolist(), labels, strict=True):
         width = text_width(word)
         found = None
-        for left, base in ((x + 5, y + 4), (x - 5 - width, y + 4), (x - width / 2, y + 15), (x - width / 2, y - 6)):
+        middle = x - width / 2
+        beside = ((x + 5, y + 4), (x - 5 - width, y + 4))
+        places = (*beside, *((middle, y + down) for down in (15, -6, 20, -12)))
+        for left, base in places:
             box = (left - 1, base - _FONT, left + width + 1, base + 3)
             inside = box[0] >= 0 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT
             if inside and not any(_overlap(box, other) for other in taken):
