@@ -29,7 +29,7 @@ from kexue.workbench.word_tokens import clauses
 
 _MAX_PARSED = 200  # words; a longer clause is a list or has no punctuation, and parsing takes their square
 _ALL_UNSPACED = 0.9  # share of letters from which a text counts as one without spaces
-_FILLERS = 8
+_FILLERS, _FILLER = 8, 40  # examples of what stands in a slot, and characters of one
 _TYPICAL = {False: 6.0, True: 1.7}  # characters of a word with its space; of a word of an unspaced script
 
 
@@ -206,8 +206,14 @@ def _template_row(template: Any) -> dict[str, Any]:
         "pattern": list(template.pattern),
         "support": int(template.support),
         "gain": float(template.gain),
-        "fillers": [list(itertools.islice(template.fillers(number), _FILLERS)) for number in range(template.holes)],
+        "fillers": [_best_fillers(template.fillers(number)) for number in range(template.holes)],
     }
+
+
+def _best_fillers(counts: Mapping[str, int]) -> list[str]:
+    """The most frequent fillers, of equal ones the shortest, none so long that it hides the others."""
+    best = sorted(counts, key=lambda filler: (-counts[filler], len(filler), filler))[:_FILLERS]
+    return [filler if len(filler) <= _FILLER else filler[: _FILLER - 1].rstrip() + "…" for filler in best]
 
 
 def learn_vectors(
