@@ -317,6 +317,8 @@ def test_a_vocabulary_emptied_by_min_count_is_an_error_that_names_the_option(run
         (["vocabulary", "x.txt", "--out", "m", "--min-pmi", "2,x,6"], "--min-pmi"),
         (["vocabulary", "x.txt", "--out", "m", "--min-pmi", "2,4"], "--min-pmi"),
         (["vocabulary", "x.txt", "--out", "m", "--method", "magic"], "--method"),
+        (["vocabulary", "x.txt", "--out", "m", "--executor", "magic"], "--executor"),
+        (["vocabulary", "x.txt", "--out", "m", "--memory", "much"], "--memory"),
         (["vectors", "--out", "m"], "--from-word2vec"),
         (["vectors", "x.txt", "--out", "m", "--binary"], "--word2vec"),
         (["vectors", "x.txt", "--out", "m", "--solver", "magic"], "--solver"),

@@ -255,9 +255,9 @@ def test_options_that_a_counter_does_not_have_are_refused():
         def __init__(self, n_jobs=1, memory="2GB"):
             pass
 
-    assert Counting(jobs=3, memory="1GB").options(Counter) == {"n_jobs": 3, "memory": "1GB"}
+    assert Counting(jobs=3, memory="1GB").options(Counter, "words") == {"n_jobs": 3, "memory": "1GB"}
     with pytest.raises(ValueError, match="executor='ray'"):
-        Counting(executor="ray").options(Counter)
+        Counting(executor="ray").options(Counter, "words")
 
 
 # questions

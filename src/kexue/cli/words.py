@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from kexue.cli.common import (
 if TYPE_CHECKING:
     from kexue.workbench.word_corpus import WordCorpus
     from kexue.workbench.word_model import WordModel
+
+_MEMORY = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]?B)?\s*", re.I)
 
 words_app = typer.Typer(no_args_is_help=True, help="Words, phrases, templates and word vectors of a text.")
 
@@ -88,6 +91,7 @@ def vocabulary(
     thresholds = _thresholds(min_pmi, order, method)
     _choice("--method", method, ("solidity", "adjacent"))
     _choice("--redundancy", redundancy, ("length", "article", "none"))
+    counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
@@ -97,7 +101,7 @@ def vocabulary(
         figures = learn_vocabulary(
             model, text, order=order, min_count=min_count, min_pmi=thresholds, method=method,
             redundancy=None if redundancy == "none" else redundancy, max_words=max_words,
-            counting=_counting(jobs, memory, executor, runs),
+            counting=counting,
         )  # fmt: skip
         segmenter = model.segmenter
         if jieba is not None and segmenter is not None:
@@ -231,6 +235,7 @@ def vectors(
         raise typer.BadParameter("give either a CORPUS or --from-word2vec FILE")
     if binary and word2vec is None:
         raise typer.BadParameter("--binary belongs to --word2vec FILE")
+    counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus or [], out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
@@ -240,7 +245,6 @@ def vectors(
         if text is None:
             figures = import_vectors(model, Path(str(from_word2vec)))
         else:
-            counting = _counting(jobs, memory, executor, runs)
             words = choose_words(model, text, tokenizer, counting)
             figures = learn_vectors(
                 model, text, words, dim=dim, window=window, min_count=min_count, sweeps=sweeps, solver=solver,
@@ -390,6 +394,10 @@ def _given(**options: Any) -> dict[str, Any]:
 def _counting(jobs: int | None, memory: str | None, executor: str | None, runs: Path | None) -> Any:
     from kexue.workbench.word_steps import Counting
 
+    if executor is not None:
+        _choice("--executor", executor, ("processes", "ray"))
+    if memory is not None and not _MEMORY.fullmatch(memory):
+        raise typer.BadParameter(f"expected an amount such as 2GB; got {memory!r}", param_hint="--memory")
     return Counting(jobs, memory, executor, None if runs is None else str(runs))
 
 

@@ -41,7 +41,8 @@ class Counting:
         jobs: Threads or processes; None takes all cores.
         memory: Budget, such as "2GB"; None leaves it to the counter.
         executor: None, "processes" or "ray".
-        folder: Where counted runs are kept, so that a killed count goes on; None keeps none.
+        folder: Where counted runs are kept, so that a killed count goes on; None keeps none. Each kind of count gets
+            a folder of its own inside.
     """
 
     jobs: int | None = None
@@ -49,18 +50,25 @@ class Counting:
     executor: str | None = None
     folder: str | None = None
 
-    def options(self, kind: type) -> dict[str, Any]:
+    def options(self, kind: type, what: str) -> dict[str, Any]:
         """Keyword arguments for a counter of this kind.
+
+        Args:
+            kind: Class of the counter.
+            what: Names what is counted: runs of one count must not be taken for those of another.
 
         Raises:
             ValueError: Something was asked for that this counter does not do.
         """
-        asked = {"memory": self.memory, "executor": self.executor, "folder": self.folder}
+        runs = None if self.folder is None else Path(self.folder) / what
+        asked = {"memory": self.memory, "executor": self.executor, "folder": runs}
         options = {name: value for name, value in asked.items() if value is not None}
         known = inspect.signature(kind).parameters
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{kind.__name__} has no {name}; got {name}={value!r}")
+        if runs is not None:
+            runs.parent.mkdir(parents=True, exist_ok=True)
         return {"n_jobs": self.jobs or threads(), **options}
 
 
@@ -106,7 +114,7 @@ def learn_vocabulary(
     from kexue.words import WordDiscovery
 
     least = min_count or discovery_min_count(int(corpus.characters * (corpus.share if unspaced_only else 1)))
-    options = (counting or Counting()).options(WordDiscovery)
+    options = (counting or Counting()).options(WordDiscovery, "vocabulary")
     with _measured() as spent:
         discovery = WordDiscovery(
             order=order, min_count=least, min_pmi=min_pmi, method=method, redundancy=redundancy, **options
@@ -248,7 +256,9 @@ def learn_vectors(
     from kexue.words import CooccurrenceCounter
 
     least = min_count or vector_min_count(int(corpus.characters / _TYPICAL[corpus.share >= 0.5]))
-    options = (counting or Counting()).options(CooccurrenceCounter)
+    # A counter knows its tokenizer by name only; another vocabulary cuts other words.
+    what = "-".join(filter(None, ("vectors", words.kind, model.lexicon() if words.kind == "words" else None)))
+    options = (counting or Counting()).options(CooccurrenceCounter, what)
     # White space is split by the counter's own scanner, which is many times faster.
     tokenize = None if words.kind == "spaces" else words.tokenize
     source = corpus.source if tokenize is None else corpus.documents_source
