@@ -464,6 +464,8 @@ def test_templates_are_found_and_parse_sentences(run, tmp_path):
     assert code == 0, err
     found = json.loads(text)["templates"]
     assert set(found[0]) == {"text", "pattern", "support", "gain", "fillers"}
+    gains = [row["gain"] for row in found]
+    assert gains == sorted(gains, reverse=True)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Templates" in page
     assert any(filler in page for row in found for names in row["fillers"] for filler in names)

@@ -30,7 +30,7 @@ from kexue.words.tokenizer import stem
 from kexue.workbench import parts
 from kexue.workbench.lexicon import decide, threads, vector_min_count, word_vectors
 from kexue.workbench.store import DocumentStore
-from kexue.workbench.word_tokens import unspaced_share
+from kexue.workbench.word_tokens import is_unspaced, unspaced_share
 
 if TYPE_CHECKING:
     from kexue.words import Tokenizer
@@ -222,7 +222,7 @@ def _without_repeated_characters(ids: NDArray[np.int32], vocabulary: list[str]) 
     """
     lengths = np.zeros(len(vocabulary), np.int8)
     for number, word in enumerate(vocabulary):
-        if len(word) > 1 and not word.isascii() and unicodedata.category(word[0]) == "Lo":
+        if len(word) > 1 and is_unspaced(word):
             lengths[number] = sum(unicodedata.category(character) not in ("Mn", "Mc") for character in word)
     out = np.array(ids)
     if lengths.any():

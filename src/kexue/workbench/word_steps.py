@@ -200,7 +200,9 @@ def learn_templates(
 
     with _measured() as spent:
         miner = TemplateMiner(**(options or {})).fit(Clauses(corpus, words.tokenize, "templates"))
-        rows = [_template_row(template) for template in miner.templates_[:examples]]
+        # By support alone the first ones would be "… the …": frequent, and saying nothing.
+        best = sorted(miner.templates_, key=lambda template: (-template.gain, -template.support, str(template)))
+        rows = [_template_row(template) for template in best[:examples]]
     figures = {"templates": len(miner.templates_), "complete_from_support": int(miner.complete_)}
     note = _note(_with_words(model, words, options), corpus, figures, spent)
     model.put("templates", miner.save, {**note, "examples": rows})

@@ -57,7 +57,7 @@ class WordTokenizer:
             if repeated:  # a character of the word before
                 repeated -= 1
                 continue
-            if len(token) > 1 and _UNSPACED_LETTER.match(token):
+            if len(token) > 1 and is_unspaced(token):
                 length = _characters(token)
                 if length > 1:
                     if self.segmenter is None:  # a pair, between its two characters
@@ -65,6 +65,16 @@ class WordTokenizer:
                     repeated = length
             words.append(token)
         return words
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether a token begins with a letter of an unspaced script.
+
+    Example:
+        >>> is_unspaced("平方"), is_unspaced("سلام"), is_unspaced("word")
+        (True, False, False)
+    """
+    return _UNSPACED_LETTER.match(word) is not None
 
 
 def _characters(word: str) -> int:
