@@ -36,3 +36,10 @@ def test_a_build_that_evaluates_a_part_says_so(tmp_path, documents, monkeypatch)
     assert info["figures"]["evaluate"]["searched"] == "15 random documents of 40"
     assert info["evaluation"]
     assert all(row["queries"] for rows in info["evaluation"].values() for row in rows)
+
+
+def test_characters_that_repeat_a_word_are_blanked_in_unspaced_scripts_only():
+    vocabulary = ["平方", "平", "方", "根", "سلام", "عليكم", "אדם"]
+    ids = np.array([0, 1, 2, 3, 4, 5, 6, 4], np.int32)
+    blanked = steps._without_repeated_characters(ids, vocabulary)
+    assert blanked.tolist() == [0, -1, -1, 3, 4, 5, 6, 4]

@@ -42,6 +42,7 @@ _BINARY = frozenset(
         *(".arrow", ".avro", ".orc", ".db", ".sqlite", ".sqlite3", ".mdb", ".ttf", ".otf", ".woff", ".woff2", ".eot"),
     )
 )
+_WORD_MODEL = frozenset(("segmenter.json", "phrases.json", "templates.json", "vectors", "vectors.safetensors"))
 _SPECIAL = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -92,9 +93,9 @@ def discover(
 ) -> list[Source]:
     """List the files to read: named files as they come, folders recursively in the order of their names.
 
-    Hidden entries, workspaces of kexue, binary files, pipes, devices, empty files, dangling links and files seen before
-    are left out of folders and told to ``report(path, reason)``; the same problem with a file that was
-    named directly is an error.
+    Hidden entries, workspaces and word models of kexue, binary files, pipes, devices, empty files, dangling links and
+    files seen before are left out of folders and told to ``report(path, reason)``; the same problem with a file that
+    was named directly is an error.
 
     Args:
         paths: Files and folders that exist.
@@ -137,6 +138,8 @@ def discover(
                 raise CorpusError(printable(path), f"cannot be read: {error.strerror}") from error
             if {"manifest.json", "documents.sqlite"} <= set(names):
                 raise _Unfit("a workspace of kexue")  # built in the folder of its texts
+            if "model.json" in names and not _WORD_MODEL.isdisjoint(names):
+                raise _Unfit("a word model of kexue")
             for entry in names:
                 yield os.path.join(path, entry), f"{name}/{entry}" if name else entry
             return

@@ -327,9 +327,9 @@ def read_documents(
     or .zst behind. Folders are read recursively in the order of names; links are followed, each real file is read once.
     How text files are split, texts cut and ids made is said at the head of this module (:mod:`kexue.corpus.readers`).
 
-    Left out of folders, and listed in ``skipped``: hidden and empty files, workspaces of kexue, pipes and devices,
-    links to nothing, files that are binary by their name or by a NUL byte in the first 8,192 bytes. Named directly each
-    of these is an error.
+    Left out of folders, and listed in ``skipped``: hidden and empty files, workspaces and word models of kexue, pipes
+    and devices, links to nothing, files that are binary by their name or by a NUL byte in the first 8,192 bytes. Named
+    directly each of these is an error.
     Records with an empty text are left out and listed. Elsewhere NUL characters are removed, line ends become ``\n``,
     and a text loses blank lines at its start and white space at its end; nothing else is changed, in particular there
     is no Unicode normalisation.

@@ -30,6 +30,7 @@ from kexue._files import recover_directory, replace_directory, write_json
 from kexue.corpus import Document, installed_documentation, read_documents
 from kexue.workbench import parts, steps
 from kexue.workbench.errors import WorkspaceError
+from kexue.workbench.lexicon import check_choice_of_words, digest_of_words
 from kexue.workbench.manifest import NAME, Manifest
 
 STATE = "state.json"
@@ -59,6 +60,9 @@ class Settings:
         window: Words on each side that count as context.
         min_count: Words that occur less often get no word vector; None lets the size of the corpus decide.
         evaluate: Also run the full evaluation, which trains two more encoders.
+        words: Where the words of scripts without spaces come from: "auto" (discovered, if at least 5 % of the letters
+            belong to such scripts), "discover", "characters", "spaces" (the text is cut into words already), or the
+            path of a segmenter or word model.
     """
 
     seed: int = 0
@@ -68,8 +72,10 @@ class Settings:
     window: int = 10
     min_count: int | None = None
     evaluate: bool = False
+    words: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "words", check_choice_of_words(self.words))
         check_int("seed", self.seed, 0)
         for name in ("dim", "word_dim"):
             check_int(name, getattr(self, name), 2)
@@ -155,7 +161,7 @@ def _build_locked(
     partial = target.with_name(f".{target.name}.partial")
     documents, source, fingerprint = _open_corpus(corpus, packages, read_options)
     # Another version may compute a step otherwise, so it does not go on with what this one has begun.
-    settled = [__version__, asdict(settings), source, read_options]
+    settled = [__version__, asdict(settings), digest_of_words(settings.words), source, read_options]
     key = hashlib.sha256(json.dumps(settled, default=str).encode()).hexdigest()
     with _explained(partial):
         state = _prepare(partial, key, fingerprint, say)

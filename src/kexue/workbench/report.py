@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
-from numpy.typing import NDArray
 
 from kexue._files import atomic_path
 from kexue.workbench import parts as layout
 from kexue.workbench.evaluation import choose_held_out
+from kexue.workbench.lexicon import explain, telling_words
+from kexue.workbench.pages import page
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Hit, Searcher
+from kexue.workbench.word_map import Mark, word_map
 
 _MAP_WORDS = 160
 _SAMPLE_WORDS = 8
@@ -41,10 +42,10 @@ def write_report(
     searcher = Searcher(parts)
     chosen = _telling_words(parts)
     searches, held_out = _searches(searcher, parts, seed)
-    environment = Environment(loader=PackageLoader("kexue.workbench", "."), autoescape=True, trim_blocks=True)
-    environment.filters["figure"] = _figure
-    page = environment.get_template("report.html.j2").render(
+    text = page(
+        "report.html.j2",
         figures=figures,
+        words=explain(figures.get("tokenise", {})),
         timings=timings,
         tables=figures.get("evaluate", {}).get("tables", {}),
         signals=figures.get("index", {}).get("signals", {}),
@@ -56,19 +57,9 @@ def write_report(
         mark=_mark,
     )
     with atomic_path(folder / layout.REPORT) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     parts.store.close()
     return (folder / layout.REPORT).stat().st_size
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-    return str(value)
 
 
 def _mark(hit: Hit) -> Markup:
@@ -81,12 +72,10 @@ def _mark(hit: Hit) -> Markup:
 
 
 def _telling_words(parts: Parts) -> list[str]:
-    """Frequent words that say much: of the 1500 most frequent ones those with the longest vectors."""
-    model = parts.words
-    if model is None:
+    if parts.words is None:
         return []
-    words = [word for word in list(model.vocabulary_)[:1500] if len(word) > 1 and not word.isdigit()]
-    return sorted(words, key=lambda word: (-model.importance(word), word))
+    norms = np.linalg.norm(parts.words.vectors_[:1500], axis=1)
+    return telling_words(parts.words.vocabulary_, norms, 1500)
 
 
 def _neighbours(searcher: Searcher, words: list[str], surface: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -117,25 +106,16 @@ def _searches(searcher: Searcher, parts: Parts, seed: int) -> tuple[list[dict[st
     return out, held_out
 
 
-def _word_map(parts: Parts, words: list[str], seed: int) -> list[tuple[float, float, str]]:
-    """Two-dimensional positions of words in percent of the map, by t-SNE on their directions."""
-    if parts.words is None or len(words) < 5:
+def _word_map(parts: Parts, words: list[str], seed: int) -> list[Mark]:
+    """The map of words, each shown in its usual form."""
+    if parts.words is None:
         return []
-    from sklearn.manifold import TSNE
-
-    ids = {word: number for number, word in enumerate(parts.words.vocabulary_)}
-    table = np.asarray(parts.words.vectors_)[[ids[word] for word in words]]
-    table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
-    perplexity = min(12.0, (len(words) - 1) / 3)
-    flat = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, metric="cosine").fit_transform(table)
-    return [
-        (float(x), float(y), parts.surface.get(word, word)) for (x, y), word in zip(_percent(flat), words, strict=True)
-    ]
-
-
-def _percent(points: NDArray[Any]) -> NDArray[Any]:
-    low, high = points.min(0), points.max(0)
-    return 3 + 94 * (points - low) / np.maximum(high - low, 1e-12)
+    return word_map(
+        parts.words.vectors_,
+        [parts.words.index(word) for word in words],
+        [parts.surface.get(word, word) for word in words],
+        seed,
+    )
 
 
 def _curve(losses: list[float]) -> dict[str, Any]:

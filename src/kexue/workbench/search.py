@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -200,18 +199,9 @@ class Searcher:
         Raises:
             KeyError: the word is not known, in which case the message names similar ones, or is too rare.
         """
-        if not isinstance(word, str):
-            raise TypeError(f"the word must be a str; got {word!r} of type {type(word).__name__}")
-        check_int("k", k, 1)
-        if self._parts.words is None:
-            raise KeyError("this workspace has no word vectors: its corpus is too small")
-        known = self._parts.words.vocabulary_
-        candidates = [word, unicodedata.normalize("NFKC", word).casefold(), *self._parts.tokenizer(word)]
-        chosen = next((candidate for candidate in candidates if candidate in known), word)
-        if chosen not in known and any(candidate in self._parts.tokens.ids for candidate in candidates):
-            raise KeyError(f"{word!r} stands too seldom in this corpus to have a vector of its own")
-        found = self._parts.words.related(chosen, k=k)
-        return [(self._parts.surface.get(other, other), float(score)) for other, score in found]
+        from kexue.workbench.word_queries import WordTable
+
+        return WordTable.of_parts(self._parts).related(word, k)
 
     def _hits(self, best: list[tuple[int, float, dict[str, Any]]], weights: Mapping[str, float]) -> list[Hit]:
         documents = self._parts.store.fetch([row for row, _, _ in best])

@@ -6,13 +6,11 @@ Figures are equal for equal corpus, settings and machine; times and memory are k
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
 import time
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,7 +28,9 @@ from kexue._progress import progress, track
 from kexue.corpus import Document
 from kexue.words.tokenizer import stem
 from kexue.workbench import parts
+from kexue.workbench.lexicon import decide, threads, vector_min_count, word_vectors
 from kexue.workbench.store import DocumentStore
+from kexue.workbench.word_tokens import is_unspaced, unspaced_share
 
 if TYPE_CHECKING:
     from kexue.words import Tokenizer
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _SAMPLE = 4000  # documents looked at to tell the script
 _MAX_FORMS = 1_000_000  # different words among which the form of a stem to show is chosen
 _LATIN = re.compile(r"[a-z]{3,}")
-_MIN_UNSPACED = 0.05  # share of characters of unspaced scripts from which words are discovered
 _ASKED = 1000  # related-item questions of a build without --evaluate
 _MAX_COUNTED = 50_000_000  # tokens among which pairs are counted; their memory grows with the text
 _MAX_DISCOVERED = 50_000_000  # characters in which words are looked for
@@ -110,24 +109,15 @@ def read(folder: Path, documents: Iterable[Document]) -> tuple[dict[str, Any], s
 
 def tokenise(context: Context) -> dict[str, Any]:
     """Find the words: learn a lexicon where the script has no spaces, number all tokens, index them."""
-    from kexue.words import Tokenizer, WordDiscovery
+    from kexue.words import Tokenizer
     from kexue.workbench.tokens import tokenize_corpus
 
     folder = context.folder
     store = DocumentStore(folder / parts.DOCUMENTS, write=True)
-    figures: dict[str, Any] = {}
-    share = _unspaced_share(store)
-    segmenter = None
-    if share >= _MIN_UNSPACED:
-        characters = int(context.figures["read"]["characters"] * share)
-        # Evidence for a word grows with the corpus; a small one must not end without any words.
-        min_count = int(np.clip(round(characters**0.5 / 100), 4, 32))
-        # A lexicon from this much text is complete; the tables of the counter grow with the text.
-        step = -(-int(context.figures["read"]["characters"]) // _MAX_DISCOVERED)
-        found = _discover(WordDiscovery(min_count=min_count), _Texts(store, max(1, step)))
-        if found is not None:
-            segmenter = found.segmenter()
-            figures["discovered_words"] = sum(1 for word in found.vocabulary_ if len(word) > 1)
+    read_characters = int(context.figures["read"]["characters"])
+    # A lexicon from so much text is complete; the tables of the counter grow with the text.
+    texts = _Texts(store, max(1, -(-read_characters // _MAX_DISCOVERED)))
+    segmenter, figures = decide(context.settings.words, _unspaced_share(store), read_characters, texts)
     tokenizer = Tokenizer(segmenter)
     write_json(folder / parts.TOKENIZER, tokenizer.to_config())
     corpus = tokenize_corpus(store, tokenizer, folder / parts.TOKENS)
@@ -155,25 +145,10 @@ class _Texts:
             yield document.text
 
 
-def _discover(discovery: Any, texts: _Texts) -> Any:
-    try:
-        return discovery.fit(texts)
-    except ValueError:  # nothing was seen often enough: characters and pairs of them have to do
-        return None
-
-
 def _unspaced_share(store: DocumentStore) -> float:
-    """Share of ideographs, kana and their like among the letters of a sample spread over the corpus."""
+    """Share of letters of unspaced scripts in a sample spread over the corpus."""
     step = max(1, len(store) // _SAMPLE)
-    letters = unspaced = 0
-    for document in store.fetch(range(0, len(store), step)):
-        text = document.text[:5000]
-        if text.isascii():
-            letters += len(text)
-            continue
-        letters += sum(character.isalpha() for character in text)
-        unspaced += sum("぀" <= c <= "ヿ" or "㐀" <= c <= "鿿" or "豈" <= c <= "﫿" or c >= "\U00020000" for c in text)
-    return unspaced / letters if letters else 0.0
+    return unspaced_share(document.text[:5000] for document in store.fetch(range(0, len(store), step)))
 
 
 def _surface_forms(forms: Mapping[str, int], known: Mapping[str, int]) -> dict[str, str]:
@@ -205,15 +180,14 @@ def count(context: Context) -> dict[str, Any]:
     text = concatenate(corpus.head, corpus.body)
     ids = _without_repeated_characters(text.values, corpus.vocabulary)
     counts = np.bincount(ids[ids >= 0], minlength=len(corpus.vocabulary))
-    # Rare words crowd the answers to "what is related"; the more text there is, the more evidence can be asked for.
-    min_count = settings.min_count or int(np.clip(len(ids) // 200_000, 5, 25))
+    min_count = settings.min_count or vector_min_count(len(ids))
     kept = np.flatnonzero(counts >= min_count)
     kept = kept[np.argsort(-counts[kept], kind="stable")][:_MAX_WORDS]
     number = np.full(len(corpus.vocabulary) + 1, -1, np.int32)
     number[kept] = np.arange(len(kept), dtype=np.int32)
     if len(kept) < 2:
         return {"words": len(kept), "pairs": 0}
-    counter = CooccurrenceCounter(window=settings.window, min_count=1, n_jobs=_threads())
+    counter = CooccurrenceCounter(window=settings.window, min_count=1, n_jobs=threads())
     counter.fit_ids(number[ids], text.offsets, [corpus.vocabulary[i] for i in kept])
     lower = counter.lower_
     with atomic_path(context.folder / parts.COUNTS) as temporary:
@@ -240,11 +214,6 @@ def _some(corpus: TokenizedCorpus, seed: int) -> TokenizedCorpus:
     return corpus.take(np.sort(order[:count]))
 
 
-def _threads() -> int:
-    """Threads for the counting and solving of words, whose results do not depend on their number."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _without_repeated_characters(ids: NDArray[np.int32], vocabulary: list[str]) -> NDArray[np.int32]:
     """Blank out (-1) the characters that the tokenizer repeats behind a word of an unspaced script.
 
@@ -253,7 +222,7 @@ def _without_repeated_characters(ids: NDArray[np.int32], vocabulary: list[str]) 
     """
     lengths = np.zeros(len(vocabulary), np.int8)
     for number, word in enumerate(vocabulary):
-        if len(word) > 1 and not word.isascii() and unicodedata.category(word[0]) == "Lo":
+        if len(word) > 1 and is_unspaced(word):
             lengths[number] = sum(unicodedata.category(character) not in ("Mn", "Mc") for character in word)
     out = np.array(ids)
     if lengths.any():
@@ -271,7 +240,7 @@ def vectors(context: Context) -> dict[str, Any]:
         return {"dim": 0}
     from scipy.sparse import csr_matrix
 
-    from kexue.words import CooccurrenceCounter, PMIEmbedding
+    from kexue.words import CooccurrenceCounter
     from kexue.workbench.tokens import TokenizedCorpus
 
     corpus = TokenizedCorpus.load(context.folder / parts.TOKENS)
@@ -281,15 +250,9 @@ def vectors(context: Context) -> dict[str, Any]:
     lower = csr_matrix((stored["data"], stored["indices"], stored["indptr"]), (size, size))
     # The triangle alone: the whole matrix and the checks of one would need many times the memory.
     counts = CooccurrenceCounter.from_counts(lower, words, stored["counts"], window=context.settings.window)
-    dim = min(context.settings.word_dim, size - 1)
-    # The penalty of one count is right for millions of words and would leave nothing of a small corpus.
-    reg = float(np.clip(stored["counts"].sum() / 1e6, 0.01, 1.0))
-    model = PMIEmbedding(dim=dim, reg=reg, random_state=context.settings.seed, n_jobs=_threads())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on how much is explained: a corpus of ten documents explains little
-        model.fit(counts)
+    model = word_vectors(counts, dim=context.settings.word_dim, seed=context.settings.seed, n_jobs=threads())
     model.save(context.folder / parts.WORDS)
-    return {"dim": dim, "loss": float(model.loss_history_[-1])}
+    return {"dim": model.dim, "loss": float(model.loss_history_[-1])}
 
 
 def encoder(context: Context) -> dict[str, Any]:

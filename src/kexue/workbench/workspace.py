@@ -51,6 +51,7 @@ class Workspace(Searcher):
         seed: int = 0,
         epochs: int | None = None,
         dim: int = 256,
+        words: str = "auto",
         read_options: Mapping[str, Any] | None = None,
         log: Callable[[str], None] | None = None,
     ) -> Workspace:
@@ -66,6 +67,9 @@ class Workspace(Searcher):
             seed: Seed of everything random: equal corpus, settings and machine give equal figures.
             epochs: Passes of the encoder over the corpus; None lets its size decide.
             dim: Width of the document vectors.
+            words: Where the words of scripts without spaces come from: "auto" discovers them if at least 5 % of the
+                letters belong to such scripts; "discover" does always; "characters" takes characters and pairs of them;
+                "spaces" is for text that is cut into words already; else the path of a segmenter or word model.
             read_options: Passed to :func:`kexue.corpus.read_documents`.
             log: Called with one line for each finished step.
 
@@ -79,7 +83,7 @@ class Workspace(Searcher):
         from kexue.workbench.build import Settings
         from kexue.workbench.build import build as build_workspace
 
-        settings = Settings(seed=seed, epochs=epochs, dim=dim, evaluate=evaluate)
+        settings = Settings(seed=seed, epochs=epochs, dim=dim, evaluate=evaluate, words=words)
         folder = build_workspace(
             corpus,
             out,

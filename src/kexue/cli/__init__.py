@@ -6,19 +6,32 @@ standard error.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from kexue.workbench import Hit
+from kexue.cli.common import (
+    Count,
+    Encoding,
+    Folder,
+    IdColumn,
+    Json,
+    LabelColumn,
+    Seed,
+    SkipBad,
+    TextColumn,
+    TitleColumn,
+    columns,
+    interruptible,
+    option_names,
+    print_hits,
+    print_json,
+    print_table,
+)
+from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
     name="kexue",
@@ -27,16 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn your own text into small, fast, explainable language models on your own machine.",
 )
-words_app = typer.Typer(no_args_is_help=True, help="Words and their relations.")
 app.add_typer(words_app, name="words")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A workspace made by `kexue build`.")]
-Count = Annotated[int, typer.Option("-k", min=1, help="Number of results.")]
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 @app.command()
@@ -55,19 +59,26 @@ def build(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Run the full evaluation (trains two more encoders).")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes of the encoder over the corpus; without, its size decides.")
     ] = None,
     dim: Annotated[int, typer.Option(min=2, help="Width of the document vectors.")] = 256,
-    id_column: Annotated[str | None, typer.Option(help="Column of the ids; guessed without.")] = None,
-    title_column: Annotated[str | None, typer.Option(help="Column of the titles; guessed without.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts; guessed without.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels; guessed without.")] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
-    skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Leave out unreadable files instead of stopping.")
-    ] = False,
+    words: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|discover|characters|spaces|PATH",
+            help="Words of scripts without spaces: auto discovers them if at least 5 % of the letters are of such "
+            "scripts, discover always, characters never; spaces: the text is cut into words already; PATH: a word "
+            "model or segmenter.",
+        ),
+    ] = "auto",
+    id_column: IdColumn = None,
+    title_column: TitleColumn = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    encoding: Encoding = "utf-8",
+    skip_errors: SkipBad = False,
     as_json: Json = False,
 ) -> None:
     """Learn words, vectors and a search engine from raw text.
@@ -75,14 +86,11 @@ def build(
     An interrupted build continues when the same command is given again.
     """
     from kexue.workbench import Workspace
+    from kexue.workbench.lexicon import check_choice_of_words
 
-    columns = {
-        "id_column": id_column,
-        "title_column": title_column,
-        "text_column": text_column,
-        "label_column": label_column,
-    }
-    options: dict[str, Any] = {key: value for key, value in columns.items() if value is not None}
+    options: dict[str, Any] = columns(
+        id_column=id_column, title_column=title_column, text_column=text_column, label_column=label_column
+    )
     if encoding != "utf-8":
         options["encoding"] = encoding
     if skip_errors:
@@ -91,12 +99,16 @@ def build(
         raise typer.BadParameter("column, encoding and --skip-errors options need PATHS")
     if packages is not None and paths:
         raise typer.BadParameter("--packages chooses among the installed documentation; leave PATHS out")
+    try:
+        words = check_choice_of_words(words)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--words") from None
     chosen = None
     if packages is not None:
         chosen = [name.strip() for name in packages.split(",") if name.strip()]
         if not chosen:
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
-    with _interruptible("interrupted; give the same command again to continue"), _option_names(skip_errors):
+    with interruptible("interrupted; give the same command again to continue"), option_names(skip_errors):
         workspace = Workspace.build(
             list(paths) if paths else None,
             out,
@@ -106,11 +118,12 @@ def build(
             seed=seed,
             epochs=epochs,
             dim=dim,
+            words=words,
             read_options=options,
             log=lambda line: print(line, file=sys.stderr, flush=True),
         )
     if as_json:
-        _print_json(workspace.info())
+        print_json(workspace.info())
     else:
         print(f"{out}: {len(workspace)} documents. Report: {out / 'report.html'}")
         print(f'Try: kexue search {out} "..."')
@@ -128,7 +141,7 @@ def search(
         raise typer.BadParameter("the query is empty; expected at least one word")
     from kexue.workbench import Workspace
 
-    _print_hits(Workspace.open(folder).search(query, k=k), as_json)
+    print_hits(Workspace.open(folder).search(query, k=k), as_json)
 
 
 @app.command()
@@ -141,43 +154,28 @@ def similar(
     """Find documents related to a document."""
     from kexue.workbench import Workspace
 
-    _print_hits(Workspace.open(folder).similar(identifier, k=k), as_json)
-
-
-@words_app.command()
-def related(
-    folder: Folder,
-    word: Annotated[str, typer.Argument(help="A word of the corpus.")],
-    k: Count = 10,
-    as_json: Json = False,
-) -> None:
-    """Words that occur together with a word more often than chance."""
-    from kexue.workbench import Workspace
-
-    found = Workspace.open(folder).words(word, k=k)
-    if as_json:
-        _print_json([{"word": other, "score": score} for other, score in found])
-    else:
-        for other, score in found:
-            print(f"{score:6.3f}  {other}")
+    print_hits(Workspace.open(folder).similar(identifier, k=k), as_json)
 
 
 @app.command()
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a workspace holds and how good it is."""
     from kexue.workbench import Workspace
+    from kexue.workbench.lexicon import explain
     from kexue.workbench.steps import summary
 
     found = Workspace.open(folder).info()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     print(f"{folder}: built from {found['source']} with kexue {found['kexue']}")
     for name, figures in found["figures"].items():
         print(f"  {name:9} {summary(figures)}")
+    if chosen := explain(found["figures"].get("tokenise", {})):
+        print(f"  words: {chosen}")
     for title, rows in found["evaluation"].items():
         print(f"\n{title}")
-        _print_table(rows)
+        print_table(rows)
 
 
 @app.command()
@@ -209,7 +207,7 @@ def methods(
             }
         )
     if as_json:
-        _print_json(rows if slug is None else rows[0])
+        print_json(rows if slug is None else rows[0])
         return
     mark = {True: "yes", False: "-"}
     table = [
@@ -222,7 +220,7 @@ def methods(
         }
         for row in rows
     ]
-    _print_table(table)
+    print_table(table)
     if slug is not None:
         print("\n" + "\n".join(rows[0]["names"]))
         if rows[0]["state"]["missing"]:
@@ -247,7 +245,7 @@ def reproduce(
         raise typer.BadParameter(f"no reproduction of {slug!r}; expected one of {', '.join(available())}")
     results = []
     for name in [slug] if slug is not None else available():
-        with _interruptible("interrupted"):
+        with interruptible("interrupted"):
             results.append(run(name, quick=quick, seed=seed, out=out))
         result = results[-1]
         if as_json:
@@ -255,81 +253,15 @@ def reproduce(
         print(f"{result.slug}: {result.verdict} ({result.seconds:.1f} CPU s)\n{result.claim}")
         for title, (head, rows) in figure_tables(result.figures):
             print(f"\n{title}")
-            _print_table([dict(zip(head, row, strict=True)) for row in rows])
+            print_table([dict(zip(head, row, strict=True)) for row in rows])
         if result.note:
             print(f"\n{result.note}")
         print(f"\nfigure: {result.figure_path}\n")
     page = write_report(results, out / "report.html")
     if as_json:
-        _print_json([{**result.__dict__, "figure_path": str(result.figure_path)} for result in results])
+        print_json([{**result.__dict__, "figure_path": str(result.figure_path)} for result in results])
     else:
         print(f"report: {page}")
-
-
-def _print_hits(hits: list[Hit], as_json: bool) -> None:
-    if as_json:
-        _print_json([hit.to_dict() for hit in hits])
-        return
-    if not hits:
-        print("nothing found", file=sys.stderr)
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for number, hit in enumerate(hits, 1):
-        console.print(Text(f"{number:2}. {hit.id}", style="bold") + Text(f"  {hit.score:.2f}", style="dim"))
-        if hit.title:
-            console.print(Text(f"    {hit.title}"))
-        passage = Text(f"    {hit.passage}", style="dim")
-        for start, end in hit.evidence.get("spans", []):
-            passage.stylize("bold not dim", start + 4, end + 4)
-        console.print(passage)
-        console.print(Text(f"    {hit.explain()}", style="italic dim"))
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.cells import cell_len, set_cell_size  # Chinese characters are two cells wide
-
-    if not rows:
-        return
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(key, "")) for key in head] for row in rows]
-    widths = [max(cell_len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    for line in [head, *cells]:
-        print("  ".join(set_cell_size(text, width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def _option_names(skipping: bool) -> Iterator[None]:
-    """Let errors of the reader speak of options of the command line, and of the one that passes over bad files."""
-    from kexue.corpus import CorpusError
-
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name in ("id_column", "title_column", "text_column", "label_column"):
-            message = message.replace(name, "--" + name.replace("_", "-"))
-        message = message.replace("encoding='utf-16'", "--encoding utf-16")
-        message = message.replace("has another encoding, name it", "has another encoding, name it with --encoding")
-        if isinstance(error, CorpusError) and not skipping and not message.endswith(": empty"):
-            message += ". --skip-errors leaves out what cannot be read"
-        raise ValueError(message) from error
-
-
-@contextmanager
-def _interruptible(message: str) -> Iterator[None]:
-    """End a long command that was interrupted with a word instead of a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        print(message, file=sys.stderr)
-        # Training notes which signal asked it to end; without a result the command has not succeeded.
-        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def main() -> None:
