@@ -70,3 +70,38 @@ def mine(sentences, window=5, min_prob=1e-5, min_pmi=2.0, max_words=12):
                 fillers[pattern, k].add((number, *block))
         support.update(seen)
     return support, paths, fillers
+
+
+def matches(pattern, words):
+    """The positions of the fixed words in every way in which ``pattern`` covers all of ``words``."""
+
+    def walk(k, i):
+        if k == len(pattern):
+            if i == len(words):
+                yield ()
+        elif pattern[k] is not None:
+            if i < len(words) and words[i] == pattern[k]:
+                for rest in walk(k + 1, i + 1):
+                    yield (i, *rest)
+        else:
+            for j in range(i + 1, len(words) + 1):
+                yield from walk(k + 1, j)
+
+    return set(walk(0, 0))
+
+
+def parse(words, templates, null_score=-20.0):
+    """(score, template, children) of the best tree, by recursion without memory."""
+    total = math.log(sum(templates.values()))
+    best = None
+    for pattern, support in templates.items():
+        if any(word is not None for word in pattern):
+            for positions in matches(pattern, words):
+                borders = [-1, *positions, len(words)]
+                holes = [(a + 1, b) for a, b in zip(borders, borders[1:], strict=False) if a + 1 < b]
+                children = [parse(words[a:b], templates, null_score) for a, b in holes]
+                score = math.log(support) - total + sum(child[0] for child in children)
+                key = (-round(score, 4), -len(positions), positions)
+                if best is None or key < best[0]:
+                    best = key, (score, pattern, children)
+    return best[1] if best else (null_score * (len(words) - 1), None, [])
