@@ -2,7 +2,8 @@
 
 Only words that some template of the sentence fixes can border a block. Let R be their positions; a block starts at 0 or
 behind one of them (start s: 0, or R[s - 1] + 1) and ends before one of them or at the end (end t: R[t], or n for
-t = |R|). best[s, t] is the score of that block. The blocks of one start are found together, ends in ascending order.
+t = |R|). best[t, s] is the score of that block (rows of one t: holes that end at the same word are looked up together).
+The blocks of one start are found together, ends in ascending order.
 
 A partial match is an entry: node of the trie, position of its last fixed word, the entry before it, score so far. Of the
 entries of one node at one position, those that cannot win any more are dropped: with the same words behind them, two
@@ -146,7 +147,7 @@ def _row(
     null_score: float,
     best: NDArray[np.float64],
 ) -> Any:
-    """Fill best[s]; best[s'] of all later starts must be there.
+    """Fill best[:, s]; all later starts must be there.
 
     Returns:
         (winner (m + 1,), trailing (m + 1,), before, at): for each end the last entry of the winning match, or -1, and
@@ -186,13 +187,18 @@ def _row(
                     if behind:
                         if places[at[entry]] + 1 >= end:
                             continue
-                        value = score[entry] + opened[node] + best[at[entry] + 1, t]
+                        value = score[entry] + opened[node] + best[t, at[entry] + 1]
                     else:
                         value = score[entry] + closed[node]
                     if not value > -np.inf:
                         continue
-                    if chosen >= 0 and value < best_score - width:
-                        continue
+                    if chosen >= 0:
+                        if value < best_score - width:
+                            continue
+                        # The usual tie, before anything is rounded: the same template further to the right.
+                        if value <= best_score and node == kind[chosen] and before[entry] == before[chosen]:
+                            if at[entry] > at[chosen]:
+                                continue
                     rank = np.rint(value * DIGITS)
                     if chosen >= 0:
                         if rank < best_rank:
@@ -209,7 +215,7 @@ def _row(
                     best_score, best_rank = value, rank
                     chosen, hole = entry, behind == 1
             winner[t], trailing[t] = chosen, hole
-            best[s, t] = best_score if chosen >= 0 else null_score * (end - start - 1)
+            best[t, s] = best_score if chosen >= 0 else null_score * (end - start - 1)
         if t == m:
             break
         # The word at this end.
@@ -231,7 +237,7 @@ def _row(
                 if source == 0:
                     begin, stop = x, x + 1
                     origin = -1
-                    value = best[s, t] if end > start else 0.0
+                    value = best[t, s] if end > start else 0.0
                 elif source == 1:
                     if alive[x] == 0:
                         continue
@@ -243,7 +249,7 @@ def _row(
                     if places[at[origin]] + 1 >= end:
                         continue
                     begin, stop = wait_to[x], wait_to[x] + 1
-                    value = score[origin] + best[at[origin] + 1, t]
+                    value = score[origin] + best[t, at[origin] + 1]
                 for y in range(begin, stop):
                     if source == 1 and (link_word[y] != word or link_hole[y] == 1):
                         continue
@@ -343,7 +349,7 @@ def parse(
         while t >= 0:
             end = n if t == m else places[t]
             bounds[blocks] = (start, end)
-            score[blocks] = best[s, t]
+            score[blocks] = best[t, s]
             count, entry = 0, winner[t]
             while entry >= 0:
                 count += 1
