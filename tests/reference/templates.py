@@ -1,5 +1,6 @@
 """Sentence templates by listing every maximal path, and parses by trying everything again and again."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -17,10 +18,7 @@ def edges(sentences, window, min_prob, min_pmi):
         if count / among > min_prob and math.log(count * total**2 / (among * words[a] * words[b])) > min_pmi
     }
     return [
-        {
-            i: [j for j in range(i + 1, min(len(s), i + 1 + window)) if (s[i], s[j]) in bound]
-            for i in range(len(s))
-        }
+        {i: [j for j in range(i + 1, min(len(s), i + 1 + window)) if (s[i], s[j]) in bound] for i in range(len(s))}
         for s in sentences
     ]
 
@@ -98,7 +96,7 @@ def parse(words, templates, null_score=-20.0):
         if any(word is not None for word in pattern):
             for positions in matches(pattern, words):
                 borders = [-1, *positions, len(words)]
-                holes = [(a + 1, b) for a, b in zip(borders, borders[1:], strict=False) if a + 1 < b]
+                holes = [(a + 1, b) for a, b in itertools.pairwise(borders) if a + 1 < b]
                 children = [parse(words[a:b], templates, null_score) for a, b in holes]
                 score = math.log(support) - total + sum(child[0] for child in children)
                 key = (-round(score, 4), -len(positions), positions)

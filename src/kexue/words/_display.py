@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 # Scripts that are written without spaces between words, with their punctuation: first and last code point.
@@ -35,7 +36,7 @@ def gap(left: str, right: str) -> str:
 def join_words(words: Sequence[str]) -> str:
     """The words as text: 苹果的颜色, but "the colour of apples"."""
     parts = list(words[:1])
-    for left, right in zip(words, words[1:], strict=False):
+    for left, right in itertools.pairwise(words):
         parts.append(gap(left, right))
         parts.append(right)
     return "".join(parts)

@@ -5,10 +5,10 @@ behind one of them (start s: 0, or R[s - 1] + 1) and ends before one of them or 
 t = |R|). best[t, s] is the score of that block (rows of one t: holes that end at the same word are looked up together).
 The blocks of one start are found together, ends in ascending order.
 
-A partial match is an entry: node of the trie, position of its last fixed word, the entry before it, score so far. Of the
-entries of one node at one position, those that cannot win any more are dropped: with the same words behind them, two
-entries keep their difference in score, so one that lies further behind than the width of the rounding is lost, and one
-that is no better and further to the right is, too.
+A partial match is an entry: node of the trie, position of its last fixed word, the entry before it, score so far. Of
+the entries of one node at one position, those that cannot win any more are dropped: with the same words behind them,
+two entries keep their difference in score, so one that lies further behind than the width of the rounding is lost, and
+one that is no better and further to the right is, too.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def restrict(
 ) -> Any:
     """The part of the trie that belongs to templates whose words all stand in the sentence.
 
-    Args:
-        first, keys, child: The trie.
-        ends: (nodes,) whether a template ends there.
-        present: The distinct numbers of the words of the sentence, ascending.
+    ``first``, ``keys`` and ``child`` are the trie, ``ends`` (nodes,) tells where a template ends, and ``present`` holds
+    the distinct numbers of the words of the sentence, ascending.
 
     Returns:
         (node (L,) of the trie, link (L + 1,), link_word, link_hole, link_to): the local node k has the links
@@ -116,7 +114,12 @@ def _wide_score(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @kernel
 def _left_of(
-    a: int, b: int, before: NDArray[np.int64], at: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]
+    a: int,
+    b: int,
+    before: NDArray[np.int64],
+    at: NDArray[np.int64],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
 ) -> int:
     """Compare the positions of the fixed words of two entries of equal length: -1 if a is further left, 1, or 0."""
     k = 0
@@ -196,9 +199,9 @@ def _row(
                         if value < best_score - width:
                             continue
                         # The usual tie, before anything is rounded: the same template further to the right.
-                        if value <= best_score and node == kind[chosen] and before[entry] == before[chosen]:
-                            if at[entry] > at[chosen]:
-                                continue
+                        same = node == kind[chosen] and before[entry] == before[chosen]
+                        if value <= best_score and same and at[entry] > at[chosen]:
+                            continue
                     rank = np.rint(value * DIGITS)
                     if chosen >= 0:
                         if rank < best_rank:
@@ -313,10 +316,9 @@ def parse(
 ) -> Any:
     """The best tree of a sentence of ``n`` words.
 
-    Args:
-        places: R, ascending; at_word: the word at each, as of :func:`restrict`, of ``words`` different ones.
-        link, link_word, link_hole, link_to: Local trie; depth: number of fixed words of a node.
-        closed, opened: Logarithm of the share of the template that ends at the node (with a hole), or -inf.
+    ``places`` is R, ascending, ``at_word`` the word at each as of :func:`restrict`, of ``words`` different ones; the
+    links are the local trie, ``depth`` the number of fixed words of a node, ``closed`` and ``opened`` the logarithm of
+    the share of the template that ends there (with a hole), or -inf.
 
     Returns:
         (bounds (blocks, 2), score (blocks,), fixed (blocks + 1,), positions): block b has the fixed words
@@ -328,9 +330,7 @@ def parse(
         root[2 * link_word[x] + link_hole[x]] = x
     best = np.full((m + 1, m + 1), -np.inf)
     for s in range(m, -1, -1):
-        _row(
-            s, n, places, at_word, link, link_word, link_hole, link_to, depth, closed, opened, root, null_score, best
-        )
+        _row(s, n, places, at_word, link, link_word, link_hole, link_to, depth, closed, opened, root, null_score, best)
     # Rows are found again for the blocks of the tree, which costs less memory than keeping them. Blocks with one start
     # lie in each other, each the leading hole of the one before.
     todo_s, todo_t = np.empty(m + 2, np.int64), np.empty(m + 2, np.int64)

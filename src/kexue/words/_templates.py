@@ -85,7 +85,7 @@ def pair_table(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 @kernel
-def _slot(key: int, mask: int) -> int:
+def _slot(key: Any, mask: int) -> Any:
     code = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((code ^ (code >> np.uint64(31))) & np.uint64(mask))
 
@@ -196,8 +196,8 @@ def grow(
     the number of ways to get there; it is given up when fewer than ``least`` sentences (paths through it) remain. A
     position from which no end is near enough for ``longest`` words is left out.
 
-    When more than 2 * ``limit`` templates are found, the ``limit`` best stay and ``least`` rises to above the weakest of
-    them; it also rises by half when 100 * ``limit`` beginnings were tried.
+    When more than 2 * ``limit`` templates are found, the ``limit`` best stay and ``least`` rises to above the weakest
+    of them; it also rises by half when 100 * ``limit`` beginnings were tried.
 
     Returns:
         (bounds (M + 1,), keys, opened (M,), weight (M,), sentences (M,), complete): template t has the keys
@@ -328,9 +328,9 @@ def grow(
                         last[kind] = sentence[q]
                         support[kind] += 1
             top = begin
-            for hole in range(1, -1, -1):  # what is pushed last, neighbouring words, is tried first
+            for jump in range(1, -1, -1):  # what is pushed last, neighbouring words, is tried first
                 for kind in range(kinds):
-                    if touched[kind] & 1 != hole:
+                    if touched[kind] & 1 != jump:
                         continue
                     if (through[kind] if by_path else float(support[kind])) < least:
                         last[kind] = -1  # given up

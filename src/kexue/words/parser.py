@@ -7,13 +7,13 @@ Method. A sentence is a block; a block is produced by one template whose holes a
     score(block) = max over the templates that match all of it of [ln(f / sum of all f) + sum over holes of score(hole)]
     score(block) = null_score * (words - 1)    where no template matches; it is shown flat, and one word scores 0
 
-f is the support of a template. A hole takes one word or more; fixed words without a hole between them stand next to each
-other; a template without a hole at a side begins (ends) with its fixed word there.
+f is the support of a template. A hole takes one word or more; fixed words without a hole between them stand next to
+each other; a template without a hole at a side begins (ends) with its fixed word there.
 
-Which parse of equal score is taken: 1. the higher score, rounded to 4 digits; 2. more fixed words in the template of the
-block; 3. the leftmost, that is the one whose positions of fixed words, in order, come first in lexical order: 雪梨和苹果和
-香蕉 is (雪梨)和((苹果)和(香蕉)), split at the first 和. Two different matches of a block differ in these positions, so the
-tree is unique. The rule holds for each block by itself, inner blocks first.
+Which match of a block is taken: 1. the higher score, rounded to 4 digits; 2. more fixed words in the template of the
+block; 3. the leftmost, that is the one whose positions of fixed words come first in lexical order. So the block
+雪梨和苹果和香蕉 is (雪梨)和((苹果)和(香蕉)), split at the first 和. Two matches of a block differ in these positions,
+hence the tree is unique. The rule holds for each block by itself, inner blocks first.
 
 What we do differently, and why:
 - The author's program finds every block anew wherever it occurs, in exponential time, and recurses. This one keeps the
@@ -78,7 +78,7 @@ class Tree:
         return join_words(self.words)
 
     def nodes(self) -> list[Tree]:
-        """This block and all inside it, each before its children."""
+        """The block and all inside it, each before its children."""
         found, stack = [], [self]
         while stack:
             tree = stack.pop()
@@ -200,8 +200,8 @@ class TemplateParser:
     """Parse sentences into nested templates.
 
     Args:
-        templates: :class:`Template` objects (``TemplateMiner.templates_``), pairs (pattern, support), or a mapping pattern
-            -> support. Holes in a row are one; supports of equal patterns are added.
+        templates: :class:`Template` objects (``TemplateMiner.templates_``), pairs (pattern, support), or a mapping
+            pattern -> support. Holes in a row are one; supports of equal patterns are added.
         tokenize: Splits a text into words; None splits at white space. A :class:`Segmenter` is one.
         null_score: Price of each further word of a block that no template matches.
 
@@ -278,8 +278,8 @@ class TemplateParser:
             return Tree(tokens, 0, 0, None, (), 0.0)
         if (places.size + 1) ** 2 > _MOST_CELLS:
             raise ValueError(
-                f"a sentence may have at most {math.isqrt(_MOST_CELLS) - 1} words that templates fix; got {places.size} "
-                f"in {n} words (split the text into sentences)"
+                f"a sentence may have at most {math.isqrt(_MOST_CELLS) - 1} words that templates fix; got "
+                f"{places.size} in {n} words (split the text into sentences)"
             )
         bounds, score, fixed, positions = kernels.parse(
             n,

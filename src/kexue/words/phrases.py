@@ -33,7 +33,7 @@ from kexue._files import write_json
 from kexue.words._numba import kernel
 from kexue.words._text import encode
 from kexue.words._wordtrie import WordTrie, step
-from kexue.words.merge_gain import merge_gain
+from kexue.words.gain import merge_gain
 
 _FORMAT, _VERSION = "kexue.phrases", 1
 
@@ -132,9 +132,7 @@ class PhraseMiner:
         ['new_york_city', 'or', 'new_york']
     """
 
-    def __init__(
-        self, min_count: int = 5, min_gain: float = 0.0, max_length: int = 4, min_npmi: float = 0.4
-    ) -> None:
+    def __init__(self, min_count: int = 5, min_gain: float = 0.0, max_length: int = 4, min_npmi: float = 0.4) -> None:
         check_int("min_count", min_count, 1)
         check_real("min_gain", min_gain)
         check_int("max_length", max_length, 2)
@@ -224,9 +222,9 @@ class PhraseMiner:
         for row in np.flatnonzero(repeats):
             distinct, times = np.unique(parts[row], return_counts=True)
             whole[row] = merge_gain(counts[row] / total, tallies[0][distinct] / total, times)
-        for gram, count, gain in zip(parts.tolist(), counts.tolist(), whole.tolist(), strict=True):
-            if gain > self.min_gain:
-                found[tuple(words[k] for k in gram)] = (gain, count)
+        for gram, count, saved in zip(parts.tolist(), counts.tolist(), whole.tolist(), strict=True):
+            if saved > self.min_gain:
+                found[tuple(words[k] for k in gram)] = (saved, count)
 
     def _index(self) -> None:
         self._trie = WordTrie.build(self.phrases_)

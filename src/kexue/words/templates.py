@@ -3,10 +3,11 @@
 Source: Scientific Spaces article 5577 (minimum entropy, part 3), its software nlp-zero (article 5597).
 
 Method. In each sentence an edge leads from every word to every later one at most ``window`` words on when the two are
-bound: p(a, b) > min_prob and ln(p(a, b) / (p(a) p(b))) > min_pmi, p(a, b) being the share of the ordered pairs (a before
-b within the window) among all such pairs, p(a) that of a word among the words. A maximal path of this graph starts where
-no edge leads to and ends where none leads on; a word without edges is a path. It is a template: [X] stands wherever the
-path jumps over words, before its first word unless that begins the sentence, and behind its last unless that ends it.
+bound: p(a, b) > min_prob and ln(p(a, b) / (p(a) p(b))) > min_pmi. Here p(a, b) is the share of a pair (a before
+b within the window) among all such pairs, p(a) that of a word among the words. A maximal path of this graph starts
+where no edge leads to and ends where none leads on; a word without edges is a path. It is a template: [X] stands
+wherever the path jumps over words, before its first word unless that begins the sentence, and behind its last unless
+that ends the sentence.
 
 What we do differently, and why:
 - The number of maximal paths grows like 2 to the length of a sentence (three hundred long sentences kept the author's
@@ -14,8 +15,9 @@ What we do differently, and why:
   of positions where it can end, and a beginning that too few sentences share is dropped with all that it would become.
 - Support therefore counts sentences with at least one such path, which makes the dropping exact. ``count="paths"``
   counts paths as the author does, also without listing them, and refuses a sentence with more than a million.
-- Every template comes with its gain F by :func:`kexue.words.merge_gain` (k its number of words, p its share in
-  sentences per word of the text), and the list is sorted by it: frequent single words ("[X] the [X]") gain nothing.
+- Every template comes with its gain F by :func:`kexue.words.merge_gain` (k its number of words, p its sentences per
+  word of the text). It breaks ties of support, so that "[X] 是 什么 意思" stands before "[X] 是 [X] 意思", and with
+  ``rank="gain"`` the list is sorted by it: frequent single words ("[X] the [X]") then come last, they gain nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from kexue._files import write_json
 from kexue.words import _templates as kernels
 from kexue.words._display import join_words
 from kexue.words._text import encode
-from kexue.words.merge_gain import merge_gain
+from kexue.words.gain import merge_gain
 from kexue.words.phrases import read_config
 
 _FORMAT, _VERSION = "kexue.templates", 1
@@ -112,7 +114,9 @@ class Template:
         if k >= self.holes:
             raise ValueError(f"{str(self)!r} has {self.holes} holes, numbered from 0; got {k}")
         if self._corpus is None:
-            raise ValueError("fillers come from the text, which is not saved with a template; fit the miner on it again")
+            raise ValueError(
+                "fillers come from the text, which is not saved with a template; fit the miner on it again"
+            )
         place = [index for index, word in enumerate(self.pattern) if word is None][k]
         counts = Counter(self._corpus.blocks(self.pattern, place - k))
         return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
@@ -130,12 +134,13 @@ class TemplateMiner:
         max_words: Most fixed words of a template; longer ones are left out.
         count: "sentences", or "paths" as in the author's program (then a sentence with more than a million maximal
             paths is refused).
+        rank: "support" lists the most frequent templates first, "gain" those that save most.
         max_templates: Templates that are kept. Copies of a long sentence can have millions; then ``min_support`` is
             raised during the search, and a warning tells from which support on the list is complete.
 
     Attributes:
-        templates_: The templates, largest gain first; equal gains by support (largest first), fewer words, and the words
-            themselves, a hole coming before any word.
+        templates_: The templates, best first: by support, then gain (``rank="gain"``: gain, then support), largest
+            first, then the shorter pattern, then its items, a hole coming before any word.
         complete_: Every template of at least this support is in the list; ``min_support`` unless it had to be raised.
         total_: Number of words of the text.
 
@@ -167,6 +172,7 @@ class TemplateMiner:
         tokenize: Callable[[str], Sequence[str]] | None = None,
         max_words: int = 12,
         count: str = "sentences",
+        rank: str = "support",
         max_templates: int = 100_000,
     ) -> None:
         check_int("window", window, 1)
@@ -176,6 +182,7 @@ class TemplateMiner:
         check_int("max_words", max_words, 1)
         check_int("max_templates", max_templates, 1)
         check_choice("count", count, ("sentences", "paths"))
+        check_choice("rank", rank, ("support", "gain"))
         if tokenize is not None and not callable(tokenize):
             raise TypeError(f"tokenize must be a function from str to a list of str, or None; got {tokenize!r}")
         self.window = int(window)
@@ -185,13 +192,15 @@ class TemplateMiner:
         self.tokenize = tokenize
         self.max_words = int(max_words)
         self.count = count
+        self.rank = rank
         self.max_templates = int(max_templates)
 
     def __repr__(self) -> str:
         found = f", {len(self.templates_)} templates" if hasattr(self, "templates_") else ""
         return (
             f"TemplateMiner(window={self.window}, min_prob={self.min_prob:g}, min_pmi={self.min_pmi:g}, "
-            f"min_support={self.min_support}, max_words={self.max_words}, count={self.count!r}{found})"
+            f"min_support={self.min_support}, max_words={self.max_words}, count={self.count!r}, rank={self.rank!r}"
+            f"{found})"
         )
 
     def fit(self, texts: Iterable[str] | Iterable[Sequence[str]]) -> TemplateMiner:
@@ -206,9 +215,7 @@ class TemplateMiner:
             The fitted object.
         """
         corpus, counts = self._read(texts)
-        first, to, source, steps, paths, total = kernels.graphs(
-            corpus.ids, corpus.offsets, corpus.window, corpus.table
-        )
+        first, to, source, steps, paths, total = kernels.graphs(corpus.ids, corpus.offsets, corpus.window, corpus.table)
         by_path = self.count == "paths"
         if by_path and total.max() > _MOST_PATHS:
             number = int(np.argmax(total > _MOST_PATHS))
@@ -243,7 +250,7 @@ class TemplateMiner:
             Template(_pattern(part.tolist(), bool(behind), corpus.words), int(support), float(gain), corpus)
             for part, behind, support, gain in zip(steps_of, opened, weight, gains, strict=True)
         ]
-        self.templates_: list[Template] = sorted(found, key=_rank)
+        self.templates_: list[Template] = sorted(found, key=self._key)
         self.complete_ = int(complete)
         self.total_ = int(corpus.ids.size)
         return self
@@ -264,13 +271,17 @@ class TemplateMiner:
         window = min(self.window, max(1, int(np.diff(text.offsets).max()) - 1))
         keys, pairs = kernels.skip_grams(ids, text.offsets, window)
         if pairs.size:
-            # One quotient of products: with counts of usual size it is exact where a pair is just as frequent as chance.
+            # One quotient of products: for counts of usual size it is exactly 1 for a pair as frequent as by chance.
             among = float(pairs.sum())
             chance = among * counts[keys >> 32].astype(np.float64) * counts[keys & 0xFFFFFFFF]
             bound = (pairs / among > self.min_prob) & (np.log(pairs * float(ids.size) ** 2 / chance) > self.min_pmi)
             keys = keys[bound]
         numbers = {word: number for number, word in enumerate(words)}
         return Corpus(ids, text.offsets, words, numbers, kernels.pair_table(keys), window), counts
+
+    def _key(self, template: Template) -> Any:
+        worth = (-template.support, -template.gain) if self.rank == "support" else (-template.gain, -template.support)
+        return *worth, len(template.pattern), tuple((word is not None, word or "") for word in template.pattern)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write settings and templates as one JSON file with a format version, atomically.
@@ -321,7 +332,7 @@ class TemplateMiner:
         return miner
 
 
-_SETTINGS = ("window", "min_prob", "min_pmi", "min_support", "max_words", "count", "max_templates")
+_SETTINGS = ("window", "min_prob", "min_pmi", "min_support", "max_words", "count", "rank", "max_templates")
 
 
 def _pattern(keys: list[int], behind: bool, words: list[str]) -> tuple[str | None, ...]:
@@ -331,10 +342,6 @@ def _pattern(keys: list[int], behind: bool, words: list[str]) -> tuple[str | Non
             pattern.append(None)
         pattern.append(words[key >> 1])
     return (*pattern, None) if behind else tuple(pattern)
-
-
-def _rank(template: Template) -> Any:
-    return -template.gain, -template.support, len(template.pattern), tuple(word or "" for word in template.pattern)
 
 
 def _gains(

@@ -115,7 +115,9 @@ def merge_gain(
     units = m.sum(-1)
     p = p[..., 0]
     if ((units - 1) * p > _SLACK).any():
-        raise ValueError(f"(k - 1) p_joint must be at most 1, the parts sum to more than 1; got {p_joint!r}, {p_parts!r}")
+        raise ValueError(
+            f"(k - 1) p_joint must be at most 1, the parts sum to more than 1; got {p_joint!r}, {p_parts!r}"
+        )
     occurs = p > 0
     safe = np.where(occurs[..., None], parts, 1.0)
     information = np.log(np.where(occurs, p, 1.0)) - (m * np.log(safe)).sum(-1)
