@@ -8,6 +8,7 @@ import random
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,26 +170,23 @@ def test_the_path_guard_names_the_sentence_and_its_count():
         TemplateMiner(window=2, min_support=1, min_pmi=0.5, count="paths").fit(sentences)
 
 
-def test_counting_pairs_in_chunks_gives_the_same_sums(monkeypatch):
-    import numpy as np
-
-    from kexue.words import _templates
-
+def test_pairs_are_counted_within_the_window_and_the_sentence():
     generator = np.random.default_rng(0)
-    ids = generator.integers(0, 9, 500).astype(np.int32)
-    offsets = np.array([0, 3, 3, 100, 101, 480, 500])
-    whole = skip_grams(ids, offsets, 4)
+    ids = generator.integers(0, 9, 3000).astype(np.int32)
+    offsets = np.array([0, 3, 3, 100, 101, 480, 500, 3000])
     expected = Counter(
         (int(ids[i]) << 32 | int(ids[j]))
         for a, b in itertools.pairwise(offsets)
         for i in range(a, b)
         for j in range(i + 1, min(b, i + 5))
     )
-    assert dict(zip(whole[0].tolist(), whole[1].tolist(), strict=True)) == expected
-    monkeypatch.setattr(_templates, "_CHUNK", 16)
-    parts = skip_grams(ids, offsets, 4)
-    assert (parts[0] == whole[0]).all()
-    assert (parts[1] == whole[1]).all()
+    keys, counts, total = skip_grams(ids, offsets, 4, 9, 0.0)
+    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == expected
+    assert total == expected.total()
+    keys, counts, total = skip_grams(ids, offsets, 4, 9, 0.013)
+    frequent = {key: count for key, count in expected.items() if count / expected.total() > 0.013}
+    assert 0 < len(frequent) < len(expected)
+    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == frequent
 
 
 def test_texts_tokens_and_segmenters_give_the_same_templates():

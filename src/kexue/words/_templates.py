@@ -14,64 +14,58 @@ from numpy.typing import NDArray
 
 from kexue.words._numba import kernel
 
-_CHUNK = 1 << 22  # pairs that are sorted at a time
+
+@kernel
+def _more(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    grown = np.empty(max(2 * values.size, size), np.int64)
+    grown[: values.size] = values
+    return grown
 
 
 @kernel
-def _pairs(
-    ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, begin: int, sentence: int, out: NDArray[np.int64]
-) -> Any:
-    """Write pairs (word << 32 | later word) of the positions from ``begin`` until ``out`` is full."""
-    filled, position = 0, begin
-    while sentence < offsets.size - 1:
-        end = offsets[sentence + 1]
-        while position < end:
-            stop = min(end, position + window + 1)
-            if filled + stop - position - 1 > out.size:
-                return filled, position, sentence
-            for j in range(position + 1, stop):
-                out[filled] = np.int64(ids[position]) << 32 | ids[j]
-                filled += 1
-            position += 1
-        sentence += 1
-    return filled, position, sentence
+def skip_grams(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, words: int, min_share: float) -> Any:
+    """Count ordered pairs of words at most ``window`` apart in a sentence.
 
+    Word by word over its occurrences, with one counter per second word: nothing has to be sorted.
 
-def _tally(keys: NDArray[np.int64], counts: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct keys, sorted, and the sums of their counts."""
-    if counts is None:
-        keys = np.sort(keys)
-    else:
-        order = np.argsort(keys, kind="stable")
-        keys, counts = keys[order], counts[order]
-    starts = np.flatnonzero(np.concatenate([np.ones(min(keys.size, 1), np.bool_), keys[1:] != keys[:-1]]))
-    sums = np.diff(np.append(starts, keys.size)) if counts is None else np.add.reduceat(counts, starts)
-    return keys[starts], sums
-
-
-def skip_grams(
-    ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count ordered pairs of words at most ``window`` apart in a sentence: keys (first << 32 | second), counts."""
-    buffer = np.empty(max(window, min(_CHUNK, ids.size * window)), np.int64)
-    keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    position = sentence = pending = 0
-    while sentence < offsets.size - 1:
-        filled, position, sentence = _pairs(ids, offsets, window, position, sentence, buffer)
-        parts.append(_tally(buffer[:filled], None))
-        pending += parts[-1][0].size
-        last = sentence == offsets.size - 1
-        if not last and pending < keys.size + _CHUNK:
-            continue  # merging only when as much is new as is there keeps the work linear
-        parts.append((keys, counts))
-        keys, counts = parts[0]
-        if len(parts) > 1:
-            joined = np.concatenate([part[0] for part in parts])
-            if joined.size:
-                keys, counts = _tally(joined, np.concatenate([part[1] for part in parts]))
-        parts, pending = [], 0
-    return keys, counts
+    Returns:
+        (keys (first << 32 | second), counts, total): the pairs whose share of all ``total`` ones exceeds ``min_share``.
+    """
+    n, total = ids.size, 0
+    end = np.empty(n, np.int32)
+    starts = np.zeros(words + 1, np.int64)
+    for s in range(offsets.size - 1):
+        for p in range(offsets[s], offsets[s + 1]):
+            end[p] = min(offsets[s + 1], p + window + 1)
+            total += end[p] - p - 1
+            starts[ids[p] + 1] += 1
+    for word in range(words):
+        starts[word + 1] += starts[word]
+    places, fill = np.empty(n, np.int32), starts.copy()
+    for p in range(n):
+        places[fill[ids[p]]] = p
+        fill[ids[p]] += 1
+    count, seen = np.zeros(words, np.int64), np.empty(words, np.int64)
+    keys, counts, found = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
+    for word in range(words):
+        different = 0
+        for k in range(starts[word], starts[word + 1]):
+            p = places[k]
+            for q in range(p + 1, end[p]):
+                other = ids[q]
+                if count[other] == 0:
+                    seen[different] = other
+                    different += 1
+                count[other] += 1
+        for k in range(different):
+            other = seen[k]
+            if count[other] / total > min_share:
+                if found == keys.size:
+                    keys, counts = _more(keys, 0), _more(counts, 0)
+                keys[found], counts[found] = np.int64(word) << 32 | other, count[other]
+                found += 1
+            count[other] = 0
+    return keys[:found].copy(), counts[:found].copy(), total
 
 
 def pair_table(keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -148,13 +142,6 @@ def graphs(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, tabl
             if source[p]:
                 total[sentence] += paths[p]
     return first, to[:filled].copy(), source, steps, paths, total
-
-
-@kernel
-def _more(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    grown = np.empty(max(2 * values.size, size), np.int64)
-    grown[: values.size] = values
-    return grown
 
 
 @kernel

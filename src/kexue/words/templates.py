@@ -269,13 +269,11 @@ class TemplateMiner:
         ids, words = rank[text.ids], [text.words[k] for k in order]
         counts = np.array([tally[k] for k in order], np.int64)
         window = min(self.window, max(1, int(np.diff(text.offsets).max()) - 1))
-        keys, pairs = kernels.skip_grams(ids, text.offsets, window)
+        keys, pairs, among = kernels.skip_grams(ids, text.offsets, window, len(words), self.min_prob)
         if pairs.size:
             # One quotient of products: for counts of usual size it is exactly 1 for a pair as frequent as by chance.
-            among = float(pairs.sum())
-            chance = among * counts[keys >> 32].astype(np.float64) * counts[keys & 0xFFFFFFFF]
-            bound = (pairs / among > self.min_prob) & (np.log(pairs * float(ids.size) ** 2 / chance) > self.min_pmi)
-            keys = keys[bound]
+            chance = float(among) * counts[keys >> 32].astype(np.float64) * counts[keys & 0xFFFFFFFF]
+            keys = keys[np.log(pairs * float(ids.size) ** 2 / chance) > self.min_pmi]
         numbers = {word: number for number, word in enumerate(words)}
         return Corpus(ids, text.offsets, words, numbers, kernels.pair_table(keys), window), counts
 
