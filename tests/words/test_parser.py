@@ -38,6 +38,7 @@ def grammars(draw):
     return templates, draw(st.lists(st.sampled_from([*letters, "x"]), min_size=1, max_size=9))
 
 
+@pytest.mark.slow
 @given(grammars(), st.sampled_from([-20.0, -3.0, 0.0]))
 @settings(max_examples=500, deadline=None)
 def test_the_tree_is_that_of_trying_everything(grammar, null_score):

@@ -62,6 +62,7 @@ def slow_phrases(sentences, min_count, min_gain, max_length, min_npmi):
     return found
 
 
+@pytest.mark.slow
 @given(
     token_lists, st.integers(1, 3), st.integers(2, 5), st.sampled_from([0.0, 0.01, -1.0]), st.sampled_from([-1, 0.371])
 )
@@ -80,6 +81,7 @@ def test_phrases_are_those_of_the_definition(sentences, min_count, max_length, m
     assert gains == sorted(gains, reverse=True)
 
 
+@pytest.mark.slow
 @given(token_lists, st.lists(st.sampled_from(["a", "b", "c", "ha", "new", ""]), max_size=9))
 @settings(max_examples=200, deadline=None)
 def test_joining_loses_nothing_and_saves_most(sentences, tokens):

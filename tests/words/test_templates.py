@@ -34,6 +34,7 @@ def corpora(draw):
     }
 
 
+@pytest.mark.slow
 @given(corpora(), st.integers(1, 3))
 @settings(max_examples=300, deadline=None)
 def test_supports_are_those_of_all_maximal_paths(corpus, min_support):
@@ -45,6 +46,7 @@ def test_supports_are_those_of_all_maximal_paths(corpus, min_support):
         assert len({t.pattern for t in found}) == len(found)
 
 
+@pytest.mark.slow
 @given(corpora())
 @settings(max_examples=200, deadline=None)
 def test_fillers_are_the_blocks_in_the_holes_of_all_maximal_paths(corpus):
@@ -121,6 +123,7 @@ def test_templates_longer_than_max_words_are_left_out():
     assert TemplateMiner(max_words=7, **options).fit(sentences).templates_ == []
 
 
+@pytest.mark.slow
 def test_copies_of_a_long_sentence_end_with_a_warning_and_exact_supports():
     sentences = [[f"w{k}" for k in range(24)]] * 12 + [["u", "v"]] * 40
     full = TemplateMiner(min_pmi=1.0, max_words=24, window=2).fit(sentences)

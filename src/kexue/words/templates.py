@@ -262,12 +262,12 @@ class TemplateMiner:
             raise ValueError("expected sentences with at least one word; got none")
         if text.ids.size >= 1 << 31:
             raise ValueError(f"expected fewer than 2**31 words; got {text.ids.size}")
-        tally = np.bincount(text.ids, minlength=len(text.words)).tolist()
-        order = sorted(range(len(text.words)), key=lambda k: (-tally[k], text.words[k]))
-        rank = np.empty(len(order), np.int32)
-        rank[order] = np.arange(len(order), dtype=np.int32)
-        ids, words = rank[text.ids], [text.words[k] for k in order]
-        counts = np.array([tally[k] for k in order], np.int64)
+        tally = np.bincount(text.ids, minlength=len(text.words)).astype(np.int64)
+        order = np.array(sorted(range(len(text.words)), key=text.words.__getitem__))
+        order = order[np.argsort(-tally[order], kind="stable")]
+        rank = np.empty(order.size, np.int32)
+        rank[order] = np.arange(order.size, dtype=np.int32)
+        ids, words, counts = rank[text.ids], [text.words[k] for k in order.tolist()], tally[order]
         window = min(self.window, max(1, int(np.diff(text.offsets).max()) - 1))
         keys, pairs, among = kernels.skip_grams(ids, text.offsets, window, len(words), self.min_prob)
         if pairs.size:
