@@ -108,6 +108,14 @@ def test_trivial_templates_stay():
     assert [(t.pattern, t.support) for t in found] == [((None, "的", None), 20)]
 
 
+def test_a_pair_of_exactly_the_least_probability_is_not_bound():
+    # 10 pairs (a, b) among 500: a share of .02.
+    sentences = [["a", "b"]] * 10 + [[f"x{k}", f"y{k}"] for k in range(490)]
+    for least, expected in ((0.02, {("a", None), (None, "b")}), (0.0199, {("a", "b")})):
+        found = TemplateMiner(min_prob=least, min_pmi=1.0).fit(sentences).templates_
+        assert {t.pattern for t in found} == expected
+
+
 def test_window_1_finds_phrases():
     sentences = [[f"x{k}", "new", "york", f"y{k % 7}", "z"] for k in range(30)]
     found = {

@@ -29,7 +29,8 @@ def skip_grams(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, 
     Word by word over its occurrences, with one counter per second word: nothing has to be sorted.
 
     Returns:
-        (keys (first << 32 | second), counts, total): the pairs whose share of all ``total`` ones exceeds ``min_share``.
+        (keys (first << 32 | second), counts, total): the pairs whose share of all ``total`` ones exceeds ``min_share``,
+        or is so close to it that the caller has to divide exactly.
     """
     n, total = ids.size, 0
     end = np.empty(n, np.int32)
@@ -45,6 +46,7 @@ def skip_grams(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, 
     for p in range(n):
         places[fill[ids[p]]] = p
         fill[ids[p]] += 1
+    floor = min_share * total * (1 - 1e-9)
     count, seen = np.zeros(words, np.int64), np.empty(words, np.int64)
     keys, counts, found = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
     for word in range(words):
@@ -59,7 +61,7 @@ def skip_grams(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, 
                 count[other] += 1
         for k in range(different):
             other = seen[k]
-            if count[other] / total > min_share:
+            if count[other] > floor:
                 if found == keys.size:
                     keys, counts = _more(keys, 0), _more(counts, 0)
                 keys[found], counts[found] = np.int64(word) << 32 | other, count[other]

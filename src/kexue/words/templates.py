@@ -273,7 +273,8 @@ class TemplateMiner:
         if pairs.size:
             # One quotient of products: for counts of usual size it is exactly 1 for a pair as frequent as by chance.
             chance = float(among) * counts[keys >> 32].astype(np.float64) * counts[keys & 0xFFFFFFFF]
-            keys = keys[np.log(pairs * float(ids.size) ** 2 / chance) > self.min_pmi]
+            bound = (pairs / among > self.min_prob) & (np.log(pairs * float(ids.size) ** 2 / chance) > self.min_pmi)
+            keys = keys[bound]
         numbers = {word: number for number, word in enumerate(words)}
         return Corpus(ids, text.offsets, words, numbers, kernels.pair_table(keys), window), counts
 
