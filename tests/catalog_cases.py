@@ -208,3 +208,72 @@ CASES["geometric-word-vectors"] = [
         for solver in ("als", "adagrad", "spectral")
     ),
 ]
+
+
+def _spaceless(seed: int) -> list[str]:
+    return [line.replace(" ", "") for line in _sentences(seed)]
+
+
+def _gram_counter(seed: int) -> tuple[Any, Any]:
+    from kexue.words import NGramCounter
+
+    return NGramCounter(order=3), _spaceless(seed)
+
+
+def _word_discovery(method: str) -> Callable[[int], tuple[Any, Any]]:
+    def build(seed: int) -> tuple[Any, Any]:
+        from kexue.words import WordDiscovery
+
+        return WordDiscovery(min_count=3, method=method), _spaceless(seed)
+
+    return build
+
+
+def _phrases(seed: int) -> tuple[Any, Any]:
+    from kexue.words import PhraseMiner
+
+    return PhraseMiner(min_count=2, min_npmi=0.0), [line.split() for line in _sentences(seed)]
+
+
+def _templates(count: str) -> Callable[[int], tuple[Any, Any]]:
+    def build(seed: int) -> tuple[Any, Any]:
+        from kexue.words import TemplateMiner
+
+        return TemplateMiner(min_support=2, min_pmi=0.5, window=3, count=count), _sentences(seed)
+
+    return build
+
+
+def _save_load_json(model: Any, folder: Any) -> Any:
+    model.save(folder / "model.json")
+    return type(model).load(folder / "model.json")
+
+
+def _gram_counts(fitted: Any) -> Any:
+    import numpy as np
+
+    return np.array([f"{gram} {count}" for n in (1, 2, 3) for gram, count in fitted.items(n)])
+
+
+def _rows(attribute: str) -> Callable[[Any], Any]:
+    def output(fitted: Any) -> Any:
+        import numpy as np
+
+        found = getattr(fitted, attribute)
+        return np.array([repr(row) for row in (found.items() if isinstance(found, dict) else found)])
+
+    return output
+
+
+CASES["sentence-templates"] = [
+    EstimatorCase("NGramCounter", _gram_counter, _gram_counts, []),
+    *(
+        EstimatorCase(f"WordDiscovery-{method}", _word_discovery(method), _rows("vocabulary_"), [])
+        for method in ("solidity", "adjacent")
+    ),
+    EstimatorCase("PhraseMiner", _phrases, _rows("phrases_"), [], _save_load_json),
+    *(
+        EstimatorCase(f"TemplateMiner-{count}", _templates(count), _rows("templates_"), [], _save_load_json)
+        for count in ("sentences", "paths")
+    ),
+]

@@ -11,20 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kexue.words.cooccurrence import CooccurrenceCounter
     from kexue.words.discovery import WordDiscovery
+    from kexue.words.gain import merge_gain
     from kexue.words.ngrams import NGramCounter
+    from kexue.words.parser import TemplateParser, Tree
+    from kexue.words.phrases import PhraseMiner
     from kexue.words.pmi_embedding import PMIEmbedding
     from kexue.words.segmenter import Segmenter
+    from kexue.words.templates import Template, TemplateMiner
     from kexue.words.tokenizer import Tokenizer
 
-__all__ = ["CooccurrenceCounter", "NGramCounter", "PMIEmbedding", "Segmenter", "Tokenizer", "WordDiscovery"]
+__all__ = [
+    "CooccurrenceCounter",
+    "NGramCounter",
+    "PMIEmbedding",
+    "PhraseMiner",
+    "Segmenter",
+    "Template",
+    "TemplateMiner",
+    "TemplateParser",
+    "Tokenizer",
+    "Tree",
+    "WordDiscovery",
+    "merge_gain",
+]
 
 _PLACES = {
     "CooccurrenceCounter": "cooccurrence",
     "NGramCounter": "ngrams",
     "PMIEmbedding": "pmi_embedding",
+    "PhraseMiner": "phrases",
     "Segmenter": "segmenter",
+    "Template": "templates",
+    "TemplateMiner": "templates",
+    "TemplateParser": "parser",
     "Tokenizer": "tokenizer",
+    "Tree": "parser",
     "WordDiscovery": "discovery",
+    "merge_gain": "gain",
 }
 
 
