@@ -114,8 +114,8 @@ def _large() -> list[Table]:
         table = compare(
             "Character n-grams of a larger text",
             f"Exact counts of all grams of 1 to {_ORDER} characters; {size:,} characters of generated Chinese-like "
-            "text, one thread; ours from a file. KenLM first gets the characters with spaces between them, and writes its "
-            "counts of the longest grams.",
+            "text, one thread; ours from a file. KenLM gets the characters with spaces between them, and "
+            "writes its counts of the longest grams.",
             {
                 peer: lambda: run_kenlm(folder, texts, _ORDER),
                 "kexue NGramCounter": lambda: NGramCounter(order=_ORDER).fit(corpus),

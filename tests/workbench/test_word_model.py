@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -250,14 +251,47 @@ def test_models_are_left_out_of_a_corpus(model):
     assert {document.id.partition(":")[0] for document in found} == {"zh.txt"}
 
 
-def test_options_that_a_counter_does_not_have_are_refused():
-    class Counter:
-        def __init__(self, n_jobs=1, memory="2GB"):
-            pass
+def test_runs_of_a_long_count_lie_beside_the_model_until_it_is_done(tmp_path, monkeypatch):
+    from kexue.workbench import word_steps
 
-    assert Counting(jobs=3, memory="1GB").options(Counter, "words") == {"n_jobs": 3, "memory": "1GB"}
-    with pytest.raises(ValueError, match="executor='ray'"):
-        Counting(executor="ray").options(Counter, "words")
+    path = tmp_path / "en.txt"
+    path.write_text("an apple fell near the tree\nthe tree bears apples\n" * 40, encoding="utf-8")
+    monkeypatch.setattr(word_steps, "_LONG", 100)
+    runs = tmp_path / ".m.counts"
+    failing = {"failed": False}
+    real = word_steps.word_vectors
+
+    def killed(*args, **options):
+        if not failing["failed"]:
+            failing["failed"] = True
+            assert list(runs.rglob("pairs-*.parquet"))
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(word_steps, "word_vectors", killed)
+    corpus = WordCorpus([path])
+    for _ in range(2):
+        with suppress(KeyboardInterrupt), WordModel.writing(tmp_path / "m") as model:
+            if failing["failed"]:
+                before = {file: file.stat().st_mtime_ns for file in runs.rglob("*.parquet")}
+                assert before
+            learn_vectors(model, corpus, choose_words(model, corpus), dim=4, min_count=1)
+    assert not runs.exists()
+    assert WordModel.open(tmp_path / "m").vectors.vectors_.shape[1] == 4
+
+
+def test_options_of_counting_reach_the_counter(tmp_path):
+    path = tmp_path / "en.txt"
+    path.write_text("an apple fell\n" * 9, encoding="utf-8")
+    corpus = WordCorpus([path])
+    with WordModel.writing(tmp_path / "m") as model:
+        counting = Counting(jobs=3, memory="1GB", executor="processes", folder=str(tmp_path / "runs"))
+        with counting.options(model, corpus, "vectors", 5, None) as options:
+            assert options == {
+                "n_jobs": 3, "memory": "1GB", "executor": "processes", "folder": tmp_path / "runs" / "vectors-5",
+            }  # fmt: skip
+        with Counting(jobs=1).options(model, corpus, "vectors") as options:
+            assert options == {"n_jobs": 1, "executor": None}
 
 
 # questions

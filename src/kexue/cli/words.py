@@ -54,7 +54,13 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Threads or processes; all
 Memory = Annotated[str | None, typer.Option(metavar="2GB", help="Memory for counting.")]
 Executor = Annotated[str | None, typer.Option(metavar="processes|ray", help="Count in processes or on a Ray cluster.")]
 Runs = Annotated[
-    Path | None, typer.Option("--runs", metavar="DIR", help="Keep counted runs there: a killed count goes on.")
+    Path | None,
+    typer.Option(
+        "--runs",
+        metavar="DIR",
+        help="Keep counted runs there; without, those of a long count lie beside MODEL until it is done. A killed "
+        "count goes on.",
+    ),
 ]
 
 

@@ -38,7 +38,7 @@ _FORMAT, _VERSION = "kexue.tokenizer", 1
 _MAX_TOKEN, _MAX_WORD, _MAX_DIGITS = 64, 256, 16
 _MEMO, _MEMO_WORD = 1 << 17, 64
 
-_UNSPACED = (
+UNSPACED = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F),
     (0x1100, 0x11FF), (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x302F), (0x3031, 0x3035), (0x3038, 0x303C),
     (0x3041, 0x30FF), (0x3105, 0x312F), (0x3131, 0x318E), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -63,7 +63,7 @@ _BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 def _in_unspaced() -> NDArray[np.bool_]:
     """For each code point, whether it belongs to a run of an unspaced script."""
     table = np.zeros(run_table().size, np.bool_)
-    for low, high in _UNSPACED:
+    for low, high in UNSPACED:
         table[low : high + 1] = True
     return table & run_table()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kexue.words.tokenizer import _UNSPACED
+from kexue.words.tokenizer import UNSPACED
 
 if TYPE_CHECKING:
     from kexue.words import CooccurrenceCounter, PMIEmbedding, Segmenter
@@ -30,7 +30,7 @@ SEGMENTER = "segmenter.json"
 _MAX_WORD = 64  # characters; a longer piece between spaces is a clause
 _MAX_SPACED = 200_000
 _SAMPLE = 24
-_RUN = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in _UNSPACED) + "]+")
+_RUN = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in UNSPACED) + "]+")
 
 
 def check_choice_of_words(words: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +29,7 @@ from kexue.workbench.word_tokens import clauses
 
 _MAX_PARSED = 200  # words; a longer clause is a list or has no punctuation, and parsing takes their square
 _ALL_UNSPACED = 0.9  # share of letters from which a text counts as one without spaces
+_LONG = 30_000_000  # characters; counting so many takes long enough to keep what is counted
 _FILLERS, _FILLER = 8, 40  # examples of what stands in a slot, and characters of one
 _TYPICAL = {False: 6.0, True: 1.7}  # characters of a word with its space; of a word of an unspaced script
 
@@ -41,8 +42,8 @@ class Counting:
         jobs: Threads or processes; None takes all cores.
         memory: Budget, such as "2GB"; None leaves it to the counter.
         executor: None, "processes" or "ray".
-        folder: Where counted runs are kept, so that a killed count goes on; None keeps none. Each kind of count gets
-            a folder of its own inside.
+        folder: Where counted runs are kept, so that a killed count goes on. None keeps those of a long count beside
+            the model until the part is finished. Each kind of count gets a folder of its own inside.
     """
 
     jobs: int | None = None
@@ -50,26 +51,26 @@ class Counting:
     executor: str | None = None
     folder: str | None = None
 
-    def options(self, kind: type, what: str) -> dict[str, Any]:
-        """Keyword arguments for a counter of this kind.
+    @contextmanager
+    def options(self, model: WordModel, corpus: WordCorpus, *what: Any) -> Iterator[dict[str, Any]]:
+        """Keyword arguments for a counter. Runs that were kept only for the case of a kill go when the block is done.
 
         Args:
-            kind: Class of the counter.
-            what: Names what is counted: runs of one count must not be taken for those of another.
-
-        Raises:
-            ValueError: Something was asked for that this counter does not do.
+            model: What the count is made for; the runs of a long count lie beside it.
+            corpus: The text.
+            *what: Names what is counted and how: runs of one count must not be taken for those of another.
         """
-        runs = None if self.folder is None else Path(self.folder) / what
-        asked = {"memory": self.memory, "executor": self.executor, "folder": runs}
-        options = {name: value for name, value in asked.items() if value is not None}
-        known = inspect.signature(kind).parameters
-        for name, value in options.items():
-            if name not in known:
-                raise ValueError(f"{kind.__name__} has no {name}; got {name}={value!r}")
-        if runs is not None:
-            runs.parent.mkdir(parents=True, exist_ok=True)
-        return {"n_jobs": self.jobs or threads(), **options}
+        options: dict[str, Any] = {"n_jobs": self.jobs or threads(), "executor": self.executor}
+        if self.memory is not None:
+            options["memory"] = self.memory
+        folder = None if self.folder is None else Path(self.folder)
+        if folder is None and corpus.characters >= _LONG:
+            folder = model.folder.with_name(f".{model.folder.name}.counts")
+        if folder is not None:
+            options["folder"] = folder / "-".join(str(word) for word in what if word is not None)
+        yield options
+        if folder is not None and self.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -114,25 +115,25 @@ def learn_vocabulary(
     from kexue.words import WordDiscovery
 
     least = min_count or discovery_min_count(int(corpus.characters * (corpus.share if unspaced_only else 1)))
-    options = (counting or Counting()).options(WordDiscovery, "vocabulary")
-    with _measured() as spent:
-        discovery = WordDiscovery(
-            order=order, min_count=least, min_pmi=min_pmi, method=method, redundancy=redundancy, **options
-        )
-        discovery.fit(Unspaced(corpus) if unspaced_only else corpus.source)
-        segmenter = discovery.segmenter(max_words)
-    long = [(word, count) for word, count in segmenter.vocabulary.items() if len(word) > 1]
-    figures = {
-        "words": len(segmenter.vocabulary),
-        "long_words": len(long),
-        "min_pmi": [float(value) for value in discovery.min_pmi_],
-        "entropy_per_char": float(discovery.entropy_per_char_),
-    }
-    settings = {
-        "order": order, "min_count": least, "min_pmi": _plain(min_pmi), "method": method, "redundancy": redundancy,
-        "max_words": max_words, "unspaced_only": unspaced_only,
-    }  # fmt: skip
-    model.put("vocabulary", segmenter.save, _note(settings, corpus, figures, spent))
+    with (counting or Counting()).options(model, corpus, "vocabulary", order if method == "solidity" else 2) as options:
+        with _measured() as spent:
+            discovery = WordDiscovery(
+                order=order, min_count=least, min_pmi=min_pmi, method=method, redundancy=redundancy, **options
+            )
+            discovery.fit(Unspaced(corpus) if unspaced_only else corpus.source)
+            segmenter = discovery.segmenter(max_words)
+        long = [(word, count) for word, count in segmenter.vocabulary.items() if len(word) > 1]
+        figures = {
+            "words": len(segmenter.vocabulary),
+            "long_words": len(long),
+            "min_pmi": [float(value) for value in discovery.min_pmi_],
+            "entropy_per_char": float(discovery.entropy_per_char_),
+        }
+        settings = {
+            "order": order, "min_count": least, "min_pmi": _plain(min_pmi), "method": method, "redundancy": redundancy,
+            "max_words": max_words, "unspaced_only": unspaced_only,
+        }  # fmt: skip
+        model.put("vocabulary", segmenter.save, _note(settings, corpus, figures, spent))
     return {**figures, "top": long}
 
 
@@ -258,31 +259,29 @@ def learn_vectors(
     from kexue.words import CooccurrenceCounter
 
     least = min_count or vector_min_count(int(corpus.characters / _TYPICAL[corpus.share >= 0.5]))
-    # A counter knows its tokenizer by name only; another vocabulary cuts other words.
-    what = "-".join(filter(None, ("vectors", words.kind, model.lexicon() if words.kind == "words" else None)))
-    options = (counting or Counting()).options(CooccurrenceCounter, what)
     # White space is split by the counter's own scanner, which is many times faster.
     tokenize = None if words.kind == "spaces" else words.tokenize
     source = corpus.source if tokenize is None else corpus.documents_source
-    with _measured() as spent:
-        counts = CooccurrenceCounter(window=window, min_count=least, tokenize=tokenize, **options).fit(source)
-        embedding = word_vectors(
-            counts, dim=dim, seed=seed, n_jobs=options["n_jobs"], model=tables, solver=solver, max_iter=sweeps
-        )
-    figures = {
-        "words": len(embedding.vocabulary_),
-        "dim": int(embedding.vectors_.shape[1]),
-        "tokens": int(counts.n_tokens_),
-        "pairs": int(counts.lower_.nnz),
-        "reg": float(embedding.reg),
-        "loss": float(embedding.loss_history_[-1]),
-    }
-    settings = {
-        "dim": dim, "window": window, "min_count": least, "sweeps": sweeps, "solver": solver, "model": tables,
-        "seed": seed,
-    }  # fmt: skip
-    note = _note(_with_words(model, words, settings), corpus, figures, spent)
-    model.put("vectors", embedding.save, note)
+    cut = (words.kind, model.lexicon() if words.kind == "words" else None)
+    with (counting or Counting()).options(model, corpus, "vectors", window, *cut) as options:
+        with _measured() as spent:
+            counts = CooccurrenceCounter(window=window, min_count=least, tokenize=tokenize, **options).fit(source)
+            embedding = word_vectors(
+                counts, dim=dim, seed=seed, n_jobs=options["n_jobs"], model=tables, solver=solver, max_iter=sweeps
+            )
+        figures = {
+            "words": len(embedding.vocabulary_),
+            "dim": int(embedding.vectors_.shape[1]),
+            "tokens": int(counts.n_tokens_),
+            "pairs": int(counts.lower_.nnz),
+            "reg": float(embedding.reg),
+            "loss": float(embedding.loss_history_[-1]),
+        }
+        settings = {
+            "dim": dim, "window": window, "min_count": least, "sweeps": sweeps, "solver": solver, "model": tables,
+            "seed": seed,
+        }  # fmt: skip
+        model.put("vectors", embedding.save, _note(_with_words(model, words, settings), corpus, figures, spent))
     return figures
 
 
@@ -320,7 +319,9 @@ def parse_corpus(model: WordModel, corpus: WordCorpus) -> dict[str, Any]:
                         tree = parse(clause)
                         figures["with_template"] += tree.template is not None
                     known = (
-                        {"parse": None, "tree": None} if tree is None else {"parse": str(tree), "tree": tree.to_dict()}
+                        {"parse": None, "tree": None}
+                        if tree is None
+                        else {"parse": str(tree), "tree": _slim(tree.to_dict())}
                     )
                     line = {"id": identifier, "text": clause, **known}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kexue.words.tokenizer import _UNSPACED
+from kexue.words.tokenizer import UNSPACED
 
 if TYPE_CHECKING:
     from kexue.words import Segmenter
 
 KINDS = ("words", "spaces", "characters")
-_UNSPACED_LETTER = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in _UNSPACED) + "]")
+_UNSPACED_LETTER = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in UNSPACED) + "]")
 
 # A clause ends at a line end, at punctuation of unspaced scripts, at a bracket or quotation mark, and at ASCII
 # punctuation that white space or the end follows (3.14 and example.org stay whole).
@@ -46,6 +46,10 @@ class WordTokenizer:
 
         self.segmenter = segmenter
         self._tokenizer = Tokenizer(segmenter, stem=False, compounds=False)
+
+    def to_config(self) -> dict[str, Any]:
+        """What defines the tokenizer, as JSON values."""
+        return {"words_of": self._tokenizer.to_config()}
 
     def __call__(self, text: str) -> list[str]:
         """The words of ``text``, in order."""
