@@ -110,14 +110,15 @@ def _file_pieces(span: Span, size: int) -> Iterator[str]:
 
 def _pieces(source: Iterable[Any], size: int) -> Iterator[str]:
     for number, item in enumerate(source):
+        if type(item) is str and len(item) < size:  # nearly all texts, and there may be millions
+            yield item + "\n"
+            continue
         if isinstance(item, Span):
             yield from _file_pieces(item, size)
         elif isinstance(item, os.PathLike):
             yield from _file_pieces(Span(os.fspath(item), 0, file_size(item)), size)
-        elif check_text(item, number) <= size:
-            yield item
         else:
-            yield from (item[start : start + size] for start in range(0, len(item), size))
+            yield from (item[start : start + size] for start in range(0, check_text(item, number), size))
         yield "\n"  # a run never crosses from one text or file into the next
 
 

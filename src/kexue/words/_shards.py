@@ -56,15 +56,15 @@ class Source:
         self.skipped: list[tuple[str, str]] = []
         self._known: dict[str, bool] = {}
         if isinstance(items, Sequence):  # before anything is counted: a missing file costs no work
-            for item in items:
-                if isinstance(item, os.PathLike) and on_error == "raise":
+            for item in items if on_error == "raise" else ():
+                if type(item) is not str and isinstance(item, os.PathLike):
                     with open(item, "rb"):
                         pass
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            if self.on_error == "raise" or not isinstance(item, os.PathLike) or self._good(os.fspath(item)):
-                yield item
+        if self.on_error == "raise":
+            return iter(self.items)
+        return (item for item in self.items if not isinstance(item, os.PathLike) or self._good(os.fspath(item)))
 
     def _good(self, path: str) -> bool:
         if path not in self._known:
