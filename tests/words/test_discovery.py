@@ -158,7 +158,7 @@ def test_text_that_can_be_read_only_once_is_refused():
 
 
 def test_a_word_may_be_longer_than_the_order_and_a_run_longer_than_a_piece(monkeypatch):
-    monkeypatch.setattr("kexue.words.discovery.PIECE", 64)
+    monkeypatch.setattr("kexue.words.discovery.piece_size", lambda memory: 64)
     texts = small_corpus(5)
     found = WordDiscovery(min_count=5, min_pmi=(1, 2, 3), redundancy=None).fit([*texts, "x" * 500])
     assert "klmnop" in found.vocabulary_
@@ -223,3 +223,13 @@ def test_empty_and_too_small_corpora_and_wrong_counters_are_rejected():
     with pytest.raises(ValueError, match="call fit"):
         WordDiscovery().segmenter()
     assert code_points("").size == 0
+
+
+@pytest.mark.slow
+def test_the_words_depend_neither_on_the_budget_nor_on_threads():
+    texts = ["".join(line) for line in language(40, 3, lines=6000)[1]]
+    expected = WordDiscovery(min_count=10).fit(texts)
+    for options in ({"memory": "2MB"}, {"n_jobs": 3}, {"memory": "5MB", "n_jobs": 2}):
+        found = WordDiscovery(min_count=10, **options).fit(texts)
+        assert found.vocabulary_ == expected.vocabulary_
+        assert found.min_pmi_ == expected.min_pmi_

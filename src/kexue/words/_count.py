@@ -7,6 +7,7 @@ rows are independent, so that threads may share them out without changing a bit.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -81,6 +82,16 @@ def fill(
             filled += 1
             counts[word] += 1
     return document, filled
+
+
+@kernel
+def tally(tokens: Any, size: int) -> Any:
+    """(size,) occurrences of each word."""
+    counts = np.zeros(size, np.int64)
+    for word in tokens:
+        if word >= 0:
+            counts[word] += 1
+    return counts
 
 
 @kernel
@@ -222,29 +233,34 @@ def pair_rows(
     np.cumsum(counts, out=starts[1:])
     positions = np.empty(int(starts[-1]), np.int32 if len(tokens) < 1 << 31 else np.int64)
     index(tokens, first, last, starts, positions)
-    # Rows cost their occurrences plus a look at every group of words; tasks of equal cost.
-    cost = starts[1:] + np.arange(1, size + 1) * (size // (64 * _GROUP) + 1)
-    # A position meets at most 2 * window different words; some tasks are in memory at a time, and grow by copying.
+    # Rows cost their occurrences plus a look at every group of words, and occurrences cost memory: each meets at most
+    # 2 * window different words, some tasks are in memory at a time, and their arrays grow by copying.
     work = int(np.clip(memory // (32 * 12 * 2 * (len(weights) - 1) * n_jobs), 1 << 10, _ROW_WORK))
-    tasks = max(1, int(cost[-1] // work)) if size else 1
+    looks = np.arange(1, size + 1) * (size // (64 * _GROUP) + 1)
+    cost = starts[1:] / work + looks / _ROW_WORK
+    tasks = max(1, int(cost[-1])) if size else 1
     bounds = np.searchsorted(cost, np.linspace(0, cost[-1] if size else 0, tasks + 1)[1:-1]).tolist()
     bounds = sorted({0, *bounds, size})
     ends = np.zeros(size, np.int64)
     blocks = size // (8 * _GROUP) + 1
 
+    kept = threading.local()  # buffers that the tasks of a thread share
+
     def task(number: int) -> Rows:
         low, high = bounds[number], bounds[number + 1]
-        total, touched = np.zeros(blocks * 8 * _GROUP, np.int64), np.zeros(blocks * 8, np.uint8)
-        columns, values = np.empty(high + (1 << 12), np.int32), np.empty(high + (1 << 12), np.int64)
+        if not hasattr(kept, "total"):
+            kept.total, kept.touched = np.zeros(blocks * 8 * _GROUP, np.int64), np.zeros(blocks * 8, np.uint8)
+            kept.columns, kept.values = np.empty(size + (1 << 12), np.int32), np.empty(size + (1 << 12), np.int64)
         row, filled = low, 0
         while True:
             row, filled = rows(
-                tokens, positions, starts, row, high, weights, total, touched, columns, values, filled, ends
-            )
+                tokens, positions, starts, row, high, weights, kept.total, kept.touched, kept.columns, kept.values,
+                filled, ends,
+            )  # fmt: skip
             if row == high:
-                return Rows(low, ends[low:high].copy(), columns[:filled].copy(), values[:filled].copy())
-            columns = np.append(columns[:filled], np.empty(filled + high, np.int32))
-            values = np.append(values[:filled], np.empty(filled + high, np.int64))
+                return Rows(low, ends[low:high].copy(), kept.columns[:filled].copy(), kept.values[:filled].copy())
+            kept.columns = np.append(kept.columns[:filled], np.empty(filled + high, np.int32))
+            kept.values = np.append(kept.values[:filled], np.empty(filled + high, np.int64))
 
     numbers = range(len(bounds) - 1)
     if n_jobs == 1:

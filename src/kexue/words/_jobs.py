@@ -310,8 +310,9 @@ class _Processes(_Workers):
                 future.future[1] += 1
                 if future.future[1] >= _TRIES:
                     raise RuntimeError(
-                        f"a worker process died {_TRIES} times over the same task (out of memory?); "
-                        "lower n_jobs or memory. What was finished is kept in the folder, if one was given"
+                        f"a worker process died {_TRIES} times over the same task (out of memory? lower n_jobs or "
+                        "memory; a script that starts processes needs `if __name__ == '__main__':`). What was finished "
+                        "is kept in the folder, if one was given"
                     ) from None
                 warnings.warn("a worker process died; its task runs again", RuntimeWarning, stacklevel=4)
                 self._renew(future.future[2])

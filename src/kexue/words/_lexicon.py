@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 from kexue.words._runs import code_points, run_table, whole_runs
 from kexue.words.segmenter import Segmenter, best_path
 
-PIECE = 1 << 21  # characters read at a time
+_PIECE = 1 << 21  # characters read at a time, at most
+
+
+def piece_size(memory: int) -> int:
+    """Characters of text that are cut at a time within a budget."""
+    return int(np.clip(memory // 128, 1 << 16, _PIECE))
 
 
 @numba.njit(cache=True)
@@ -44,7 +49,9 @@ def _usage(
             unknown[points[a]] += 1
 
 
-def description(texts: Iterable[Any], vocabulary: dict[str, int], character_entropy: float) -> float:
+def description(
+    texts: Iterable[Any], vocabulary: dict[str, int], character_entropy: float, size: int = _PIECE
+) -> float:
     """Length in nats of the text under the vocabulary, plus that of the vocabulary itself.
 
     The text is cut into its most probable words and costs n H, n words of empirical entropy H; each word in use is
@@ -54,7 +61,7 @@ def description(texts: Iterable[Any], vocabulary: dict[str, int], character_entr
     segmenter = Segmenter(vocabulary)
     trie = segmenter._trie
     used, unknown = np.zeros(len(vocabulary), np.int64), np.zeros(run_table().size, np.int64)
-    for text in whole_runs(texts, PIECE):
+    for text in whole_runs(texts, size):
         points = code_points(text)
         arrays = (trie.numbers, trie.base, trie.check, trie.value)
         borders, _ = best_path(trie.numbers, points, *arrays[1:], segmenter._scores, segmenter.unknown_score)

@@ -55,11 +55,16 @@ class RunWriter:
 
         names = [f"key{w}" for w in range(words)]
         self._schema = pa.schema([*((name, pa.uint64()) for name in names), ("count", pa.int64())])
-        encoding = dict.fromkeys(names[1:], "PLAIN") | {"key0": "DELTA_BINARY_PACKED", "count": "PLAIN"}
+        # Differences of sorted keys and small counts take few bytes: 4 a row, in half the time of a compressor.
+        encoding = dict.fromkeys(names[1:], "PLAIN") | dict.fromkeys(("key0", "count"), "DELTA_BINARY_PACKED")
         self._writer = pq.ParquetWriter(
-            path, self._schema, compression="zstd", compression_level=1, use_dictionary=False, column_encoding=encoding,
+            path,
+            self._schema,
+            compression="none" if words == 1 else "lz4",
+            use_dictionary=False,
+            column_encoding=encoding,
             write_statistics=False,
-        )  # fmt: skip
+        )
         self._rows, self._extra = rows, dict(extra)
         self._firsts: list[list[int]] = []
         self._waiting: list[Batch] = []
@@ -74,10 +79,13 @@ class RunWriter:
 
     def close(self) -> None:
         """Write what is left, and the index."""
+        import pyarrow as pa
+
         self._flush(whole=True)
         head = {"format": _FORMAT, "version": _VERSION, "firsts": self._firsts, "extra": self._extra}
         self._writer.add_key_value_metadata({_FORMAT: json.dumps(head)})
         self._writer.close()
+        pa.default_memory_pool().release_unused()
 
     def _flush(self, whole: bool) -> None:
         if not self._size:

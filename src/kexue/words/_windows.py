@@ -29,7 +29,8 @@ from kexue.words._spill import ArrayWriter, group_rows
 from kexue.words._text import Encoded, Kind, Tokenize, encode_items
 
 _CHUNK = 1 << 20  # ids that are renumbered at a time
-_TOKEN_COST = 16  # bytes of a token while its windows are counted: word, position, and the copies of both
+_WORD_COST = 300  # bytes of a word of the vocabulary: the str, its number, its places in list, dict and arrays
+_TOKEN_COST = 24  # bytes of a token while its windows are counted: word, position, copies, what allocators keep
 
 
 def encode_shard(path: str, kind: Kind, items: list[Any], tokenize: Tokenize | None, memory: int) -> None:
@@ -140,8 +141,7 @@ def _buffers(
 
     def piece(stop: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], tuple[int, int]]:
         tokens[filled] = -1
-        mine = tokens[start:stop]
-        return tokens[: filled + 1], np.bincount(mine[mine >= 0], minlength=size), (start, stop)
+        return tokens[: filled + 1], _count.tally(tokens[start:stop], size), (start, stop)
 
     for part in map(Encoded.load, parts):
         ids, offsets, document = renumbering(part.words, number), part.offsets, 0
@@ -177,7 +177,8 @@ def pairs_of_parts(
     job: Job, parts: list[Path], words: list[str], window: int, weighting: str, n_jobs: int, bar: Bar
 ) -> list[Path]:
     """Count the pairs of all shards; returns the runs."""
-    share = max(1, job.memory // job.parallel)
+    share = job.memory // job.parallel
+    share = max(1, share // 2, share - _WORD_COST * len(words))  # every worker holds the vocabulary
     capacity = max(share // (2 * _TOKEN_COST), 1)
     groups: list[list[Path]] = [[]]
     size = 0

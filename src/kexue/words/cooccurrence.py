@@ -242,13 +242,14 @@ class CooccurrenceCounter(BaseEstimator):
 
     def _count(self, parts: list[Any], job: Job | None, given: list[str] | None) -> None:
         """Find the vocabulary and count the pairs of what was read."""
-        loaded = (part if isinstance(part, Encoded) else Encoded.load(part) for part in parts)
         documents = tokens = 0
         total: Counter[str] = Counter()
-        for part in loaded:
-            documents += len(part.offsets) - 1
-            tokens += len(part.ids)
-            total.update(dict(zip(part.words, part.counts().tolist(), strict=True)))
+        for part in parts:
+            found = part if isinstance(part, Encoded) else Encoded.load(part)
+            documents += len(found.offsets) - 1
+            tokens += len(found.ids)
+            total.update(dict(zip(found.words, found.counts().tolist(), strict=True)))
+            del found
         if given is None:
             words = self._select(total)
             if not words:
@@ -260,6 +261,7 @@ class CooccurrenceCounter(BaseEstimator):
             words = given
         self._ordered = self.vocabulary is not None
         counts = np.array([total[word] for word in words], np.int64)
+        del total  # the rarer words are not needed any more
         if job is None:
             self._in_memory(parts, words, False, documents)
             return

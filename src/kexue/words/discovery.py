@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numba
@@ -36,8 +37,8 @@ from kexue._checks import check_choice, check_int, check_real
 from kexue.words._cutting import Cutter
 from kexue.words._jobs import Executor, check_counting
 from kexue.words._keys import bound
-from kexue.words._lexicon import PIECE, description, remove_redundant
-from kexue.words._runs import as_source, rereadable, whole_runs
+from kexue.words._lexicon import description, piece_size, remove_redundant
+from kexue.words._runs import as_source, parse_memory, rereadable, whole_runs
 from kexue.words.ngrams import NGramCounter
 from kexue.words.segmenter import Segmenter
 
@@ -91,7 +92,7 @@ class WordDiscovery:
         min_count: Least count of a gram and of a word.
         min_pmi: Least PMI in nats. "solidity": one number for each n of 2 .. order (the author: (2, 4, 6)), or one
             number t for (t, 2t, 3t, ...). "adjacent": one number (the author: 1). "auto": for "solidity" chosen on the
-            first 2 M characters by description length; for "adjacent" 1, where merging starts to pay (F* = 0).
+            first 2 million characters by description length; for "adjacent" 1, where merging starts to pay (F* = 0).
         method: "solidity" (articles 4256, 6920) or "adjacent" (article 5476).
         redundancy: None, "length" or "article": whether, and by which rule, words that their parts explain go.
         min_proba: Only for "adjacent": least probability of a pair and of a word.
@@ -125,7 +126,7 @@ class WordDiscovery:
         ['苹果', '和', '雪梨']
     """
 
-    _SAMPLE = 2_000_000  # characters on which "auto" compares thresholds
+    _SAMPLE = 1 << 21  # characters on which "auto" compares thresholds
     _GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
     # The curve of Chinese text is flat and its minimum glues words into phrases; that of a language whose words are
     # independent is steep. Of the lexicons within 3 % of the shortest description, the one that merges least is taken.
@@ -244,6 +245,9 @@ class WordDiscovery:
         ]
         return Cutter(grams, self.order if solid else 2, solid)
 
+    def _piece(self) -> int:
+        return piece_size(parse_memory(self.memory) // self.n_jobs)
+
     def _levels(self, counter: NGramCounter) -> _Levels:
         if self.method == "solidity":
             return solidity(counter, self.min_count)[: self.order - 1]
@@ -256,7 +260,7 @@ class WordDiscovery:
         self, texts: Iterable[Any], counter: NGramCounter, thresholds: tuple[float, ...], levels: _Levels | None = None
     ) -> dict[str, int]:
         cutter = self._cutter(thresholds, self._levels(counter) if levels is None else levels)
-        vocabulary, pieces = cutter.count(whole_runs(texts, PIECE), self.n_jobs)
+        vocabulary, pieces = cutter.count(whole_runs(texts, self._piece()), self.n_jobs)
         solid = self.method == "solidity"
         least = self.min_count if solid else max(self.min_count, math.floor(self.min_proba * pieces) + 1)
         vocabulary = {word: count for word, count in vocabulary.items() if count >= least}
@@ -264,13 +268,8 @@ class WordDiscovery:
 
     def _choose(self, texts: Iterable[Any]) -> tuple[float, ...]:
         """The multiple of (1, 2, 3, ...) whose lexicon describes the first part of the text most briefly."""
-        sample, size = [], 0
-        for text in whole_runs(texts, PIECE):
-            sample.append(text)
-            size += len(text)
-            if size >= self._SAMPLE:
-                break
-        counter = NGramCounter(order=self.order, n_jobs=self.n_jobs).fit(sample)
+        sample = list(islice(whole_runs(texts, self._SAMPLE), 1))  # the same for every budget
+        counter = NGramCounter(self.order, 1, self.memory, self.n_jobs, progress=False).fit(sample)
         counts = counter.grams(1, 1)[1]
         entropy = float(math.log(counts.sum()) - (counts * np.log(counts)).sum() / counts.sum())
         levels = self._levels(counter)
@@ -278,7 +277,7 @@ class WordDiscovery:
         for scale in self._GRID:
             thresholds = tuple(scale * n for n in range(1, self.order))
             vocabulary = self._lexicon(sample, counter, thresholds, levels)
-            lengths.append(description(sample, vocabulary, entropy) if vocabulary else math.inf)
+            lengths.append(description(sample, vocabulary, entropy, self._piece()) if vocabulary else math.inf)
         good = [
             scale for scale, length in zip(self._GRID, lengths, strict=True) if length <= min(lengths) * self._SLACK
         ]
