@@ -258,20 +258,37 @@ def _lines(spans: Iterable[Span], read: int) -> Iterator[str]:
 
 def _text_chunks(texts: Iterable[str]) -> Iterator[_Chunk]:
     """Texts joined into UTF-8 buffers, with the end of each text."""
-    pending: list[bytes] = []
-    size = 0
-    for number, text in enumerate(texts):
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text {number} is not valid Unicode: {error.reason} at character {error.start}") from None
-        pending.append(data + b"\n")
-        size += len(data)
+    pending: list[str] = []
+    size = done = 0
+    for text in texts:
+        pending.append(text)
+        size += len(text)
         if size > _JOIN:
-            yield b"".join(pending), np.cumsum([len(item) for item in pending]), True
+            yield _joined(pending, done)
+            done += len(pending)
             pending, size = [], 0
     if pending:
-        yield b"".join(pending), np.cumsum([len(item) for item in pending]), True
+        yield _joined(pending, done)
+
+
+def _joined(texts: list[str], number: int) -> _Chunk:
+    """One buffer of texts, the first of which has this number."""
+    try:
+        data = ("\n".join(texts) + "\n").encode()
+    except UnicodeEncodeError:
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                reason = f"{error.reason} at character {error.start}"
+                raise ValueError(f"text {number} is not valid Unicode: {reason}") from None
+            number += 1
+        raise
+    ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + 1)  # in characters
+    if ends[-1] != len(data):
+        first = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)  # where each character begins
+        ends = np.append(first, len(data))[ends]
+    return data, ends, True
 
 
 def _encode_bytes(
