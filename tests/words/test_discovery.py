@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.words import NGramCounter, WordDiscovery
-from kexue.words._lexicon import description, remove_redundant
+from kexue.words._lexicon import Lexicon, description, remove_redundant
 from kexue.words._runs import code_points
 from kexue.words.discovery import solidity
 from reference.ngrams import adjacent_lexicon, lexicon, ngram_counts
@@ -100,7 +100,13 @@ def test_auto_for_adjacent_pairs_is_where_merging_starts_to_pay():
 def test_a_redundant_word_goes_and_its_count_goes_to_its_parts(rule):
     # 雪梨和 is 雪梨 + 和 by chance; 苹果 is not 苹 + 果
     words = {"雪梨": 100, "和": 100, "雪梨和": 12, "苹果": 50, "苹": 1, "果": 1}
-    assert remove_redundant(words, rule) == {"雪梨": 112, "和": 112, "苹果": 50, "苹": 1, "果": 1}
+    assert remove_redundant(Lexicon.of_words(words), rule).words() == {
+        "雪梨": 112,
+        "和": 112,
+        "苹果": 50,
+        "苹": 1,
+        "果": 1,
+    }
 
 
 @pytest.mark.parametrize("rule", ["article", "length"])
@@ -110,17 +116,17 @@ def test_redundancy_equals_trying_every_segmentation(rule, seed):
     drawn = {"".join(rng.choice(list("ab平"), rng.integers(1, 6))) for _ in range(60)}
     # frequent short words, rare long ones: about half of the long words are explained by their parts
     words = {w: 1 + int(rng.integers(1, 10**6) / 20 ** (len(w) - 1)) for w in sorted(drawn)}
-    left = remove_redundant(words, rule)
+    left = remove_redundant(Lexicon.of_words(words), rule).words()
     assert left == redundancy(words, rule)
     assert len(left) < len(words)
 
 
 def test_description_is_the_cost_of_words_and_vocabulary():
     # three words 平方, each costing ln(4/3), one 和 costing ln 4; both words spelt once
-    length = description(["平方平方,平方和"], {"平方": 3, "和": 1}, character_entropy=0.5)
+    length = description(["平方平方,平方和"], Lexicon.of_words({"平方": 3, "和": 1}), character_entropy=0.5)
     assert length == pytest.approx(3 * math.log(4 / 3) + math.log(4) + (3 + 2) * 0.5)
     # characters outside the vocabulary are words of their own
-    longer = description(["平方xx"], {"平方": 1}, character_entropy=0.5)
+    longer = description(["平方xx"], Lexicon.of_words({"平方": 1}), character_entropy=0.5)
     assert longer == pytest.approx(math.log(3) + 2 * math.log(3 / 2) + (3 + 2) * 0.5)
 
 

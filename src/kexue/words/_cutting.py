@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue.words._jobs import in_order
+from kexue.words._lexicon import Lexicon
 from kexue.words._runs import CODE_POINTS, code_points, run_table
 from kexue.words._trie import Trie
 
@@ -151,11 +152,11 @@ class Cutter:
         self._trie = Trie.of_grams(grams)
         self._codes = np.where(run_table(), self._trie.numbers, np.int32(-1))
 
-    def count(self, texts: Iterable[str], n_jobs: int = 1) -> tuple[dict[str, int], int]:
+    def count(self, texts: Iterable[str], n_jobs: int = 1) -> tuple[Lexicon, int]:
         """Cut texts, whose runs are whole.
 
         Returns:
-            Piece -> count, and the number of pieces cut (those left out by ``backtrack``, too).
+            The pieces with their counts, and the number of pieces cut (those left out by ``backtrack``, too).
         """
         singles = np.zeros(CODE_POINTS, np.int64)
         grams = np.zeros(sum(map(len, self._grams)), np.int64)
@@ -177,17 +178,13 @@ class Cutter:
         else:
             with ThreadPoolExecutor(n_jobs) as pool:
                 found(in_order(pool, self._cut, texts, n_jobs - 1))
-        for point in np.flatnonzero(singles).tolist():
-            others[chr(point)] = int(singles[point])
+        seen = np.flatnonzero(singles)
+        groups = [(seen.astype(np.uint32)[:, None], singles[seen])]
         first = 0
         for rows in self._grams:
-            some = grams[first : first + len(rows)]
+            groups.append((rows, grams[first : first + len(rows)]))
             first += len(rows)
-            seen = np.flatnonzero(some)
-            width, text = rows.shape[1], rows[seen].tobytes().decode("utf-32-le")
-            for k, count in enumerate(some[seen].tolist()):
-                others[text[k * width : k * width + width]] = count
-        return others, pieces
+        return Lexicon.of([*groups, *Lexicon.of_words(others).groups()]), pieces
 
     def _cut(self, text: str) -> tuple[str, NDArray[np.int64], NDArray[np.int64], Any]:
         points, trie = code_points(text), self._trie

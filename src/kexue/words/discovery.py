@@ -37,7 +37,7 @@ from kexue._checks import check_choice, check_int, check_real
 from kexue.words._cutting import Cutter
 from kexue.words._jobs import Executor, check_counting
 from kexue.words._keys import bound
-from kexue.words._lexicon import description, piece_size, remove_redundant
+from kexue.words._lexicon import Lexicon, description, piece_size, remove_redundant
 from kexue.words._runs import as_source, parse_memory, rereadable, whole_runs
 from kexue.words.ngrams import NGramCounter
 from kexue.words.segmenter import Segmenter
@@ -92,7 +92,7 @@ class WordDiscovery:
         min_count: Least count of a gram and of a word.
         min_pmi: Least PMI in nats. "solidity": one number for each n of 2 .. order (the author: (2, 4, 6)), or one
             number t for (t, 2t, 3t, ...). "adjacent": one number (the author: 1). "auto": for "solidity" chosen on the
-            first 2 million characters by description length; for "adjacent" 1, where merging starts to pay (F* = 0).
+            first half million characters by description length; for "adjacent" 1, where merging starts to pay (F* = 0).
         method: "solidity" (articles 4256, 6920) or "adjacent" (article 5476).
         redundancy: None, "length" or "article": whether, and by which rule, words that their parts explain go.
         min_proba: Only for "adjacent": least probability of a pair and of a word.
@@ -126,7 +126,7 @@ class WordDiscovery:
         ['苹果', '和', '雪梨']
     """
 
-    _SAMPLE = 1 << 21  # characters on which "auto" compares thresholds
+    _SAMPLE = 1 << 19  # characters on which "auto" compares thresholds
     _GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
     # The curve of Chinese text is flat and its minimum glues words into phrases; that of a language whose words are
     # independent is steep. Of the lexicons within 3 % of the shortest description, the one that merges least is taken.
@@ -220,7 +220,7 @@ class WordDiscovery:
         if thresholds is None:
             thresholds = self._choose(texts)
         self.min_pmi_ = thresholds
-        found = self._lexicon(texts, counter, thresholds)
+        found = self._lexicon(texts, counter, thresholds).words()
         if not found:
             raise ValueError(f"no word was seen min_count={self.min_count} times in {counter.total_} characters")
         self.vocabulary_: dict[str, int] = dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
@@ -258,13 +258,13 @@ class WordDiscovery:
 
     def _lexicon(
         self, texts: Iterable[Any], counter: NGramCounter, thresholds: tuple[float, ...], levels: _Levels | None = None
-    ) -> dict[str, int]:
+    ) -> Lexicon:
         cutter = self._cutter(thresholds, self._levels(counter) if levels is None else levels)
-        vocabulary, pieces = cutter.count(whole_runs(texts, self._piece()), self.n_jobs)
+        lexicon, pieces = cutter.count(whole_runs(texts, self._piece()), self.n_jobs)
         solid = self.method == "solidity"
         least = self.min_count if solid else max(self.min_count, math.floor(self.min_proba * pieces) + 1)
-        vocabulary = {word: count for word, count in vocabulary.items() if count >= least}
-        return vocabulary if self.redundancy is None else remove_redundant(vocabulary, self.redundancy)
+        lexicon = lexicon.at_least(least)
+        return lexicon if self.redundancy is None else remove_redundant(lexicon, self.redundancy)
 
     def _choose(self, texts: Iterable[Any]) -> tuple[float, ...]:
         """The multiple of (1, 2, 3, ...) whose lexicon describes the first part of the text most briefly."""
@@ -276,8 +276,8 @@ class WordDiscovery:
         lengths = []
         for scale in self._GRID:
             thresholds = tuple(scale * n for n in range(1, self.order))
-            vocabulary = self._lexicon(sample, counter, thresholds, levels)
-            lengths.append(description(sample, vocabulary, entropy, self._piece()) if vocabulary else math.inf)
+            lexicon = self._lexicon(sample, counter, thresholds, levels)
+            lengths.append(description(sample, lexicon, entropy, self._piece()) if len(lexicon) else math.inf)
         good = [
             scale for scale, length in zip(self._GRID, lengths, strict=True) if length <= min(lengths) * self._SLACK
         ]
