@@ -498,6 +498,7 @@ def test_saving_never_replaces_something_else(tmp_path):
         ({"folder": 3}, TypeError, "folder must be a path"),
         ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
         ({"memory": "much"}, ValueError, "memory must be"),
+        ({"memory": "0.5B"}, ValueError, "at least one byte"),
         ({"n_jobs": 0}, ValueError, "n_jobs must be at least 1"),
     ],
 )
