@@ -310,6 +310,10 @@ def test_harmonic_weights_that_could_overflow_are_refused():
     made = CooccurrenceCounter(window=40)
     with pytest.raises(ValueError, match="overflow exact 64-bit"):
         made.fit_ids(np.zeros(1000, np.int32), np.array([0, 1000]), ["x"])
+    assert CooccurrenceCounter(window=42).window == 42
+    for window in (43, 10**5):
+        with pytest.raises(ValueError, match=rf"window {window} is too wide .*at most 42"):
+            CooccurrenceCounter(window=window)
 
 
 def test_using_an_unfitted_counter_says_so():
