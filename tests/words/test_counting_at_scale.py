@@ -1,6 +1,7 @@
 """Counting beyond memory and beyond one process: the same bits, whoever counts, and nothing lost when it is killed."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,13 +15,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 
-from kexue.words import CooccurrenceCounter, NGramCounter, WordDiscovery
+from kexue.words import CooccurrenceCounter, NGramCounter, PMIEmbedding, WordDiscovery
 from kexue.words import _jobs as jobs_module
 from kexue.words._shards import shards, spans
 from kexue.words._spill import Run, RunWriter, in_batches, merge_batches
 from reference.ngrams import ngram_counts
 from words.dying_tasks import bad_value, die_always, die_once
+
+
+class Split:
+    """A tokenizer with a state."""
+
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, text):
+        return text.split(self.letter)
+
+    words = __call__
+
 
 SMALL = 300_000  # a budget that the corpora below outgrow many times over
 
@@ -526,3 +541,20 @@ def test_time_is_not_needed_to_open_a_counter_that_was_pickled(files):
     start = time.process_time()
     assert copy.matrix_.nnz == 2 * counter.lower_.nnz
     assert time.process_time() - start < 60
+
+
+def test_counters_with_a_pool_can_be_copied_and_cloned():
+    with ThreadPoolExecutor(2) as pool:
+        counter = CooccurrenceCounter(min_count=1, executor=pool, tokenize=Split(" ")).fit(["a b", "b c"])
+        fresh = clone(counter)
+        assert fresh.executor is pool
+        assert not hasattr(fresh, "vocabulary_")
+        same_pairs(counter, fresh.fit(["a b", "b c"]))
+        again = pickle.loads(pickle.dumps(counter))
+        same_pairs(counter, again)
+        assert again.executor is None
+        assert counter.executor is pool
+        model = PMIEmbedding(dim=2, reg=0.1, x_max=1, counter=counter).fit(["a b", "b c"])
+        assert model.vocabulary_ == counter.vocabulary_
+    texts = CooccurrenceCounter(executor="processes")
+    assert pickle.loads(pickle.dumps(texts)).executor == "processes"

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
 
 from kexue._checks import check_choice, check_int
@@ -515,7 +515,16 @@ class CooccurrenceCounter(BaseEstimator):
             lower = self._lower
             arrays = (np.array(part) for part in (lower.data, lower.indices, lower.indptr))
             state |= {"_lower": csr(*arrays), "_mapped": False}
+        if not isinstance(state["executor"], str):  # pools cannot be pickled; the counts do not need one
+            state["executor"] = None
         return {**state, "_files": None}
+
+    def __sklearn_clone__(self) -> CooccurrenceCounter:
+        # A clone counts with the same executor: pools cannot be copied, and `clone` copies what is no estimator.
+        settings = self.get_params(deep=False)
+        executor = settings.pop("executor")
+        copied = {name: clone(value, safe=False) for name, value in settings.items()}
+        return type(self)(**copied, executor=executor)
 
     @property
     def matrix_(self) -> sparse.csr_matrix:
