@@ -343,6 +343,14 @@ def test_a_folder_belongs_to_one_count(tmp_path):
     job.close(False)
 
 
+def test_an_executor_that_cannot_start_leaves_the_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match="needs Ray") as caught:
+        NGramCounter(executor="ray", folder=tmp_path / "job").fit(["甲乙"])
+    assert caught.tb is not None  # its frames keep the job, and so the lock, from being collected
+    assert NGramCounter(folder=tmp_path / "job").fit(["甲乙"]).count("甲乙") == 1
+
+
 # --- files that cannot be read ---------------------------------------------------------------------------------------
 
 

@@ -112,7 +112,12 @@ class Job:
         else:
             self.folder = Path(folder).absolute()
             self._open(settings)
-        self._workers = _workers(executor, n_jobs)
+        try:
+            self._workers = _workers(executor, n_jobs)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
         self.parallel = self._workers.size if self._workers is not None else 1
 
     def _open(self, settings: dict[str, Any]) -> None:
