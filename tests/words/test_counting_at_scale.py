@@ -250,6 +250,37 @@ def test_a_process_that_dies_is_replaced_and_its_task_runs_again(tmp_path):
     job.close(False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_script_needs_no_guard_to_count_in_processes(tmp_path, stdin):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kexue.words import CooccurrenceCounter, NGramCounter\n"
+        "print(NGramCounter(order=2, executor='processes').fit(['abab']).count('ab'))\n"
+        "X = CooccurrenceCounter(min_count=1, executor='processes', tokenize=str.split).fit(['a b a'])\n"
+        "print(X.counts_.tolist(), __file__ is not None)\n"
+    )
+    command = [sys.executable, "-" if stdin else str(script)]
+    text = script.read_text().replace("__file__", "__name__") if stdin else None  # read from stdin it has no file
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.split("\n") == ["2", "[2, 1] True", ""], done.stderr
+
+
+@pytest.mark.slow
+def test_processes_find_a_tokenizer_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kexue.words import CooccurrenceCounter\n"
+        "def letters(text):\n"
+        "    return list(text)\n"
+        "if __name__ == '__main__':\n"
+        "    X = CooccurrenceCounter(min_count=1, executor='processes', tokenize=letters).fit(['aba'])\n"
+        "    print(X.counts_.tolist())\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "[2, 1]\n", done.stderr
+
+
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 _COUNT = """

@@ -14,8 +14,11 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
+import sys
 import tempfile
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +33,7 @@ from kexue.words._runs import parse_memory
 _FORMAT, _VERSION = "kexue.count", 1
 _NAME = "count.json"
 _TRIES = 3  # of a task whose worker died
+_HIDING = threading.RLock()
 _FLIGHT = 64  # tasks that an executor of unknown size is given at a time
 
 Executor = Any  # None, "processes", "ray", or an object with submit(function, *arguments)
@@ -282,6 +286,7 @@ class _Processes(_Workers):
     def __init__(self, n_jobs: int) -> None:
         super().__init__(None, n_jobs, 2 * n_jobs)
         self._generation = 0
+        self._script: bool | None = None  # whether workers run the calling script; known from the first task on
         self._make()
 
     def _make(self) -> None:
@@ -289,8 +294,11 @@ class _Processes(_Workers):
         self._executor = ProcessPoolExecutor(self.size, mp_context=multiprocessing.get_context("spawn"))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._script is None:
+            self._script = _needs_script([function, *arguments])
         retried = _Retried(function, arguments, [None, 0, 0])
-        self._start(retried)
+        with contextlib.nullcontext() if self._script else _script_hidden():  # submitting may start a process
+            self._start(retried)
         return retried
 
     def _start(self, retried: _Retried) -> None:
@@ -316,15 +324,40 @@ class _Processes(_Workers):
                 if future.future[1] >= _TRIES:
                     raise RuntimeError(
                         f"a worker process died {_TRIES} times over the same task (out of memory? lower n_jobs or "
-                        "memory; a script that starts processes needs `if __name__ == '__main__':`). What was finished "
-                        "is kept in the folder, if one was given"
+                        "memory; a script that defines `tokenize` itself needs `if __name__ == '__main__':`). What was "
+                        "finished is kept in the folder, if one was given"
                     ) from None
                 warnings.warn("a worker process died; its task runs again", RuntimeWarning, stacklevel=4)
-                self._renew(future.future[2])
-                self._start(future)
+                with contextlib.nullcontext() if self._script else _script_hidden():
+                    self._renew(future.future[2])
+                    self._start(future)
 
     def close(self, done: bool) -> None:
         self._executor.shutdown(wait=done, cancel_futures=True)
+
+
+def _needs_script(values: list[Any]) -> bool:
+    """Whether a function among the values comes from the script that is running."""
+    functions = [value for value in values if callable(value)]
+    try:
+        return any(b"__main__" in pickle.dumps(function) for function in functions)
+    except Exception:  # submitting it will fail as well, with an error that says more
+        return True
+
+
+@contextlib.contextmanager
+def _script_hidden() -> Iterator[None]:
+    """Start processes that do not run the calling script again: it may have no `if __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    with _HIDING:
+        kept = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+        try:
+            for name in kept:
+                setattr(main, name, None)
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(main, name, value)
 
 
 class _Ray(_Workers):
