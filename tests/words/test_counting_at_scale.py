@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -355,6 +356,42 @@ def test_a_finished_folder_answers_at_once_and_counts_only_what_is_new(files, tm
     large = ["".join(chinese(900, seed=3))] * 2
     twice = NGramCounter(order=3, folder=tmp_path / "twice", memory="1MB").fit(large)
     same_grams(NGramCounter(order=3).fit(large), twice)
+
+
+def test_a_folder_does_not_answer_for_another_tokenizer(tmp_path):
+    def split_at(letter, extra=frozenset("xyz")):
+        return lambda text: [word for word in text.split(letter) if word not in extra]
+
+    texts = ["a,b;c", "b;c,a", "a"]
+    for number, first in enumerate((split_at(","), partial(str.split, sep=","), Split(","), Split(",").words)):
+        counter = CooccurrenceCounter(min_count=1, tokenize=first, folder=tmp_path / str(number)).fit(texts)
+        assert counter.vocabulary_ == ["a", "b;c"]
+    others = (split_at(";"), partial(str.split, sep=";"), Split(";"), Split(";").words)
+    for number, other in enumerate(others):
+        with pytest.raises(ValueError, match="holds a count with other settings"):
+            CooccurrenceCounter(min_count=1, tokenize=other, folder=tmp_path / str(number)).fit(texts)
+    same = (split_at(","), partial(str.split, sep=","), Split(","), Split(",").words)
+    for number, again in enumerate(same):
+        CooccurrenceCounter(min_count=1, tokenize=again, folder=tmp_path / str(number)).fit(texts)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_has_the_same_identity_in_every_process():
+    code = """
+        from kexue.words._jobs import identity
+        print(identity(lambda text: [w for w in text.split() if w not in {"a", "the", "of", "and"}]))
+    """
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
 
 
 def test_a_folder_belongs_to_one_count(tmp_path):

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from kexue._checks import check_int
@@ -84,6 +85,40 @@ class Task(NamedTuple):
 def digest(*values: Any) -> str:
     """Short digest of JSON values."""
     return hashlib.blake2b(json.dumps(values, ensure_ascii=True).encode(), digest_size=12).hexdigest()
+
+
+def identity(function: Callable[..., Any]) -> str:
+    """What tells one function (a tokenizer) from another: its configuration, or its name with what it consists of."""
+    config = getattr(function, "to_config", None)
+    if callable(config):
+        return digest(config())
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+    if isinstance(function, FunctionType):  # many functions share the name "<lambda>"
+        cells = [_state(cell.cell_contents) for cell in function.__closure__ or ()]
+        defaults = [_state(value) for value in (function.__defaults__, function.__kwdefaults__)]
+        return f"{name} {digest(_code(function.__code__), cells, defaults)}"
+    return name if isinstance(function, BuiltinFunctionType | type) else f"{name} {_state(function)}"
+
+
+def _code(code: CodeType) -> list[Any]:
+    """Code without its place in a file."""
+    parts = [_code(part) if isinstance(part, CodeType) else _state(part) for part in code.co_consts]
+    return [code.co_code.hex(), code.co_names, parts]
+
+
+def _state(value: Any) -> str:
+    """Digest of a value that can be pickled; of others, the type."""
+    if isinstance(value, FunctionType):
+        return identity(value)
+    if isinstance(value, frozenset):  # what `in {"a", "b"}` becomes; its order differs between processes
+        value = sorted(map(_state, value))
+    import joblib  # its hash does not depend on the order of a set, unlike a pickle
+
+    try:
+        return str(joblib.hash(value))
+    except Exception:  # whatever a class raises that cannot be pickled
+        return type(value).__qualname__
 
 
 class Job:

@@ -32,7 +32,7 @@ from kexue._checks import check_choice, check_int
 from kexue._files import replaced_folder
 from kexue._progress import Bar, progress
 from kexue.words import _count
-from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_order
+from kexue.words._jobs import Executor, Job, Task, check_counting, identity, in_order
 from kexue.words._merge import write_batches
 from kexue.words._runs import parse_memory
 from kexue.words._shards import Shard, Source, in_mb, shards, total_size
@@ -180,7 +180,7 @@ class CooccurrenceCounter(BaseEstimator):
             "counts": "word pairs",
             "window": int(self.window),
             "weighting": self.weighting,
-            "tokenize": None if self.tokenize is None else _identity(self.tokenize),
+            "tokenize": None if self.tokenize is None else identity(self.tokenize),
         }
         return Job(settings, parse_memory(self.memory), int(self.n_jobs), self.executor, folder)
 
@@ -582,12 +582,3 @@ class CooccurrenceCounter(BaseEstimator):
                 done = True
             finally:
                 self._files = job.close(done)
-
-
-def _identity(tokenize: Tokenize) -> str:
-    """A name for a tokenizer: its configuration, or the name of the function."""
-    config = getattr(tokenize, "to_config", None)
-    if callable(config):
-        return digest(config())
-    kind = tokenize if hasattr(tokenize, "__qualname__") else type(tokenize)
-    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
