@@ -274,7 +274,7 @@ def test_bad_settings_are_rejected_at_once_and_after_set_params(settings, error)
 
 
 @pytest.mark.parametrize(
-    "data", ["a b", b"a", 3, [1], [b"a"], [None], ["a", 1], ["a", ["b"]], [["a"], "b"], [["a", 1]]]
+    "data", ["a b", b"a", 3, {"a": 1}, [1], [b"a"], [None], ["a", 1], ["a", ["b"]], [["a"], "b"], [["a", 1]]]
 )
 def test_anything_but_texts_paths_and_token_lists_is_a_type_error(data):
     with pytest.raises(TypeError):
@@ -304,12 +304,18 @@ def test_lone_surrogates_are_rejected_with_their_place():
 def test_a_tokenizer_that_returns_no_words_is_reported():
     with pytest.raises(TypeError, match=r"tokenize\(document 0\): token 0 must be a str"):
         counter(tokenize=lambda text: [1]).fit(["a"])
+    with pytest.raises(TypeError, match="tokenize must return a sequence of str; got None for document 0"):
+        counter(tokenize=lambda text: None).fit(["a"])
 
 
 def test_harmonic_weights_that_could_overflow_are_refused():
     made = CooccurrenceCounter(window=40)
     with pytest.raises(ValueError, match="overflow exact 64-bit"):
         made.fit_ids(np.zeros(1000, np.int32), np.array([0, 1000]), ["x"])
+    assert CooccurrenceCounter(window=42).window == 42
+    for window in (43, 10**5):
+        with pytest.raises(ValueError, match=rf"window {window} is too wide .*at most 42"):
+            CooccurrenceCounter(window=window)
 
 
 def test_using_an_unfitted_counter_says_so():

@@ -1,12 +1,14 @@
 """Counting beyond memory and beyond one process: the same bits, whoever counts, and nothing lost when it is killed."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -14,13 +16,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 
-from kexue.words import CooccurrenceCounter, NGramCounter, WordDiscovery
+from kexue.words import CooccurrenceCounter, NGramCounter, PMIEmbedding, WordDiscovery
 from kexue.words import _jobs as jobs_module
 from kexue.words._shards import shards, spans
 from kexue.words._spill import Run, RunWriter, in_batches, merge_batches
 from reference.ngrams import ngram_counts
 from words.dying_tasks import bad_value, die_always, die_once
+
+
+class Split:
+    """A tokenizer with a state."""
+
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, text):
+        return text.split(self.letter)
+
+    words = __call__
+
 
 SMALL = 300_000  # a budget that the corpora below outgrow many times over
 
@@ -235,6 +251,37 @@ def test_a_process_that_dies_is_replaced_and_its_task_runs_again(tmp_path):
     job.close(False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_script_needs_no_guard_to_count_in_processes(tmp_path, stdin):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kexue.words import CooccurrenceCounter, NGramCounter\n"
+        "print(NGramCounter(order=2, executor='processes').fit(['abab']).count('ab'))\n"
+        "X = CooccurrenceCounter(min_count=1, executor='processes', tokenize=str.split).fit(['a b a'])\n"
+        "print(X.counts_.tolist(), __file__ is not None)\n"
+    )
+    command = [sys.executable, "-" if stdin else str(script)]
+    text = script.read_text().replace("__file__", "__name__") if stdin else None  # read from stdin it has no file
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.split("\n") == ["2", "[2, 1] True", ""], done.stderr
+
+
+@pytest.mark.slow
+def test_processes_find_a_tokenizer_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kexue.words import CooccurrenceCounter\n"
+        "def letters(text):\n"
+        "    return list(text)\n"
+        "if __name__ == '__main__':\n"
+        "    X = CooccurrenceCounter(min_count=1, executor='processes', tokenize=letters).fit(['aba'])\n"
+        "    print(X.counts_.tolist())\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "[2, 1]\n", done.stderr
+
+
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
 _COUNT = """
@@ -311,6 +358,42 @@ def test_a_finished_folder_answers_at_once_and_counts_only_what_is_new(files, tm
     same_grams(NGramCounter(order=3).fit(large), twice)
 
 
+def test_a_folder_does_not_answer_for_another_tokenizer(tmp_path):
+    def split_at(letter, extra=frozenset("xyz")):
+        return lambda text: [word for word in text.split(letter) if word not in extra]
+
+    texts = ["a,b;c", "b;c,a", "a"]
+    for number, first in enumerate((split_at(","), partial(str.split, sep=","), Split(","), Split(",").words)):
+        counter = CooccurrenceCounter(min_count=1, tokenize=first, folder=tmp_path / str(number)).fit(texts)
+        assert counter.vocabulary_ == ["a", "b;c"]
+    others = (split_at(";"), partial(str.split, sep=";"), Split(";"), Split(";").words)
+    for number, other in enumerate(others):
+        with pytest.raises(ValueError, match="holds a count with other settings"):
+            CooccurrenceCounter(min_count=1, tokenize=other, folder=tmp_path / str(number)).fit(texts)
+    same = (split_at(","), partial(str.split, sep=","), Split(","), Split(",").words)
+    for number, again in enumerate(same):
+        CooccurrenceCounter(min_count=1, tokenize=again, folder=tmp_path / str(number)).fit(texts)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_has_the_same_identity_in_every_process():
+    code = """
+        from kexue.words._jobs import identity
+        print(identity(lambda text: [w for w in text.split() if w not in {"a", "the", "of", "and"}]))
+    """
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
 def test_a_folder_belongs_to_one_count(tmp_path):
     NGramCounter(order=3, folder=tmp_path / "job").fit(["甲乙丙"])
     with pytest.raises(ValueError, match="holds a count with other settings"):
@@ -326,6 +409,14 @@ def test_a_folder_belongs_to_one_count(tmp_path):
     with pytest.raises(ValueError, match="another count is running"):
         jobs_module.Job({"a": 1}, 1, 1, None, tmp_path / "busy")
     job.close(False)
+
+
+def test_an_executor_that_cannot_start_leaves_the_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match="needs Ray") as caught:
+        NGramCounter(executor="ray", folder=tmp_path / "job").fit(["甲乙"])
+    assert caught.tb is not None  # its frames keep the job, and so the lock, from being collected
+    assert NGramCounter(folder=tmp_path / "job").fit(["甲乙"]).count("甲乙") == 1
 
 
 # --- files that cannot be read ---------------------------------------------------------------------------------------
@@ -498,6 +589,7 @@ def test_saving_never_replaces_something_else(tmp_path):
         ({"folder": 3}, TypeError, "folder must be a path"),
         ({"on_error": "ignore"}, ValueError, "on_error must be 'raise' or 'skip'"),
         ({"memory": "much"}, ValueError, "memory must be"),
+        ({"memory": "0.5B"}, ValueError, "at least one byte"),
         ({"n_jobs": 0}, ValueError, "n_jobs must be at least 1"),
     ],
 )
@@ -525,3 +617,20 @@ def test_time_is_not_needed_to_open_a_counter_that_was_pickled(files):
     start = time.process_time()
     assert copy.matrix_.nnz == 2 * counter.lower_.nnz
     assert time.process_time() - start < 60
+
+
+def test_counters_with_a_pool_can_be_copied_and_cloned():
+    with ThreadPoolExecutor(2) as pool:
+        counter = CooccurrenceCounter(min_count=1, executor=pool, tokenize=Split(" ")).fit(["a b", "b c"])
+        fresh = clone(counter)
+        assert fresh.executor is pool
+        assert not hasattr(fresh, "vocabulary_")
+        same_pairs(counter, fresh.fit(["a b", "b c"]))
+        again = pickle.loads(pickle.dumps(counter))
+        same_pairs(counter, again)
+        assert again.executor is None
+        assert counter.executor is pool
+        model = PMIEmbedding(dim=2, reg=0.1, x_max=1, counter=counter).fit(["a b", "b c"])
+        assert model.vocabulary_ == counter.vocabulary_
+    texts = CooccurrenceCounter(executor="processes")
+    assert pickle.loads(pickle.dumps(texts)).executor == "processes"

@@ -185,6 +185,11 @@ def test_parameters_out_of_range_are_rejected(arguments, error):
         NGramCounter(**arguments)
 
 
+@pytest.mark.parametrize("memory", [np.int64(10**6), 10**400, "1.5 mb"])
+def test_any_whole_number_of_bytes_is_a_budget(memory):
+    assert NGramCounter(memory=memory).fit(["abab"]).count("ab") == 2
+
+
 @pytest.mark.parametrize("source", [b"abc", 3, None, ["a", 3], {"a": 1}, [b"a"]])
 def test_input_that_is_not_text_is_rejected(source):
     with pytest.raises(TypeError, match=r"expected|must be"):

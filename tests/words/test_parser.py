@@ -187,6 +187,7 @@ def test_empty_and_unknown_sentences():
         assert str(tree) == ""
     assert str(parser.parse("new york city")) == "new york city"
     assert TemplateParser([]).parse("a b").score == -20
+    assert repr(TemplateParser([]).parse("a")) == "Tree('a', score=0.0000)"
 
 
 def test_trees_as_json_and_comparison():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
 
 from kexue.words import CooccurrenceCounter, PMIEmbedding
 from kexue.words.word_format import read_word2vec, write_word2vec
@@ -180,6 +181,12 @@ def test_bad_arguments_of_queries_are_rejected(model):
         model.transform(CooccurrenceCounter())
     with pytest.raises(ValueError, match="has not been fitted"):
         PMIEmbedding().related("cat")
+    for call in (PMIEmbedding().transform, PMIEmbedding().sentence_vectors):
+        for sentences in ([["cat"]], []):
+            with pytest.raises(NotFittedError):
+                call(sentences)
+    with pytest.raises(NotFittedError):
+        PMIEmbedding().sentence_vector(["cat"])
 
 
 def test_a_new_fit_forgets_what_was_derived_from_the_old_one():

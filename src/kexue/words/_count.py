@@ -7,6 +7,7 @@ rows are independent, so that threads may share them out without changing a bit.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,10 @@ def window_weights(window: int, weighting: str) -> tuple[npt.NDArray[np.int64], 
         weights = np.ones(window + 1, np.int64)
         unit = 1
     else:
-        unit = int(np.lcm.reduce(np.arange(1, window + 1, dtype=object)))
+        unit = math.lcm(*range(1, min(window, 64) + 1))  # beyond 42 it is too large anyway, and soon has 1e5 digits
         if unit >= 1 << 62:
             raise ValueError(
-                f"window {window} is too wide for exact harmonic weights (unit 1/{unit}); use weighting='flat'"
+                f"window {window} is too wide for exact harmonic weights (at most 42); use weighting='flat'"
             )
         weights = np.array([0, *(unit // d for d in range(1, window + 1))], np.int64)
     weights[0] = 0

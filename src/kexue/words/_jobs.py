@@ -14,13 +14,17 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
+import sys
 import tempfile
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from kexue._checks import check_int
@@ -30,6 +34,7 @@ from kexue.words._runs import parse_memory
 _FORMAT, _VERSION = "kexue.count", 1
 _NAME = "count.json"
 _TRIES = 3  # of a task whose worker died
+_HIDING = threading.RLock()
 _FLIGHT = 64  # tasks that an executor of unknown size is given at a time
 
 Executor = Any  # None, "processes", "ray", or an object with submit(function, *arguments)
@@ -82,6 +87,40 @@ def digest(*values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, ensure_ascii=True).encode(), digest_size=12).hexdigest()
 
 
+def identity(function: Callable[..., Any]) -> str:
+    """What tells one function (a tokenizer) from another: its configuration, or its name with what it consists of."""
+    config = getattr(function, "to_config", None)
+    if callable(config):
+        return digest(config())
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+    if isinstance(function, FunctionType):  # many functions share the name "<lambda>"
+        cells = [_state(cell.cell_contents) for cell in function.__closure__ or ()]
+        defaults = [_state(value) for value in (function.__defaults__, function.__kwdefaults__)]
+        return f"{name} {digest(_code(function.__code__), cells, defaults)}"
+    return name if isinstance(function, BuiltinFunctionType | type) else f"{name} {_state(function)}"
+
+
+def _code(code: CodeType) -> list[Any]:
+    """Code without its place in a file."""
+    parts = [_code(part) if isinstance(part, CodeType) else _state(part) for part in code.co_consts]
+    return [code.co_code.hex(), code.co_names, parts]
+
+
+def _state(value: Any) -> str:
+    """Digest of a value that can be pickled; of others, the type."""
+    if isinstance(value, FunctionType):
+        return identity(value)
+    if isinstance(value, frozenset):  # what `in {"a", "b"}` becomes; its order differs between processes
+        value = sorted(map(_state, value))
+    import joblib  # its hash does not depend on the order of a set, unlike a pickle
+
+    try:
+        return str(joblib.hash(value))
+    except Exception:  # whatever a class raises that cannot be pickled
+        return type(value).__qualname__
+
+
 class Job:
     """The tasks of one count: a folder for their files, and an executor.
 
@@ -112,7 +151,12 @@ class Job:
         else:
             self.folder = Path(folder).absolute()
             self._open(settings)
-        self._workers = _workers(executor, n_jobs)
+        try:
+            self._workers = _workers(executor, n_jobs)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
         self.parallel = self._workers.size if self._workers is not None else 1
 
     def _open(self, settings: dict[str, Any]) -> None:
@@ -277,6 +321,7 @@ class _Processes(_Workers):
     def __init__(self, n_jobs: int) -> None:
         super().__init__(None, n_jobs, 2 * n_jobs)
         self._generation = 0
+        self._script: bool | None = None  # whether workers run the calling script; known from the first task on
         self._make()
 
     def _make(self) -> None:
@@ -284,8 +329,11 @@ class _Processes(_Workers):
         self._executor = ProcessPoolExecutor(self.size, mp_context=multiprocessing.get_context("spawn"))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._script is None:
+            self._script = _needs_script([function, *arguments])
         retried = _Retried(function, arguments, [None, 0, 0])
-        self._start(retried)
+        with contextlib.nullcontext() if self._script else _script_hidden():  # submitting may start a process
+            self._start(retried)
         return retried
 
     def _start(self, retried: _Retried) -> None:
@@ -311,15 +359,40 @@ class _Processes(_Workers):
                 if future.future[1] >= _TRIES:
                     raise RuntimeError(
                         f"a worker process died {_TRIES} times over the same task (out of memory? lower n_jobs or "
-                        "memory; a script that starts processes needs `if __name__ == '__main__':`). What was finished "
-                        "is kept in the folder, if one was given"
+                        "memory; a script that defines `tokenize` itself needs `if __name__ == '__main__':`). What was "
+                        "finished is kept in the folder, if one was given"
                     ) from None
                 warnings.warn("a worker process died; its task runs again", RuntimeWarning, stacklevel=4)
-                self._renew(future.future[2])
-                self._start(future)
+                with contextlib.nullcontext() if self._script else _script_hidden():
+                    self._renew(future.future[2])
+                    self._start(future)
 
     def close(self, done: bool) -> None:
         self._executor.shutdown(wait=done, cancel_futures=True)
+
+
+def _needs_script(values: list[Any]) -> bool:
+    """Whether a function among the values comes from the script that is running."""
+    functions = [value for value in values if callable(value)]
+    try:
+        return any(b"__main__" in pickle.dumps(function) for function in functions)
+    except Exception:  # submitting it will fail as well, with an error that says more
+        return True
+
+
+@contextlib.contextmanager
+def _script_hidden() -> Iterator[None]:
+    """Start processes that do not run the calling script again: it may have no `if __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    with _HIDING:
+        kept = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+        try:
+            for name in kept:
+                setattr(main, name, None)
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(main, name, value)
 
 
 class _Ray(_Workers):

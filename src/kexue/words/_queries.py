@@ -139,7 +139,8 @@ class WordQueries:
 
     def sentence_vector(self, tokens: Sequence[str] | str) -> npt.NDArray[Any]:
         """Sum of the vectors of all known words of a sentence, (D,); zeros when there is none."""
-        return self.vectors_[self._numbers(tokens)].sum(0)
+        numbers = self._numbers(tokens)
+        return self.vectors_[numbers].sum(0)
 
     def sentence_vectors(self, sentences: Iterable[Sequence[str] | str]) -> npt.NDArray[Any]:
         """Sums of word vectors, (N, D), a row for each sentence.
@@ -152,6 +153,7 @@ class WordQueries:
         """
         if isinstance(sentences, str) or not isinstance(sentences, Iterable):
             raise TypeError(f"expected an iterable of token lists; got {type(sentences).__name__}")
+        self._check_fitted()
         rows = [self.sentence_vector(tokens) for tokens in sentences]
         return np.array(rows, self.vectors_.dtype).reshape(len(rows), self.vectors_.shape[1])
 

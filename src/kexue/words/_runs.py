@@ -45,10 +45,10 @@ def parse_memory(memory: int | str) -> int:
         ValueError: Not a positive amount in one of the units B, KB, MB, GB, TB.
         TypeError: Neither a string nor an integer.
     """
-    if isinstance(memory, bool) or not isinstance(memory, (str, int)):
+    if isinstance(memory, bool) or not isinstance(memory, (str, int, np.integer)):
         raise TypeError(f"memory must be bytes or text such as '2GB'; got {memory!r} of type {type(memory).__name__}")
-    if isinstance(memory, int):
-        size = float(memory)
+    if not isinstance(memory, str):
+        size = float(min(memory, 1 << 62))  # more is no limit, and float() refuses very long integers
     else:
         text = memory.strip().upper()
         unit = next((u for u in ("KB", "MB", "GB", "TB", "B") if text.endswith(u)), "")
@@ -57,8 +57,8 @@ def parse_memory(memory: int | str) -> int:
             size = float(text[: len(text) - len(unit)]) * scale
         except ValueError:
             raise ValueError(f"memory must be bytes or text such as '2GB'; got {memory!r}") from None
-    if not 0 < size < float("inf"):
-        raise ValueError(f"memory must be a positive amount; got {memory!r}")
+    if not 1 <= size < float("inf"):
+        raise ValueError(f"memory must be a positive amount, at least one byte; got {memory!r}")
     return int(size)
 
 

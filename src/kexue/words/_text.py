@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ def classify(data: Any, on_error: str = "raise") -> tuple[Kind, Source]:
     """Tell what an input holds from its first element: ("paths" | "texts" | "tokens", the elements)."""
     if isinstance(data, os.PathLike):
         return "paths", Source([Path(data)], on_error)
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             "expected an iterable of texts or of token lists, a pathlib.Path or several of them; "
             f"got {type(data).__name__}" + (" (put a single text into a list)" if isinstance(data, str) else "")
@@ -176,7 +176,10 @@ def check_words(tokens: Iterable[Any], where: str) -> list[str]:
 
 def _tokenized(texts: Iterable[str], tokenize: Tokenize) -> Iterator[list[str]]:
     for number, text in enumerate(texts):
-        yield check_words(tokenize(text), f"tokenize(document {number})")
+        tokens = tokenize(text)
+        if not isinstance(tokens, Iterable):
+            raise TypeError(f"tokenize must return a sequence of str; got {tokens!r} for document {number}")
+        yield check_words(tokens, f"tokenize(document {number})")
 
 
 def _encode_tokens(documents: Iterable[list[str]], bar: Bar) -> Encoded:

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
 
 from kexue._checks import check_choice, check_int
 from kexue._files import replaced_folder
 from kexue._progress import Bar, progress
 from kexue.words import _count
-from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_order
+from kexue.words._jobs import Executor, Job, Task, check_counting, identity, in_order
 from kexue.words._merge import write_batches
 from kexue.words._runs import parse_memory
 from kexue.words._shards import Shard, Source, in_mb, shards, total_size
@@ -180,7 +180,7 @@ class CooccurrenceCounter(BaseEstimator):
             "counts": "word pairs",
             "window": int(self.window),
             "weighting": self.weighting,
-            "tokenize": None if self.tokenize is None else _identity(self.tokenize),
+            "tokenize": None if self.tokenize is None else identity(self.tokenize),
         }
         return Job(settings, parse_memory(self.memory), int(self.n_jobs), self.executor, folder)
 
@@ -515,7 +515,16 @@ class CooccurrenceCounter(BaseEstimator):
             lower = self._lower
             arrays = (np.array(part) for part in (lower.data, lower.indices, lower.indptr))
             state |= {"_lower": csr(*arrays), "_mapped": False}
+        if not isinstance(state["executor"], str):  # pools cannot be pickled; the counts do not need one
+            state["executor"] = None
         return {**state, "_files": None}
+
+    def __sklearn_clone__(self) -> CooccurrenceCounter:
+        # A clone counts with the same executor: pools cannot be copied, and `clone` copies what is no estimator.
+        settings = self.get_params(deep=False)
+        executor = settings.pop("executor")
+        copied = {name: clone(value, safe=False) for name, value in settings.items()}
+        return type(self)(**copied, executor=executor)
 
     @property
     def matrix_(self) -> sparse.csr_matrix:
@@ -573,12 +582,3 @@ class CooccurrenceCounter(BaseEstimator):
                 done = True
             finally:
                 self._files = job.close(done)
-
-
-def _identity(tokenize: Tokenize) -> str:
-    """A name for a tokenizer: its configuration, or the name of the function."""
-    config = getattr(tokenize, "to_config", None)
-    if callable(config):
-        return digest(config())
-    kind = tokenize if hasattr(tokenize, "__qualname__") else type(tokenize)
-    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"

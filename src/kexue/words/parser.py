@@ -295,6 +295,7 @@ class TemplateParser:
             present.size,
             self.null_score,
         )
+        score = score + 0.0  # 0 instead of -0.0
         return _tree(tokens, bounds.tolist(), score.tolist(), fixed.tolist(), positions.tolist())
 
     def _words(self, text: Any) -> list[str]:

@@ -246,6 +246,8 @@ class Segmenter:
     def to_jieba_dict(self, path: str | os.PathLike[str]) -> None:
         """Write a dictionary for jieba (`word count` per line), for `jieba.Tokenizer(path)` with `HMM=False`.
 
+        jieba joins neighbouring Latin letters and digits, and may take another one of equally probable paths.
+
         Raises:
             ValueError: A word contains white space, which jieba's format cannot hold.
         """
