@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from kexue.words import CooccurrenceCounter, NGramCounter, PMIEmbedding, WordDiscovery
+from kexue.words import _executors as executors_module
 from kexue.words import _jobs as jobs_module
 from kexue.words._shards import shards, spans
 from kexue.words._spill import Run, RunWriter, in_batches, merge_batches
@@ -226,7 +227,7 @@ def test_a_ray_worker_that_dies_neither_loses_nor_doubles_a_count(files, tmp_pat
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         flag = tmp_path / "died"
-        workers = jobs_module._Ray(2)
+        workers = executors_module.RayWorkers(2)
         future = workers.submit(die_once, str(tmp_path / "out"), str(flag))
         workers.result(future)  # Ray runs the task again on a new worker
         assert flag.exists()

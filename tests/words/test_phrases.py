@@ -210,3 +210,12 @@ def test_transform_refuses_what_is_not_tokens():
         miner.transform("new york")
     with pytest.raises(TypeError, match="token 1 must be a str; got 1"):
         miner.transform(["a", 1])
+
+
+def test_a_given_gain_alone_decides():
+    lines = split(CITY * 3)
+    plain = PhraseMiner(min_count=3, min_gain=0.0).fit(lines)
+    assert plain.min_npmi == -1.0
+    assert plain.phrases_ == PhraseMiner(min_count=3, min_npmi=-1.0).fit(lines).phrases_
+    assert set(PhraseMiner(min_count=3).fit(lines).phrases_) <= set(plain.phrases_)
+    assert PhraseMiner().min_npmi == 0.4

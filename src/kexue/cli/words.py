@@ -125,7 +125,7 @@ def phrases(
     corpus: Corpus,
     out: Out,
     min_count: Annotated[int | None, typer.Option(min=1, help="Least count of a phrase.")] = None,
-    min_gain: Annotated[float | None, typer.Option(help="Least gain of joining two words.")] = None,
+    min_gain: Annotated[float | None, typer.Option(help="Least gain of joining two words; it alone decides.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Words of the longest phrase.")] = None,
     min_npmi: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Least normalised mutual information of its words.")

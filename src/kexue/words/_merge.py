@@ -7,6 +7,7 @@ read. Keys of word pairs have no alphabet.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import reduce
@@ -18,9 +19,21 @@ from numpy.typing import NDArray
 
 from kexue.words._jobs import Job, Task, digest
 from kexue.words._keys import Layout, Table, bound, widened
-from kexue.words._spill import Batch, Run, RunWriter, cuts, fan_in, group_rows, in_batches, merge_batches, within
+from kexue.words._spill import (
+    Batch,
+    Run,
+    RunWriter,
+    cuts,
+    fan_in,
+    group_rows,
+    in_batches,
+    mapped,
+    merge_batches,
+    within,
+)
 
 _Border = list[int] | None
+_FORMAT, _VERSION = "kexue.ngrams", 1
 
 
 def write_batches(path: str | Path, batches: Iterable[Batch], rows: int) -> None:
@@ -119,3 +132,33 @@ class Merging:
     def _borders(self, ranges: int) -> list[_Border]:
         firsts = [widened(run.firsts, self.order, _alphabet(run), self.alphabet) for run in self.runs]
         return [None, *(key.tolist() for key in cuts(firsts, [run.sizes for run in self.runs], ranges)), None]
+
+
+def describe_table(folder: Path, alphabet: NDArray[np.uint32], order: int, min_count: int) -> None:
+    """Write what the arrays of a table in a folder mean."""
+    about = {"format": _FORMAT, "version": _VERSION, "order": order, "min_count": min_count}
+    text = json.dumps({**about, "alphabet": alphabet.tolist()})
+    (folder / "table.json").write_text(text, encoding="utf-8")
+
+
+def read_table(folder: Path, memory: int) -> Table:
+    """A table that lies in a folder: in memory when it takes at most ``memory`` bytes, else mapped.
+
+    Raises:
+        ValueError: Not such a folder, damaged, or another format version.
+    """
+    try:
+        about = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        kind, version = about["format"], about["version"]
+        alphabet, order = np.array(about["alphabet"], np.uint32), int(about["order"])
+        keys, counts = mapped(folder / "keys.npy"), mapped(folder / "counts.npy")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no n-gram counts or is damaged: {error}") from None
+    if kind != _FORMAT or version != _VERSION:
+        raise ValueError(f"{folder}: expected {_FORMAT} version {_VERSION}; got {kind} version {version}")
+    layout = Layout.of(order, alphabet.size)
+    if keys.shape != (len(counts), layout.words):
+        raise ValueError(f"{folder} is damaged: {len(counts)} counts for keys of shape {keys.shape}")
+    if keys.nbytes + counts.nbytes <= memory:
+        return Table(alphabet, layout, np.array(keys), np.array(counts))
+    return Table(alphabet, layout, keys, counts, mapped=True)

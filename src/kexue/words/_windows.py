@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,15 @@ import numpy.typing as npt
 
 from kexue._progress import Bar
 from kexue.words import _count
-from kexue.words._jobs import Job, Task, digest, publish
+from kexue.words._jobs import Job, Task, digest
 from kexue.words._merge import merge_runs, write_batches
-from kexue.words._spill import ArrayWriter, group_rows
-from kexue.words._text import Encoded, Kind, Tokenize, encode_items
+from kexue.words._spill import group_rows
+from kexue.words._text import Encoded
+from kexue.words._triangle import read_triangle, write_triangle
 
 _CHUNK = 1 << 20  # ids that are renumbered at a time
 _WORD_COST = 300  # bytes of a word of the vocabulary: the str, its number, its places in list, dict and arrays
 _TOKEN_COST = 24  # bytes of a token while its windows are counted: word, position, copies, what allocators keep
-
-
-def encode_shard(path: str, kind: Kind, items: list[Any], tokenize: Tokenize | None, memory: int) -> None:
-    """Task: number the words of a shard and write them to a folder."""
-    target = Path(path)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".read-"))
-    try:
-        with ArrayWriter(temporary / "ids.npy", "<i4") as out:
-            found = encode_items(kind, items, tokenize, out.append, read_size(memory))
-        found.save(temporary)
-        publish(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def read_size(memory: int) -> int:
-    """Bytes of a file that are read at once within a budget."""
-    return int(np.clip(memory // 32, 1 << 16, 1 << 25))
 
 
 @functools.lru_cache(maxsize=2)
@@ -123,6 +105,44 @@ def _as_int32(chunk: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     if chunk.dtype.itemsize > 4 or chunk.dtype == np.uint32:
         return np.where((chunk >= 0) & (chunk < 1 << 31), chunk, -1).astype(np.int32)
     return np.array(chunk, np.int32)
+
+
+def pairs_of_tokens(
+    tokens: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.int64],
+    n_jobs: int,
+    memory: int,
+    new_job: Callable[[], Job],
+    bar: Bar,
+) -> tuple[tuple[Any, Any, Any, bool], Any]:
+    """Count the pairs of words that lie in memory; the pairs go to disk when they outgrow it.
+
+    Returns:
+        (indptr, columns, values, whether they are mapped), and the temporary folder that they are mapped from.
+    """
+    found: list[_count.Rows] = []
+    rows = _count.pair_rows(tokens, counts, weights, n_jobs, memory)
+    held = 0
+    for some in rows:
+        found.append(some)
+        held += some.nbytes
+        bar.advance(len(some.ends))
+        if 4 * held > memory:
+            break
+    else:
+        return (*_count.assemble(found, len(counts)), False), None
+    job, done = new_job(), False
+    try:
+        path = job.path("triangle", "0", "")
+        path.mkdir()
+        batches = (some.batch() for some in itertools.chain(_count.emptied(found), rows))
+        write_triangle(path, batches, len(counts), lambda amount: bar.advance(0))
+        pairs = read_triangle(path, job.memory // 4)
+        done = True
+    finally:
+        files = job.close(done)
+    return pairs, files
 
 
 def _buffers(

@@ -12,13 +12,10 @@ Ray cluster or any executor (`_jobs`), always to the same bits.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +29,14 @@ from kexue._checks import check_choice, check_int
 from kexue._files import replaced_folder
 from kexue._progress import Bar, progress
 from kexue.words import _count
-from kexue.words._jobs import Executor, Job, Task, check_counting, identity, in_order
+from kexue.words._executors import Executor
+from kexue.words._jobs import Job, check_counting, identity
 from kexue.words._merge import write_batches
+from kexue.words._reading import count_words, read_here, read_shards, word_totals
 from kexue.words._runs import parse_memory
-from kexue.words._shards import Shard, Source, in_mb, shards, total_size
+from kexue.words._shards import in_mb, total_size
 from kexue.words._spill import group_rows
-from kexue.words._text import Encoded, Kind, Tokenize, classify, encode_items, item_size
+from kexue.words._text import Encoded, Tokenize, classify
 from kexue.words._triangle import (
     canonical,
     csr,
@@ -49,13 +48,11 @@ from kexue.words._triangle import (
     write_triangle,
 )
 from kexue.words._vocabulary import by_count, distinct_words
-from kexue.words._windows import encode_shard, pairs_of_parts, read_size, token_stream
+from kexue.words._windows import pairs_of_parts, pairs_of_tokens, token_stream
 
 __all__ = ["CooccurrenceCounter"]
 
 _FORMAT, _VERSION = "kexue.cooccurrence", 1
-_MOST_TEXT = 1 << 25  # bytes of text that are numbered together
-_TOKEN_BYTES = 12  # of a word in memory: its id as read, its id in the vocabulary, its position
 
 
 class CooccurrenceCounter(BaseEstimator):
@@ -161,9 +158,14 @@ class CooccurrenceCounter(BaseEstimator):
         self._check()
         given = self._given_vocabulary()
         kind, source = classify(X, self.on_error)
-        in_memory = self.executor is None and self.folder is None
+        budget, n_jobs = parse_memory(self.memory), int(self.n_jobs)
         with progress("reading words", in_mb(total_size(source)), enabled=self.progress) as bar:
-            parts, job = self._read(kind, source, bar, in_memory)
+            parts: list[Encoded] | list[Path]
+            if self.executor is None and self.folder is None:
+                parts, job = read_here(kind, source, self.tokenize, budget, n_jobs, self._job, bar)
+            else:
+                job = self._job(self.folder)
+                parts = read_shards(kind, source, self.tokenize, job, bar)
         done = False
         try:
             self._count(parts, job, given)
@@ -175,7 +177,7 @@ class CooccurrenceCounter(BaseEstimator):
         self.skipped_ = list(source.skipped)
         return self
 
-    def _job(self, folder: Any) -> Job:
+    def _job(self, folder: Any = None) -> Job:
         settings = {
             "counts": "word pairs",
             "window": int(self.window),
@@ -184,72 +186,9 @@ class CooccurrenceCounter(BaseEstimator):
         }
         return Job(settings, parse_memory(self.memory), int(self.n_jobs), self.executor, folder)
 
-    def _read(self, kind: Kind, source: Source, bar: Bar, in_memory: bool) -> tuple[list[Any], Job | None]:
-        """Number the words of all shards: in memory (:class:`Encoded`) or on disk (folders of a job)."""
-        budget, n_jobs = parse_memory(self.memory), int(self.n_jobs)
-        parts: list[Any] = []
-        if in_memory:
-            size = int(np.clip(budget // (16 * n_jobs), 1 << 16, _MOST_TEXT))
-            files = total_size(source)
-            if files is not None:  # a share for every thread
-                size = max(1 << 16, min(size, files // n_jobs + 1))
-            pieces = shards(source, size, item_size)
-            held = 0
-            with ThreadPoolExecutor(n_jobs) as pool:
-                read = partial(self._encode, kind, read=read_size(budget // n_jobs))
-                found = in_order(pool, read, pieces, n_jobs - 1) if n_jobs > 1 else map(read, pieces)
-                for part, amount in found:
-                    parts.append(part)
-                    bar.advance(amount / 1e6)
-                    held += 2 * _TOKEN_BYTES * len(part.ids)
-                    if held > budget:
-                        break
-                else:
-                    return parts, None
-                # Too much for memory: what was read goes to disk, and the rest after it.
-                job = self._job(None)
-                try:
-                    parts = [self._to_disk(job, number, part) for number, part in enumerate(parts)]
-                    for part, amount in found:
-                        parts.append(self._to_disk(job, len(parts), part))
-                        bar.advance(amount / 1e6)
-                except BaseException:
-                    job.close(False)
-                    raise
-            return parts, job
-        job = self._job(self.folder)
-        try:
-            share = max(1, budget // job.parallel)
-            size = int(np.clip(share // _TOKEN_BYTES, 1 << 16, 1 << 28))
-            tasks = (
-                Task(shard.key, encode_shard, (kind, shard.items, self.tokenize, share), shard.size / 1e6)
-                for shard in shards(source, size, item_size, keys=True)
-            )
-            return list(job.run("read", tasks, "", bar.advance)), job
-        except BaseException:
-            job.close(False)
-            raise
-
-    def _encode(self, kind: Kind, shard: Shard, read: int) -> tuple[Encoded, int]:
-        return encode_items(kind, shard.items, self.tokenize, read=read), shard.size
-
-    @staticmethod
-    def _to_disk(job: Job, number: int, part: Encoded) -> Path:
-        path = job.path("read", f"{number:06d}", "")
-        path.mkdir()
-        part.save(path)
-        return path
-
     def _count(self, parts: list[Any], job: Job | None, given: list[str] | None) -> None:
         """Find the vocabulary and count the pairs of what was read."""
-        documents = tokens = 0
-        total: Counter[str] = Counter()
-        for part in parts:
-            found = part if isinstance(part, Encoded) else Encoded.load(part)
-            documents += len(found.offsets) - 1
-            tokens += len(found.ids)
-            total.update(dict(zip(found.words, found.counts().tolist(), strict=True)))
-            del found
+        total, documents, tokens = word_totals(parts)
         if given is None:
             words = self._select(total)
             if not words:
@@ -372,12 +311,7 @@ class CooccurrenceCounter(BaseEstimator):
         """
         kind, source = classify(X, self.on_error)
         with progress("reading words", in_mb(total_size(source)), enabled=self.progress) as bar:
-            total: Counter[str] = Counter()
-            for shard in shards(source, int(np.clip(parse_memory(self.memory) // 16, 1 << 16, _MOST_TEXT)), item_size):
-                part, amount = self._encode(kind, shard, read_size(parse_memory(self.memory)))
-                total.update(dict(zip(part.words, part.counts().tolist(), strict=True)))
-                bar.advance(amount / 1e6)
-        return total
+            return count_words(kind, source, self.tokenize, parse_memory(self.memory), bar)
 
     def merge(self, other: CooccurrenceCounter) -> CooccurrenceCounter:
         """The counts of both corpora together; exact, in any order and grouping.
@@ -442,7 +376,7 @@ class CooccurrenceCounter(BaseEstimator):
         self, parts: list[tuple[Any, npt.NDArray[np.int64] | None]], words: list[str], counts: Any, documents: int
     ) -> None:
         """Add triangles, each with the new number of every word (None: as it is), on disk."""
-        job, done = self._job(None), False
+        job, done = self._job(), False
         try:
             runs: list[Path] = []
             for lower, rank in parts:
@@ -558,27 +492,8 @@ class CooccurrenceCounter(BaseEstimator):
         weights, _ = _count.window_weights(int(self.window), self.weighting)
         tokens, counts = token_stream(parts, words, numbered)
         _count.check_range(int(counts.sum()), weights)
-        size, budget = len(words), parse_memory(self.memory)
-        found: list[_count.Rows] = []
-        with progress("counting pairs", total=size, enabled=self.progress) as bar:
-            rows = _count.pair_rows(tokens, counts, weights, int(self.n_jobs), budget)
-            held = 0
-            for some in rows:
-                found.append(some)
-                held += some.nbytes
-                bar.advance(len(some.ends))
-                if 4 * held > budget:
-                    break
-            else:
-                self._finish(words, counts, documents, (*_count.assemble(found, size), False))
-                return
-            job, done = self._job(None), False
-            try:
-                path = job.path("triangle", "0", "")
-                path.mkdir()
-                batches = (some.batch() for some in itertools.chain(_count.emptied(found), rows))
-                write_triangle(path, batches, size, lambda amount: bar.advance(0))
-                self._finish(words, counts, documents, read_triangle(path, job.memory // 4))
-                done = True
-            finally:
-                self._files = job.close(done)
+        budget = parse_memory(self.memory)
+        with progress("counting pairs", total=len(words), enabled=self.progress) as bar:
+            pairs, files = pairs_of_tokens(tokens, counts, weights, int(self.n_jobs), budget, self._job, bar)
+        self._finish(words, counts, documents, pairs)
+        self._files = files

@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.words._cutting import Cutter
-from kexue.words._jobs import Executor, check_counting
+from kexue.words._executors import Executor
+from kexue.words._jobs import check_counting
 from kexue.words._keys import bound
 from kexue.words._lexicon import Lexicon, description, piece_size, remove_redundant
 from kexue.words._runs import as_source, parse_memory, rereadable, whole_runs

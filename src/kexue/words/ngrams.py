@@ -33,17 +33,17 @@ from numpy.typing import NDArray
 from kexue._checks import check_int
 from kexue._files import replaced_folder
 from kexue._progress import Bar, progress
-from kexue.words._jobs import Executor, Job, Task, check_counting, digest, in_order
-from kexue.words._keys import Layout, Table, bound, count_text, merge
-from kexue.words._merge import Merging, merge_runs, write_table
+from kexue.words._executors import Executor
+from kexue.words._jobs import Job, Task, check_counting, digest, in_order
+from kexue.words._keys import Table, bound, count_text, merge
+from kexue.words._merge import Merging, describe_table, merge_runs, read_table, write_table
 from kexue.words._runs import as_source, check_text, chunks, code_points, parse_memory, rereadable
 from kexue.words._shards import Source, in_mb, shards, total_size
-from kexue.words._spill import ArrayWriter, group_rows, in_batches, mapped
+from kexue.words._spill import ArrayWriter, group_rows, in_batches
 
 _BYTES_PER_CHARACTER = 48  # text, code points, keys, sorted copy and table of one chunk, per character
 _MAX_CHUNK = 1 << 22  # larger chunks are not faster
 _MOST_SHARD = 1 << 28  # bytes of text of one task
-_FORMAT, _VERSION = "kexue.ngrams", 1
 
 
 class _Stack:
@@ -105,35 +105,6 @@ def count_shard(path: str, items: list[Any], order: int, memory: int) -> None:
         else:
             write_table(Path(folder) / "all", stack.finish(order), rows)
         os.replace(Path(folder) / "all", target)
-
-
-def _describe(folder: Path, alphabet: NDArray[np.uint32], order: int, min_count: int) -> None:
-    about = {"format": _FORMAT, "version": _VERSION, "order": order, "min_count": min_count}
-    text = json.dumps({**about, "alphabet": alphabet.tolist()})
-    (folder / "table.json").write_text(text, encoding="utf-8")
-
-
-def read_table(folder: Path, memory: int) -> Table:
-    """A table that lies in a folder: in memory when it takes at most ``memory`` bytes, else mapped.
-
-    Raises:
-        ValueError: Not such a folder, damaged, or another format version.
-    """
-    try:
-        about = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        kind, version = about["format"], about["version"]
-        alphabet, order = np.array(about["alphabet"], np.uint32), int(about["order"])
-        keys, counts = mapped(folder / "keys.npy"), mapped(folder / "counts.npy")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no n-gram counts or is damaged: {error}") from None
-    if kind != _FORMAT or version != _VERSION:
-        raise ValueError(f"{folder}: expected {_FORMAT} version {_VERSION}; got {kind} version {version}")
-    layout = Layout.of(order, alphabet.size)
-    if keys.shape != (len(counts), layout.words):
-        raise ValueError(f"{folder} is damaged: {len(counts)} counts for keys of shape {keys.shape}")
-    if keys.nbytes + counts.nbytes <= memory:
-        return Table(alphabet, layout, np.array(keys), np.array(counts))
-    return Table(alphabet, layout, keys, counts, mapped=True)
 
 
 class NGramCounter:
@@ -316,7 +287,7 @@ class NGramCounter:
                     keys_out.append(keys)
                     counts_out.append(counts)
                     bar.advance(0, "merging")
-            _describe(temporary, merging.alphabet, self.order, self.min_count)
+            describe_table(temporary, merging.alphabet, self.order, self.min_count)
             os.chmod(temporary, 0o755)
             os.replace(temporary, final)
         return read_table(final, parse_memory(self.memory) // 4)
@@ -484,7 +455,7 @@ class NGramCounter:
                 for keys, counts in in_batches(table.keys, table.counts):
                     keys_out.append(keys)
                     counts_out.append(counts)
-            _describe(folder, table.alphabet, self.order, self.min_count)
+            describe_table(folder, table.alphabet, self.order, self.min_count)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], memory: int | str = "2GB") -> NGramCounter:

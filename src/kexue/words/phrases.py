@@ -106,10 +106,12 @@ class PhraseMiner:
 
     Args:
         min_count: Least number of occurrences of a phrase.
-        min_gain: A phrase is kept when its gain is above this, in nats per word of the text. 0 asks that joining pays
-            at all; to ask for g nats per occurrence of a phrase that is seen c times in N words, give g * c / N.
+        min_gain: A phrase is kept when its gain is above this, in nats per word of the text; None is 0, which asks that
+            joining pays at all. To ask for g nats per occurrence of a phrase that is seen c times in N words, give
+            g * c / N.
         max_length: Most words in a phrase.
-        min_npmi: Least normalised mutual information over the cuts of a phrase, in [-1, 1]; -1 leaves it to the gain.
+        min_npmi: Least normalised mutual information over the cuts of a phrase, in [-1, 1]. None is 0.4, which leaves
+            "of the" out; but where ``min_gain`` is given the gain alone decides (-1).
 
     Attributes:
         phrases_: Tuple of words -> gain F in nats per word of the text; largest gain first, ties by the words.
@@ -132,7 +134,17 @@ class PhraseMiner:
         ['new_york_city', 'or', 'new_york']
     """
 
-    def __init__(self, min_count: int = 5, min_gain: float = 0.0, max_length: int = 4, min_npmi: float = 0.4) -> None:
+    def __init__(
+        self,
+        min_count: int = 5,
+        min_gain: float | None = None,
+        max_length: int = 4,
+        min_npmi: float | None = None,
+    ) -> None:
+        if min_npmi is None:
+            min_npmi = 0.4 if min_gain is None else -1.0
+        if min_gain is None:
+            min_gain = 0.0
         check_int("min_count", min_count, 1)
         check_real("min_gain", min_gain)
         check_int("max_length", max_length, 2)
