@@ -322,7 +322,7 @@ def _learning(paths: list[Path], out: Path, skip_bad: bool, **read: Any) -> Iter
     from kexue.workbench.word_model import WordModel
 
     with (
-        interruptible(f"interrupted; {out} is as the last finished part left it"),
+        interruptible(f"interrupted; {out} holds what was finished. The same command goes on where it can"),
         option_names(skip_bad, "--skip-bad"),
         WordModel.writing(out) as model,
         tempfile.TemporaryDirectory() as folder,
@@ -364,7 +364,15 @@ def _answer(
         skipped = [{"path": path, "reason": reason} for path, reason in corpus.skipped] if corpus else []
         print_json({"model": str(model.folder), "part": part, "figures": figures, "skipped": skipped, **more})
     else:
-        print(f"{model.folder.name}: {part}: {summary(figures)}. Report: {report}")
+        print(f"{model.folder.name}: {part}: {summary(figures)}. Report: {_from_here(report)}")
+
+
+def _from_here(path: Path) -> Path:
+    """The shorter form of a path below the current folder."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # it is elsewhere; the current folder is the model itself, which was exchanged
+        return path
 
 
 def _trees(parse_text: Any, texts: Any) -> list[dict[str, Any]]:
