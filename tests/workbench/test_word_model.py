@@ -310,10 +310,13 @@ def test_runs_of_a_killed_count_go_when_another_text_is_counted(tmp_path, monkey
     short.write_text("an apple fell\nan apple rots\n" * 3, encoding="utf-8")
     monkeypatch.setattr(word_steps, "_LONG", 1000)
     runs = tmp_path / ".m.counts"
-    with suppress(KeyboardInterrupt), WordModel.writing(tmp_path / "m") as model:
-        with Counting().options(model, WordCorpus([long]), "vectors") as options:
-            options["folder"].mkdir(parents=True)
-            raise KeyboardInterrupt
+    with (
+        suppress(KeyboardInterrupt),
+        WordModel.writing(tmp_path / "m") as model,
+        Counting().options(model, WordCorpus([long]), "vectors") as options,
+    ):
+        options["folder"].mkdir(parents=True)
+        raise KeyboardInterrupt
     assert runs.is_dir()
     with WordModel.writing(tmp_path / "m") as model:
         corpus = WordCorpus([short])
