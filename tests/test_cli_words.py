@@ -350,6 +350,15 @@ def test_wrong_usage_ends_with_code_2(run, tmp_path, monkeypatch, arguments, mes
     assert message in err
 
 
+@pytest.mark.parametrize(("command", "option"), [("vocabulary", "--jieba"), ("vectors", "--word2vec")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(run, zh, tmp_path, command, option):
+    for target in (tmp_path / "none" / "file.txt", tmp_path):
+        code, _, err = run("words", command, zh, "--out", tmp_path / "m", option, target)
+        assert code == 2
+        assert option in err
+        assert not (tmp_path / "m").exists()
+
+
 def test_foreign_folders_and_files_are_not_touched(run, zh, tmp_path):
     foreign = tmp_path / "mine"
     foreign.mkdir()

@@ -97,6 +97,7 @@ def vocabulary(
     thresholds = _thresholds(min_pmi, order, method)
     _choice("--method", method, ("solidity", "adjacent"))
     _choice("--redundancy", redundancy, ("length", "article", "none"))
+    _has_folder("--jieba", jieba)
     counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
@@ -241,6 +242,7 @@ def vectors(
         raise typer.BadParameter("give either a CORPUS or --from-word2vec FILE")
     if binary and word2vec is None:
         raise typer.BadParameter("--binary belongs to --word2vec FILE")
+    _has_folder("--word2vec", word2vec)
     counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus or [], out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
@@ -418,6 +420,13 @@ def _counting(jobs: int | None, memory: str | None, executor: str | None, runs: 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise typer.BadParameter(f"expected one of {', '.join(allowed)}; got {value!r}", param_hint=option)
+
+
+def _has_folder(option: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written before the work begins, and not after it."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        what = f"{file} is a folder" if file.is_dir() else f"the folder {file.parent} does not exist"
+        raise typer.BadParameter(f"expected a file in a folder that exists; {what}", param_hint=option)
 
 
 def _thresholds(text: str, order: int, method: str) -> Any:
