@@ -432,6 +432,7 @@ def test_related_words_lie_near_each_other_on_the_map():
     same = np.equal.outer(np.arange(36) // 12, np.arange(36) // 12)
     assert distance[same].mean() < 0.5 * distance[~same].mean()
     assert word_map(vectors, range(4), list("abcd")) == []
+    assert word_map(np.outer(np.arange(1.0, 9.0), vectors[0]), range(8), list("abcdefgh")) == []
 
 
 def test_the_plot_of_norms_stays_on_its_canvas():
