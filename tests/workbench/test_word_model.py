@@ -359,7 +359,10 @@ def test_a_part_of_what_was_asked_for_is_no_answer(model):
     with WordTable.open(model.folder) as table:
         assert table.related("苹果")
         with pytest.raises(KeyError, match="'苹果火车' is not one word here; known parts of it: 苹果, 火车"):
-            table.related("苹果火车")
+            table.similar("苹果火车")
+        assert table.parts_of("苹果") == []
+        assert table.parts_of("苹果火车") == ["苹果", "火车"]
+        assert table.related("苹果火车") == table.analogy(["苹果", "火车"])
         with pytest.raises(KeyError, match="known parts of it"):
             table.analogy(["苹果", "火车"], ["苹果火车"])
 
@@ -372,7 +375,7 @@ def test_key_words_of_a_workspace_are_words_and_not_their_characters(tmp_path):
         assert {"苹", "苹果"} <= set(table.vectors.vocabulary_)
         assert {word for word, _ in table.keywords("苹果和火车")} == {"苹果", "和", "火车"}
         with pytest.raises(KeyError, match="not one word here"):
-            table.related("火苹")
+            table.similar("火苹")
 
 
 # report

@@ -143,7 +143,21 @@ class WordTable:
     def related(self, word: str, k: int = 10) -> Ranked:
         """Words that occur together with ``word`` more often than chance: ``(word, cosine)``, best first."""
         check_int("k", k, 1)
+        if parts := self.parts_of(word):
+            return self._shown(self.vectors.analogy(parts, [], k=k))
         return self._shown(self.vectors.related(self.find(word), k=k))
+
+    def parts_of(self, word: str) -> list[str]:
+        """The words that a typed word consists of, if it is several and each is known; else nothing.
+
+        :meth:`related` answers for their sum: in this model the mutual information of a set is the sum of its words'.
+        """
+        try:
+            self.find(word)
+        except KeyError:
+            parts = list(dict.fromkeys(self._cut(word)))
+            return parts if len(parts) > 1 and all(part in self.vectors.vocabulary_ for part in parts) else []
+        return []
 
     def similar(self, word: str, k: int = 10, n_context: int = 10_000) -> Ranked:
         """Words that could stand in the place of ``word``: ``(word, correlation)``, best first.
