@@ -96,6 +96,13 @@ def test_vocabulary_finds_the_words_and_prints_them(run, zh, tmp_path):
     assert {word for word in segmenter.vocabulary if len(word) > 1} == set(WORDS)
 
 
+def test_the_report_is_named_as_it_can_be_typed(run, zh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Report: model/report.html\n" in run("words", "vocabulary", zh, "--out", "model")[1]
+    monkeypatch.chdir(tmp_path / "model")  # which is exchanged meanwhile
+    assert f"Report: {tmp_path / 'model' / 'report.html'}\n" in run("words", "vocabulary", zh, "--out", "../model")[1]
+
+
 def test_vocabulary_in_json_and_as_a_dictionary_for_jieba(run, zh, tmp_path):
     out = tmp_path / "model"
     code, text, _ = run("words", "vocabulary", zh, "--out", out, "--jieba", tmp_path / "jieba.txt", "-k", 3, "--json")
@@ -210,6 +217,13 @@ def test_an_unknown_word_is_an_error_with_suggestions(run, english_model):
         code, text, err = run("words", *command, english_model, *words)
         assert (code, text) == (1, "")
         assert "did you mean 'hospital'" in err
+
+
+def test_a_word_model_is_told_from_a_workspace(run, english_model):
+    code, _, err = run("info", english_model)
+    assert code == 1
+    assert "not a kexue workspace but a word model" in err
+    assert "report.html" in err
 
 
 def test_word2vec_files_go_out_and_come_back(run, english_model, en, tmp_path):
@@ -334,6 +348,15 @@ def test_wrong_usage_ends_with_code_2(run, tmp_path, monkeypatch, arguments, mes
     code, text, err = run("words", *arguments)
     assert (code, text) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize(("command", "option"), [("vocabulary", "--jieba"), ("vectors", "--word2vec")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(run, zh, tmp_path, command, option):
+    for target in (tmp_path / "none" / "file.txt", tmp_path):
+        code, _, err = run("words", command, zh, "--out", tmp_path / "m", option, target)
+        assert code == 2
+        assert option in err
+        assert not (tmp_path / "m").exists()
 
 
 def test_foreign_folders_and_files_are_not_touched(run, zh, tmp_path):

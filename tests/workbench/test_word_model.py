@@ -19,7 +19,7 @@ from kexue.workbench.word_model import WordModel, is_model
 from kexue.workbench.word_queries import WordTable
 from kexue.workbench.word_report import norm_plot, write_word_report
 from kexue.workbench.word_steps import Counting, choose_words, learn_vectors
-from kexue.workbench.word_tokens import WordTokenizer, clauses
+from kexue.workbench.word_tokens import WordTokenizer, clauses, join_words, unspaced_share
 
 WORDS = ["苹果", "香蕉", "葡萄", "雪梨", "火车", "飞机", "汽车", "医院", "学校", "法院"]
 
@@ -75,6 +75,28 @@ def test_words_agree_with_the_segmenter_on_text_of_one_script():
     segmenter = Segmenter(dict.fromkeys([*WORDS, *"和与或是"], 5))
     for line in lines(50):
         assert WordTokenizer(segmenter)(line) == [w for w in segmenter.tokenize(line) if w != "。"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [(["новый", "год"], "новый год"), (["été", "à"], "été à"), (["👍", "👨"], "👍 👨"), (["กิน", "ข้าว"], "กิน·ข้าว")],
+)
+def test_words_of_a_phrase_have_spaces_between_them_where_their_script_has(words, text):
+    assert join_words(words) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"),
+    [
+        (["--- 12.5 %, *** 99 ***\n", "平方根"], 1.0),  # only letters are counted
+        (["two words", "平方"], 0.2),
+        (["ฉันกินข้าว ພາສາລາວ"], 1.0),
+        (["한국어 문장"], 0.0),
+        (["123"], 0.0),
+    ],
+)
+def test_the_share_of_unspaced_scripts_is_that_of_letters(texts, share):
+    assert unspaced_share(texts) == pytest.approx(share)
 
 
 def test_clauses_end_at_punctuation_and_keep_numbers_whole():
@@ -280,6 +302,28 @@ def test_runs_of_a_long_count_lie_beside_the_model_until_it_is_done(tmp_path, mo
     assert WordModel.open(tmp_path / "m").vectors.vectors_.shape[1] == 4
 
 
+def test_runs_of_a_killed_count_go_when_another_text_is_counted(tmp_path, monkeypatch):
+    from kexue.workbench import word_steps
+
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("an apple fell near the tree\nthe tree bears apples\n" * 40, encoding="utf-8")
+    short.write_text("an apple fell\nan apple rots\n" * 3, encoding="utf-8")
+    monkeypatch.setattr(word_steps, "_LONG", 1000)
+    runs = tmp_path / ".m.counts"
+    with (
+        suppress(KeyboardInterrupt),
+        WordModel.writing(tmp_path / "m") as model,
+        Counting().options(model, WordCorpus([long]), "vectors") as options,
+    ):
+        options["folder"].mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert runs.is_dir()
+    with WordModel.writing(tmp_path / "m") as model:
+        corpus = WordCorpus([short])
+        learn_vectors(model, corpus, choose_words(model, corpus), dim=2, min_count=1)
+    assert not runs.exists()
+
+
 def test_options_of_counting_reach_the_counter(tmp_path):
     path = tmp_path / "en.txt"
     path.write_text("an apple fell\n" * 9, encoding="utf-8")
@@ -311,7 +355,44 @@ def test_words_are_found_in_any_case_and_width(tmp_path):
             table.related("appel")
 
 
+def test_a_part_of_what_was_asked_for_is_no_answer(model):
+    with WordTable.open(model.folder) as table:
+        assert table.related("苹果")
+        with pytest.raises(KeyError, match="'苹果火车' is not one word here; known parts of it: 苹果, 火车"):
+            table.similar("苹果火车")
+        assert table.parts_of("苹果") == []
+        assert table.parts_of("苹果火车") == ["苹果", "火车"]
+        assert table.related("苹果火车") == table.analogy(["苹果", "火车"])
+        with pytest.raises(KeyError, match="known parts of it"):
+            table.analogy(["苹果", "火车"], ["苹果火车"])
+
+
+def test_key_words_of_a_workspace_are_words_and_not_their_characters(tmp_path):
+    alone = [f"{a}和{b}" for a in "苹果火车" for b in "苹果火车"] * 5  # these characters are words, too
+    documents = [Document(str(n), line) for n, line in enumerate(lines(300) + alone)]
+    with Workspace.build(documents, tmp_path / "ws", epochs=1, dim=16) as workspace:
+        table = WordTable.of_parts(workspace._parts)
+        assert {"苹", "苹果"} <= set(table.vectors.vocabulary_)
+        assert {word for word, _ in table.keywords("苹果和火车")} == {"苹果", "和", "火车"}
+        with pytest.raises(KeyError, match="not one word here"):
+            table.similar("火苹")
+
+
 # report
+
+
+def test_the_report_says_how_text_was_cut_into_words(model, tmp_path):
+    page = write_word_report(model).read_text(encoding="utf-8")
+    assert "Text was cut into lower-case words; of scripts without spaces the words of the vocabulary." in page
+    least = model.notes["vocabulary"]["settings"]["min_count"]
+    found = " / ".join(f"{value:g}" for value in model.notes["vocabulary"]["figures"]["min_pmi"])
+    assert f"was seen at least {least} times; its pointwise mutual information is at least {found}, chosen" in page
+    (tmp_path / "cut.txt").write_text("苹果 和 火车\n火车 或 飞机\n" * 9, encoding="utf-8")
+    with WordModel.writing(tmp_path / "other") as other:
+        corpus = WordCorpus([tmp_path / "cut.txt"])
+        learn_vectors(other, corpus, choose_words(other, corpus, "spaces"), dim=2, min_count=1)
+    page = write_word_report(other).read_text(encoding="utf-8")
+    assert "Text was cut into what stands between white space." in page
 
 
 def test_the_report_shows_what_the_parts_hold(model):
@@ -354,6 +435,7 @@ def test_related_words_lie_near_each_other_on_the_map():
     same = np.equal.outer(np.arange(36) // 12, np.arange(36) // 12)
     assert distance[same].mean() < 0.5 * distance[~same].mean()
     assert word_map(vectors, range(4), list("abcd")) == []
+    assert word_map(np.outer(np.arange(1.0, 9.0), vectors[0]), range(8), list("abcdefgh")) == []
 
 
 def test_the_plot_of_norms_stays_on_its_canvas():

@@ -30,6 +30,8 @@ def related(
     from kexue.workbench.word_queries import WordTable
 
     with WordTable.open(where) as table:
+        if parts := table.parts_of(word):
+            print(f"{word} is not one word here; the answer is for {' + '.join(parts)}", file=sys.stderr)
         _print_words(table.related(word, k), as_json)
 
 

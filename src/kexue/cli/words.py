@@ -97,6 +97,7 @@ def vocabulary(
     thresholds = _thresholds(min_pmi, order, method)
     _choice("--method", method, ("solidity", "adjacent"))
     _choice("--redundancy", redundancy, ("length", "article", "none"))
+    _has_folder("--jieba", jieba)
     counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
@@ -241,6 +242,7 @@ def vectors(
         raise typer.BadParameter("give either a CORPUS or --from-word2vec FILE")
     if binary and word2vec is None:
         raise typer.BadParameter("--binary belongs to --word2vec FILE")
+    _has_folder("--word2vec", word2vec)
     counting = _counting(jobs, memory, executor, runs)
     with _learning(
         corpus or [], out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
@@ -322,7 +324,7 @@ def _learning(paths: list[Path], out: Path, skip_bad: bool, **read: Any) -> Iter
     from kexue.workbench.word_model import WordModel
 
     with (
-        interruptible(f"interrupted; {out} is as the last finished part left it"),
+        interruptible(f"interrupted; {out} holds what was finished. The same command goes on where it can"),
         option_names(skip_bad, "--skip-bad"),
         WordModel.writing(out) as model,
         tempfile.TemporaryDirectory() as folder,
@@ -364,7 +366,15 @@ def _answer(
         skipped = [{"path": path, "reason": reason} for path, reason in corpus.skipped] if corpus else []
         print_json({"model": str(model.folder), "part": part, "figures": figures, "skipped": skipped, **more})
     else:
-        print(f"{model.folder.name}: {part}: {summary(figures)}. Report: {report}")
+        print(f"{model.folder.name}: {part}: {summary(figures)}. Report: {_from_here(report)}")
+
+
+def _from_here(path: Path) -> Path:
+    """The shorter form of a path below the current folder."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # it is elsewhere; the current folder is the model itself, which was exchanged
+        return path
 
 
 def _trees(parse_text: Any, texts: Any) -> list[dict[str, Any]]:
@@ -410,6 +420,13 @@ def _counting(jobs: int | None, memory: str | None, executor: str | None, runs: 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise typer.BadParameter(f"expected one of {', '.join(allowed)}; got {value!r}", param_hint=option)
+
+
+def _has_folder(option: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written before the work begins, and not after it."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        what = f"{file} is a folder" if file.is_dir() else f"the folder {file.parent} does not exist"
+        raise typer.BadParameter(f"expected a file in a folder that exists; {what}", param_hint=option)
 
 
 def _thresholds(text: str, order: int, method: str) -> Any:

@@ -59,6 +59,13 @@ class Manifest:
             raise WorkspaceError(f"{folder} {what}; expected a workspace made by `kexue build --out {folder}`")
         path = folder / NAME
         if not path.is_file():
+            from kexue.workbench.word_model import REPORT, is_model
+
+            if is_model(folder):
+                raise WorkspaceError(
+                    f"{folder} is not a kexue workspace but a word model: {folder / REPORT} shows what it holds, and "
+                    f"`kexue words` asks it"
+                )
             raise WorkspaceError(f"{folder} is not a kexue workspace: it has no {NAME}; give a folder that was built, "
                                  f"or build one with `kexue build --out NEW_FOLDER`")  # fmt: skip
         try:

@@ -35,7 +35,8 @@ def word_map(vectors: Any, rows: Sequence[int], labels: Sequence[str], seed: int
         seed: Seed of the layout.
 
     Returns:
-        A mark for each word on a canvas of ``WIDTH`` x ``HEIGHT``; none for fewer than five words.
+        A mark for each word on a canvas of ``WIDTH`` x ``HEIGHT``; none for fewer than five words, or for
+        words that all have the same vector but for its length.
     """
     if len(rows) < 5:
         return []
@@ -43,6 +44,8 @@ def word_map(vectors: Any, rows: Sequence[int], labels: Sequence[str], seed: int
 
     table = np.asarray(vectors)[list(rows)]
     table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    if float(np.ptp(table, axis=0).max()) < 1e-6:
+        return []  # all in one direction: there is nothing to lay out, and t-SNE would crash
     perplexity = min(12.0, (len(rows) - 1) / 3)
     flat = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, metric="cosine").fit_transform(table)
     return place(_on_canvas(flat), labels)

@@ -15,7 +15,7 @@ from kexue._checks import check_int
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import NAME as MANIFEST
 from kexue.workbench.word_model import WordModel, is_model
-from kexue.workbench.word_tokens import WordTokenizer
+from kexue.workbench.word_tokens import WordTokenizer, without_characters
 
 if TYPE_CHECKING:
     from kexue.words import PMIEmbedding
@@ -33,6 +33,7 @@ class WordTable:
         surface: Word -> the form in which it is shown.
         seen: Words of the corpus, also those too rare for a vector.
         close: Called by :meth:`close`.
+        cut: Cuts a text into words for :meth:`keywords`, each once; None takes ``tokenize``.
 
     Example:
         >>> from kexue.words import CooccurrenceCounter, PMIEmbedding
@@ -50,9 +51,11 @@ class WordTable:
         surface: Mapping[str, str] | None = None,
         seen: Container[str] = (),
         close: Callable[[], None] | None = None,
+        cut: Callable[[str], Sequence[str]] | None = None,
     ) -> None:
         self.vectors = vectors
         self._tokenize = tokenize or _typed(vectors)
+        self._cut = cut or self._tokenize
         self._surface = surface or {}
         self._seen = seen
         self._close = close
@@ -93,7 +96,14 @@ class WordTable:
         """
         if parts.words is None:
             raise KeyError("this workspace has no word vectors: its corpus is too small")
-        return cls(parts.words, parts.tokenizer, parts.surface, parts.tokens.ids, close)
+        tokenizer = parts.tokenizer
+
+        def cut(text: str) -> list[str]:
+            # The characters of a word, which search wants beside it, would outweigh the word.
+            tokens = tokenizer(text)
+            return tokens if tokenizer.segmenter is None else without_characters(tokens, True)
+
+        return cls(parts.words, tokenizer, parts.surface, parts.tokens.ids, close, cut)
 
     def close(self) -> None:
         """Close the files of a workspace."""
@@ -115,20 +125,39 @@ class WordTable:
         if not isinstance(word, str):
             raise TypeError(f"the word must be a str; got {word!r} of type {type(word).__name__}")
         folded = unicodedata.normalize("NFKC", word).casefold()
-        candidates = [word, folded, *self._tokenize(word)]
+        tokens = self._tokenize(word)
+        whole = [token for token in tokens if all(part in token for part in tokens)]  # not a part instead of the word
+        candidates = [word, folded, *whole]
         known = self.vectors.vocabulary_
         chosen = next((candidate for candidate in candidates if candidate in known), None)
         if chosen is not None:
             return chosen
         if any(candidate in self._seen for candidate in candidates):
             raise KeyError(f"{word!r} stands too seldom in this corpus to have a vector of its own")
+        if not whole and any(token in known for token in tokens):
+            parts = ", ".join(dict.fromkeys(self._surface.get(token, token) for token in tokens if token in known))
+            raise KeyError(f"{word!r} is not one word here; known parts of it: {parts}")
         self.vectors.index(word)  # raises, with suggestions
         raise KeyError(f"{word!r} is not in the vocabulary")
 
     def related(self, word: str, k: int = 10) -> Ranked:
         """Words that occur together with ``word`` more often than chance: ``(word, cosine)``, best first."""
         check_int("k", k, 1)
+        if parts := self.parts_of(word):
+            return self._shown(self.vectors.analogy(parts, [], k=k))
         return self._shown(self.vectors.related(self.find(word), k=k))
+
+    def parts_of(self, word: str) -> list[str]:
+        """The words that a typed word consists of, if it is several and each is known; else nothing.
+
+        :meth:`related` answers for their sum: in this model the mutual information of a set is the sum of its words'.
+        """
+        try:
+            self.find(word)
+        except KeyError:
+            parts = list(dict.fromkeys(self._cut(word)))
+            return parts if len(parts) > 1 and all(part in self.vectors.vocabulary_ for part in parts) else []
+        return []
 
     def similar(self, word: str, k: int = 10, n_context: int = 10_000) -> Ranked:
         """Words that could stand in the place of ``word``: ``(word, correlation)``, best first.
@@ -147,7 +176,7 @@ class WordTable:
 
     def keywords(self, text: str, k: int = 10) -> Ranked:
         """The words of a text that say most about it: ``(word, score)``, best first; empty if none is known."""
-        return self._shown(self.vectors.keywords(self._tokenize(text), k=k))
+        return self._shown(self.vectors.keywords(self._cut(text), k=k))
 
     def _shown(self, found: Ranked) -> Ranked:
         return [(self._surface.get(word, word), float(score)) for word, score in found]

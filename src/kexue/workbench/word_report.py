@@ -34,6 +34,12 @@ _TITLES = {
     "parses": "Parsed sentences",
     "vectors": "Word vectors",
 }
+_WAYS = {
+    "words": "lower-case words",
+    "lexicon": "lower-case words; of scripts without spaces the words of the vocabulary",
+    "characters": "lower-case words; of scripts without spaces single characters",
+    "spaces": "what stands between white space",
+}
 
 
 def write_word_report(model: WordModel, seed: int = 0) -> Path:
@@ -50,6 +56,8 @@ def write_word_report(model: WordModel, seed: int = 0) -> Path:
     values["name"] = model.folder.name
     values["skipped"] = _skipped(model.notes)
     values["settings"] = {name: _settings(note) for name, note in model.notes.items()}
+    values["cutting"] = _cutting(model.notes)
+    values["discovered"] = _discovered(model.notes.get("vocabulary", {}))
     if "vocabulary" in model.notes:
         values["by_length"] = _by_length(model)
     if "phrases" in model.notes:
@@ -83,6 +91,31 @@ def _facts(model: WordModel) -> list[tuple[str, str]]:
             found.append((figure(model.notes[part]["figures"][key]), label))
     characters = [note["corpus"]["characters"] for note in model.notes.values() if note.get("corpus")]
     return ([(figure(max(characters)), "characters of text")] if characters else []) + found
+
+
+def _cutting(notes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How text was cut into words: a sentence for each way."""
+    parts: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        kind = note.get("settings", {}).get("tokenizer")
+        if kind is None or "from_word2vec" in note["settings"]:
+            continue
+        if kind == "words" and note.get("corpus", {}).get("unspaced_share"):
+            kind = "lexicon" if note["settings"].get("lexicon") else "characters"
+        parts.setdefault(kind, []).append(_TITLES[name].lower())
+    several = len(parts) > 1
+    return [_WAYS[kind] + (f" ({', '.join(names)})" if several else "") for kind, names in parts.items()]
+
+
+def _discovered(note: Mapping[str, Any]) -> str:
+    """By which thresholds the vocabulary was found; empty if that is not known."""
+    settings, found = note.get("settings", {}), note.get("figures", {}).get("min_pmi")
+    if not found or "min_count" not in settings:
+        return ""
+    chosen = ", chosen from the text" if settings.get("min_pmi") == "auto" else ""
+    only = "In scripts without spaces only: e" if settings.get("unspaced_only") else "E"
+    least = f"{only}ach word was seen at least {settings['min_count']:,} times"
+    return f"{least}; its pointwise mutual information is at least {_value(found)}{chosen}."
 
 
 def _settings(note: Mapping[str, Any]) -> str:

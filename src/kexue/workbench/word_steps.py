@@ -63,14 +63,14 @@ class Counting:
         options: dict[str, Any] = {"n_jobs": self.jobs or threads(), "executor": self.executor}
         if self.memory is not None:
             options["memory"] = self.memory
+        beside = model.folder.with_name(f".{model.folder.name}.counts")
         folder = None if self.folder is None else Path(self.folder)
         if folder is None and corpus.characters >= _LONG:
-            folder = model.folder.with_name(f".{model.folder.name}.counts")
+            folder = beside
         if folder is not None:
             options["folder"] = folder / "-".join(str(word) for word in what if word is not None)
         yield options
-        if folder is not None and self.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # also what a killed count of another text has left there
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ neighbours must not see a word next to its own characters; here they are left ou
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from kexue.words import Segmenter
 
 KINDS = ("words", "spaces", "characters")
-_UNSPACED_LETTER = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in UNSPACED) + "]")
+_RANGES = "".join(f"{chr(low)}-{chr(high)}" for low, high in UNSPACED)
+_UNSPACED_LETTER = re.compile(f"[{_RANGES}]")
+# Hangul is cut like the others, but it has spaces between its words: it calls for no discovery.
+_NO_HANGUL = re.compile(f"(?:(?![\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff])[{_RANGES}])+")
+_NO_LETTERS = bytes(sorted(set(range(128)) - set(string.ascii_letters.encode())))
 
 # A clause ends at a line end, at punctuation of unspaced scripts, at a bracket or quotation mark, and at ASCII
 # punctuation that white space or the end follows (3.14 and example.org stay whole).
@@ -56,19 +61,33 @@ class WordTokenizer:
         tokens = self._tokenizer(text)
         if text.isascii():
             return tokens
-        words, repeated = [], 0
-        for token in tokens:
-            if repeated:  # a character of the word before
-                repeated -= 1
-                continue
-            if len(token) > 1 and is_unspaced(token):
-                length = _characters(token)
-                if length > 1:
-                    if self.segmenter is None:  # a pair, between its two characters
-                        continue
-                    repeated = length
-            words.append(token)
-        return words
+        return without_characters(tokens, self.segmenter is not None)
+
+
+def without_characters(tokens: Iterable[str], segmented: bool) -> list[str]:
+    """Tokens of :class:`kexue.words.Tokenizer` with what stands twice in unspaced scripts left out.
+
+    Args:
+        tokens: Each word of an unspaced script followed by its characters.
+        segmented: Whether words come from a segmenter; those of pairs of characters give way to the characters.
+
+    Example:
+        >>> without_characters(["平方", "平", "方", "根", "run"], True)
+        ['平方', '根', 'run']
+    """
+    words, repeated = [], 0
+    for token in tokens:
+        if repeated:  # a character of the word before
+            repeated -= 1
+            continue
+        if len(token) > 1 and is_unspaced(token):
+            length = _characters(token)
+            if length > 1:
+                if not segmented:  # a pair, between its two characters
+                    continue
+                repeated = length
+        words.append(token)
+    return words
 
 
 def is_unspaced(word: str) -> bool:
@@ -110,27 +129,32 @@ def clauses(text: str) -> Iterator[str]:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Words as people write them: without spaces between those of an unspaced script.
+    """Words in a row: with a space between them, or a dot between two of a script that has none.
 
     Example:
-        >>> join_words(["word", "vectors"]), join_words(["宝玉", "道"])
-        ('word vectors', '宝玉·道')
+        >>> join_words(["word", "vectors"]), join_words(["новый", "год"]), join_words(["宝玉", "道"])
+        ('word vectors', 'новый год', '宝玉·道')
     """
     out = ""
     for word in words:
         if out:
-            out += " " if out[-1].isascii() or word[0].isascii() else "·"
+            out += "·" if is_unspaced(out[-1]) and is_unspaced(word) else " "
         out += word
     return out
 
 
 def unspaced_share(texts: Iterable[str]) -> float:
-    """Share of ideographs, kana and their like among the letters of the texts."""
+    """Share of the letters of the texts that belong to scripts without spaces: ideographs, kana, Thai and their like.
+
+    Example:
+        >>> unspaced_share(["平方根 = sqrt(2.0)"]), unspaced_share(["한국어"])
+        (0.42857142857142855, 0.0)
+    """
     letters = unspaced = 0
     for text in texts:
         if text.isascii():
-            letters += len(text)
+            letters += len(text.encode().translate(None, _NO_LETTERS))
             continue
-        letters += sum(character.isalpha() for character in text)
-        unspaced += sum("぀" <= c <= "ヿ" or "㐀" <= c <= "鿿" or "豈" <= c <= "﫿" or c >= "\U00020000" for c in text)
+        letters += sum(map(str.isalpha, text))
+        unspaced += sum(map(str.isalpha, "".join(_NO_HANGUL.findall(text))))
     return unspaced / letters if letters else 0.0
