@@ -24,7 +24,7 @@ from kexue.words import _jobs as jobs_module
 from kexue.words._shards import shards, spans
 from kexue.words._spill import Run, RunWriter, in_batches, merge_batches
 from reference.ngrams import ngram_counts
-from words.dying_tasks import bad_value, die_always, die_once
+from words.dying_tasks import bad_value, bad_value_after, die_always, die_once, until_unwanted
 
 
 class Split:
@@ -281,6 +281,16 @@ def test_processes_find_a_tokenizer_of_the_script(tmp_path):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
     assert done.stdout == "[2, 1]\n", done.stderr
+
+
+def test_threads_end_their_tasks_when_a_count_fails(tmp_path):
+    job = jobs_module.Job({}, 1 << 20, 2, None, tmp_path / "job")
+    note = str(tmp_path / "ended")
+    tasks = [jobs_module.Task("a", bad_value_after, (note,)), jobs_module.Task("b", until_unwanted, (note,))]
+    with pytest.raises(ValueError, match="bad bytes"):
+        list(job.run("x", tasks, ".txt"))
+    job.close(False)
+    assert (tmp_path / "ended").read_text() == "CancelledError"
 
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------

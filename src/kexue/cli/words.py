@@ -207,7 +207,7 @@ def vectors(
         list[Path] | None,
         typer.Argument(metavar="CORPUS...", help="Text files, folders, .jsonl, .csv, .parquet; - is standard input."),
     ] = None,
-    dim: Annotated[int, typer.Option(min=1, help="Width of the vectors.")] = 128,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Width of the vectors.")] = 128,
     window: Annotated[int, typer.Option(min=1, help="Words to each side that are context.")] = 10,
     min_count: Annotated[int | None, typer.Option(min=1, help="Least count of a word; 5 to 25 without.")] = None,
     sweeps: Annotated[int | None, typer.Option(min=1, help="Passes over the counts.")] = None,

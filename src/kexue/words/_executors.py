@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 _TRIES = 3  # of a task whose worker died
@@ -36,6 +36,20 @@ def check_executor(executor: Executor) -> None:
         raise ValueError(f"executor must be None, 'processes', 'ray' or an object with submit(); got {executor!r}")
 
 
+_THREAD = threading.local()
+
+
+def _listen(stop: threading.Event) -> None:
+    _THREAD.stop = stop
+
+
+def check_wanted() -> None:
+    """To be called now and then by a task: ends it if it runs in a thread whose count was interrupted or has failed."""
+    stop = getattr(_THREAD, "stop", None)
+    if stop is not None and stop.is_set():
+        raise CancelledError("the count was interrupted")
+
+
 class Workers:
     """Any object with ``submit(function, *arguments)`` that returns futures."""
 
@@ -56,9 +70,13 @@ class _Threads(Workers):
     """Threads of this process; the kernels release the interpreter lock."""
 
     def __init__(self, n_jobs: int) -> None:
-        super().__init__(ThreadPoolExecutor(n_jobs), n_jobs, 2 * n_jobs)
+        self._stop = threading.Event()
+        pool = ThreadPoolExecutor(n_jobs, initializer=_listen, initargs=(self._stop,))
+        super().__init__(pool, n_jobs, 2 * n_jobs)
 
     def close(self, done: bool) -> None:
+        if not done:
+            self._stop.set()  # a thread cannot be killed: tasks look whether they are still wanted
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kexue._progress import Bar
+from kexue.words._executors import check_wanted
 from kexue.words._numba import kernel
 from kexue.words._shards import Source, Span, file_size, not_utf8
 from kexue.words._spill import ArrayWriter, mapped
@@ -176,6 +177,7 @@ def check_words(tokens: Iterable[Any], where: str) -> list[str]:
 
 def _tokenized(texts: Iterable[str], tokenize: Tokenize) -> Iterator[list[str]]:
     for number, text in enumerate(texts):
+        check_wanted()
         tokens = tokenize(text)
         if not isinstance(tokens, Iterable):
             raise TypeError(f"tokenize must return a sequence of str; got {tokens!r} for document {number}")
@@ -307,6 +309,7 @@ def _encode_bytes(
     if keep is None:
         keep = ids.append
     for data, ends, whole in chunks:
+        check_wanted()
         buffer = np.frombuffer(data, np.uint8)
         out = np.empty(len(buffer) // 2 + 1, np.int32)
         bounds = np.zeros(len(ends), np.int64)

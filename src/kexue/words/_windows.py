@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from kexue._progress import Bar
 from kexue.words import _count
+from kexue.words._executors import check_wanted
 from kexue.words._jobs import Job, Task, digest
 from kexue.words._merge import merge_runs, write_batches
-from kexue.words._spill import group_rows
+from kexue.words._spill import Batch, group_rows
 from kexue.words._text import Encoded
 from kexue.words._triangle import read_triangle, write_triangle
 
@@ -60,7 +61,7 @@ def count_group(
             weights, _ = _count.window_weights(window, weighting)
             done.append(os.path.join(folder, str(len(done))))
             found = _count.pair_rows(tokens, counts, weights, n_jobs, memory, own)
-            write_batches(done[-1], (part.batch() for part in found), rows)
+            write_batches(done[-1], _while_wanted(found), rows)
         if len(done) > 1:
             merge_runs(os.path.join(folder, "all"), done, None, None, memory)
             done = [os.path.join(folder, "all")]
@@ -68,6 +69,12 @@ def count_group(
             done = [os.path.join(folder, "none")]
             write_batches(done[0], [], rows)
         os.replace(done[0], target)
+
+
+def _while_wanted(parts: Iterable[_count.Rows]) -> Iterator[Batch]:
+    for part in parts:
+        check_wanted()
+        yield part.batch()
 
 
 def token_stream(

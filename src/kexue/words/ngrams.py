@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from kexue._checks import check_int
 from kexue._files import replaced_folder
 from kexue._progress import Bar, progress
-from kexue.words._executors import Executor
+from kexue.words._executors import Executor, check_wanted
 from kexue.words._jobs import Job, Task, check_counting, digest, in_order
 from kexue.words._keys import Table, bound, count_text, merge
 from kexue.words._merge import Merging, describe_table, merge_runs, read_table, write_table
@@ -98,6 +98,7 @@ def count_shard(path: str, items: list[Any], order: int, memory: int) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
         stack = _Stack(memory // 6, lambda number: Path(folder) / f"{number}", rows)
         for text, own in chunks(items, _chunk_size(memory), order - 1):
+            check_wanted()
             stack.push(count_text(text, own, order))
         if stack.runs:
             stack.spill()
