@@ -160,6 +160,12 @@ def shards(source: Iterable[Any], size: int, check: Callable[[Any, int], int], k
         return full
 
     for number, item in enumerate(source):
+        if type(item) is str and not keys:  # nearly all texts, and there may be millions
+            current.items.append(item)
+            current.size += len(item)
+            if current.size >= size:
+                yield finish()
+            continue
         if isinstance(item, os.PathLike):
             state = os.stat(item)
             for span in spans(item, size):

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kexue.words._numba import kernel
+from kexue.words._numba import kernel, prefetch
+
+_AHEAD = 16  # occurrences of a word between the request for its neighbours and their use
 
 
 @kernel
@@ -50,9 +52,14 @@ def skip_grams(ids: NDArray[np.int32], offsets: NDArray[np.int64], window: int, 
     count, seen = np.zeros(words, np.int64), np.empty(words, np.int64)
     keys, counts, found = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
     for word in range(words):
+        if (starts[word + 1] - starts[word]) * window <= floor:
+            continue  # too rare for any pair
         different = 0
         for k in range(starts[word], starts[word + 1]):
             p = places[k]
+            coming = np.int64(places[min(k + _AHEAD, n - 1)])
+            prefetch(ids, coming)
+            prefetch(end, coming)
             for q in range(p + 1, end[p]):
                 other = ids[q]
                 if count[other] == 0:

@@ -126,6 +126,8 @@ def classify(data: Any, on_error: str = "raise") -> tuple[Kind, Source]:
             "expected an iterable of texts or of token lists, a pathlib.Path or several of them; "
             f"got {type(data).__name__}" + (" (put a single text into a list)" if isinstance(data, str) else "")
         )
+    if isinstance(data, list) and data and set(map(type, data)) == {str}:
+        return "texts", Source(data, on_error)  # many small texts: no look at each of them
     if isinstance(data, Sequence) and data and isinstance(data[0], os.PathLike):
         return "paths", Source([*_same(data, os.PathLike, "a path")], on_error)
     items = iter(data)
@@ -265,13 +267,16 @@ def _text_chunks(texts: Iterable[str]) -> Iterator[_Chunk]:
     """Texts joined into UTF-8 buffers, with the end of each text."""
     pending: list[str] = []
     size = done = 0
-    for text in texts:
-        pending.append(text)
-        size += len(text)
+    items, at_once = iter(texts), 1
+    while some := list(itertools.islice(items, at_once)):
+        pending += some
+        length = sum(map(len, some))
+        size += length
         if size > _JOIN:
             yield _joined(pending, done)
             done += len(pending)
             pending, size = [], 0
+        at_once = int(min(1024, max(1, _JOIN * len(some) // (8 * (length + 1)))))  # as many as are small together
     if pending:
         yield _joined(pending, done)
 
