@@ -85,7 +85,7 @@ def counting(texts: list[str]) -> Table:
             "kexue": ours,
             "kexue, and saved to disk": saved,
             "kexue, two threads": lambda: ours(2),
-            "kexue, memory 64 MB (counted on disk)": spilled,
+            "kexue, memory 64 MB (pairs on disk)": spilled,
             "str.split + scipy COO": lambda: scipy_counts(texts),
         }
         peer, remarks = "str.split + scipy COO", []
