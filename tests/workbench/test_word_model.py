@@ -523,7 +523,7 @@ def test_a_build_uses_the_words_that_were_asked_for_and_tells_them(tmp_path):
         with Workspace.build(corpus, tmp_path / words, epochs=1, dim=8, words=words) as space:
             found[words] = space._parts.tokenizer("苹果和火车")
             assert space.info()["settings"]["words"] == words
-            figures = space.info()["figures"]["tokenise"]
+            figures = space.info()["figures"]["tokenise"]["choice"]
             assert figures["asked"] == words
             assert figures["unspaced_share"] == 1.0
         page = (tmp_path / words / "report.html").read_text(encoding="utf-8")

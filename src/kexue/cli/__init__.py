@@ -171,7 +171,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
     print(f"{folder}: built from {found['source']} with kexue {found['kexue']}")
     for name, figures in found["figures"].items():
         print(f"  {name:9} {summary(figures)}")
-    if chosen := explain(found["figures"].get("tokenise", {})):
+    if chosen := explain(found["figures"].get("tokenise", {}).get("choice", {})):
         print(f"  words: {chosen}")
     for title, rows in found["evaluation"].items():
         print(f"\n{title}")

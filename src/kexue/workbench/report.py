@@ -45,7 +45,7 @@ def write_report(
     text = page(
         "report.html.j2",
         figures=figures,
-        words=explain(figures.get("tokenise", {})),
+        words=explain(figures.get("tokenise", {}).get("choice", {})),
         timings=timings,
         tables=figures.get("evaluate", {}).get("tables", {}),
         signals=figures.get("index", {}).get("signals", {}),

@@ -117,7 +117,7 @@ def tokenise(context: Context) -> dict[str, Any]:
     read_characters = int(context.figures["read"]["characters"])
     # A lexicon from so much text is complete; the tables of the counter grow with the text.
     texts = _Texts(store, max(1, -(-read_characters // _MAX_DISCOVERED)))
-    segmenter, figures = decide(context.settings.words, _unspaced_share(store), read_characters, texts)
+    segmenter, choice = decide(context.settings.words, _unspaced_share(store), read_characters, texts)
     tokenizer = Tokenizer(segmenter)
     write_json(folder / parts.TOKENIZER, tokenizer.to_config())
     corpus = tokenize_corpus(store, tokenizer, folder / parts.TOKENS)
@@ -126,8 +126,10 @@ def tokenise(context: Context) -> dict[str, Any]:
     store.index_words(_token_lists(store, tokenizer, forms))
     store.close()
     write_json(folder / parts.SURFACE, _surface_forms(forms, corpus.ids))
+    found = {"discovered_words": choice["discovered_words"]} if "discovered_words" in choice else {}
     return {
-        **figures,
+        "choice": choice,  # in words: lexicon.explain
+        **found,
         "vocabulary": len(corpus.vocabulary),
         "tokens": int(len(corpus.head.values) + len(corpus.body.values)),
         "signals": {name: bool(on) for name, on in corpus.flags.items()},
