@@ -473,6 +473,21 @@ def test_phrases_are_found_kept_and_shown(run, tmp_path):
     assert "new york" in (tmp_path / "m" / "report.html").read_text(encoding="utf-8")
 
 
+def test_every_threshold_of_phrases_reaches_the_miner(run, tmp_path):
+    corpus = write(tmp_path / "en.txt", [f"{line} New York Times wrote it" for line in english_lines()])
+    options = {"--min-count": "3", "--min-gain": "0.001", "--max-length": "3", "--min-npmi": "0.9"}
+    code, _, err = run(
+        "words", "phrases", corpus, "--out", tmp_path / "m", *[x for pair in options.items() for x in pair]
+    )
+    assert code == 0, err
+    settings = json.loads((tmp_path / "m" / "model.json").read_text(encoding="utf-8"))["parts"]["phrases"]["settings"]
+    found = json.loads((tmp_path / "m" / "phrases.json").read_text(encoding="utf-8"))
+    for values in (settings, found):
+        assert {name: values[name] for name in ("min_count", "min_gain", "max_length", "min_npmi")} == {
+            "min_count": 3, "min_gain": 0.001, "max_length": 3, "min_npmi": 0.9,
+        }  # fmt: skip
+
+
 def questions(count=600, seed=0):
     draw = random.Random(seed)
     forms = ["{}的颜色是什么呢", "请问{}怎么样", "{}和{}哪个好"]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _MEMORY = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]?B)?\s*", re.I)
 
+_KINDS = ("auto", "words", "spaces", "characters")
+
 words_app = typer.Typer(no_args_is_help=True, help="Words, phrases, templates and word vectors of a text.")
 
 Corpus = Annotated[
@@ -44,7 +46,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The wor
 Kind = Annotated[
     str,
     typer.Option(
-        metavar="auto|words|spaces|characters",
+        metavar="|".join(_KINDS),
         help="How text is cut into words. words: lower-case words, in scripts without spaces those of the model's "
         "vocabulary; auto: the same, the vocabulary being discovered first where it is missing; spaces: the text is "
         "cut already; characters: single characters of scripts without spaces.",
@@ -126,7 +128,9 @@ def phrases(
     corpus: Corpus,
     out: Out,
     min_count: Annotated[int | None, typer.Option(min=1, help="Least count of a phrase.")] = None,
-    min_gain: Annotated[float | None, typer.Option(help="Least gain of joining two words; it alone decides.")] = None,
+    min_gain: Annotated[
+        float | None, typer.Option(help="Least gain of joining two words; without --min-npmi it alone decides.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Words of the longest phrase.")] = None,
     min_npmi: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Least normalised mutual information of its words.")
@@ -142,7 +146,7 @@ def phrases(
     as_json: Json = False,
 ) -> None:
     """Find phrases: neighbouring words that belong together."""
-    _choice("--tokenizer", tokenizer, ("auto", "words", "spaces", "characters"))
+    _choice("--tokenizer", tokenizer, _KINDS)
     with _learning(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
@@ -151,9 +155,8 @@ def phrases(
         from kexue.workbench.word_tokens import join_words
 
         words = choose_words(model, text, tokenizer)
-        figures = learn_phrases(
-            model, text, words, _given(min_count=min_count, min_gain=min_gain, max_length=max_length)
-        )
+        settings = _given(min_count=min_count, min_gain=min_gain, max_length=max_length, min_npmi=min_npmi)
+        figures = learn_phrases(model, text, words, settings)
         rows = phrase_rows(model.phrases, k)
         _answer(model, text, "phrases", figures, {"phrases": rows}, as_json)
         if not as_json:
@@ -181,7 +184,7 @@ def templates(
     as_json: Json = False,
 ) -> None:
     """Find sentence templates: patterns of words with slots."""
-    _choice("--tokenizer", tokenizer, ("auto", "words", "spaces", "characters"))
+    _choice("--tokenizer", tokenizer, _KINDS)
     with _learning(
         corpus, out, skip_bad, encoding=encoding, id_column=id_column, title_column=title_column,
         text_column=text_column, label_column=label_column,
@@ -237,7 +240,7 @@ def vectors(
     """Learn word vectors whose inner product is the pointwise mutual information."""
     _choice("--solver", solver, ("als", "adagrad", "spectral"))
     _choice("--model", tables, ("shared", "concat", "sum"))
-    _choice("--tokenizer", tokenizer, ("auto", "words", "spaces", "characters"))
+    _choice("--tokenizer", tokenizer, _KINDS)
     if bool(corpus) == (from_word2vec is not None):
         raise typer.BadParameter("give either a CORPUS or --from-word2vec FILE")
     if binary and word2vec is None:
@@ -291,7 +294,7 @@ def parse(
     """
     from kexue.workbench.word_model import WordModel, is_model
 
-    _choice("--tokenizer", tokenizer, ("auto", "words", "spaces", "characters"))
+    _choice("--tokenizer", tokenizer, _KINDS)
     if out is None:
         if not is_model(source) and source.exists():
             raise typer.BadParameter(f"{source} is a corpus; --out MODEL says where its templates and parses go")

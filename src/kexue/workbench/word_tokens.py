@@ -17,7 +17,6 @@ from kexue.words.tokenizer import UNSPACED
 if TYPE_CHECKING:
     from kexue.words import Segmenter
 
-KINDS = ("words", "spaces", "characters")
 _RANGES = "".join(f"{chr(low)}-{chr(high)}" for low, high in UNSPACED)
 _UNSPACED_LETTER = re.compile(f"[{_RANGES}]")
 # Hangul is cut like the others, but it has spaces between its words: it calls for no discovery.
