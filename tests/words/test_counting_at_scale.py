@@ -403,6 +403,25 @@ def test_a_tokenizer_has_the_same_identity_in_every_process():
     assert len(found) == 1
 
 
+def test_other_programs_can_add_up_the_runs_of_pairs(files, tmp_path):
+    import json
+
+    import pyarrow.parquet as pq
+
+    options = {"memory": "600KB", "folder": tmp_path / "job"}
+    counter = CooccurrenceCounter(window=6, min_count=2, **options).fit(sorted(files.glob("en*")))
+    runs = sorted((tmp_path / "job").glob("pairs-*.parquet"))
+    assert len(runs) > 1
+    (vocabulary,) = (tmp_path / "job").glob("vocabulary-*.json")
+    assert json.loads(vocabulary.read_text(encoding="utf-8")) == counter.vocabulary_
+    table = pq.read_table(runs).group_by("key0").aggregate([("count", "sum")]).sort_by("key0")
+    keys = table.column("key0").to_numpy()
+    pairs = counter.lower_.tocoo()
+    np.testing.assert_array_equal(keys >> np.uint64(32), pairs.row)
+    np.testing.assert_array_equal(keys & np.uint64(0xFFFFFFFF), pairs.col)
+    np.testing.assert_array_equal(table.column("count_sum").to_numpy(), pairs.data)
+
+
 def test_a_folder_belongs_to_one_count(tmp_path):
     NGramCounter(order=3, folder=tmp_path / "job").fit(["甲乙丙"])
     with pytest.raises(ValueError, match="holds a count with other settings"):

@@ -16,8 +16,9 @@ ln p(w) - sum ln p(parts) of its best segmentation is not above 1 ("article") or
 What we do differently, and why:
 - The author's thresholds (2, 4, 6) fit Chinese; on a small alphabet they find almost nothing. ``min_pmi="auto"`` tries
   multiples of (1, 2, 3), measures how briefly each lexicon describes the text (`_lexicon.description`), and takes the
-  largest multiple within 3 % of the shortest description. The 3 % were chosen on Chinese text (where they give the
-  author's thresholds or nearly so) and on synthetic languages of 40 and 400 letters.
+  largest multiple within 3 % of the shortest description. The 3 % were chosen on Chinese text (a novel gets the
+  author's thresholds, other kinds of text half or one and a half times these) and on synthetic languages of 40 and 400
+  letters.
 - Counts are exact for every order (the author's reader of KenLM files sums surviving 4-grams only).
 """
 
