@@ -5,9 +5,7 @@ Shapes: B batch, N rows, C classes, K candidates.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_real
+from kexue._tensors import compute_dtype, once_differentiable
 
 REDUCTIONS = ("none", "mean", "sum")
 MODES = ("info", "flat")
 LOG2E = math.log2(math.e)
 MIN_NORM = 1e-12  # a vector shorter than this has no direction: it counts as zero and gets no gradient
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -43,16 +37,6 @@ def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient with respect to x from that with respect to x / |x|."""
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * inverse
-
-
-def check_float(name: str, x: Any, dims: int | None = None) -> None:
-    """Raise TypeError unless ``x`` is a floating tensor, ValueError unless it has ``dims`` dimensions."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor; got dtype {x.dtype}")
-    if dims is not None and x.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions; got shape {tuple(x.shape)}")
 
 
 def check_temperature(temperature: Any) -> None:
@@ -109,39 +93,6 @@ def lse0(u: Tensor, dim: int = -1) -> Tensor:
     total = torch.exp(u - top).sum(dim)
     top = top.squeeze(dim)
     return top + torch.log1p(total + torch.expm1(-top))
-
-
-class _Once(torch.autograd.Function):
-    """Passes gradients on; differentiating them again raises."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("this loss is differentiable once; its gradient cannot be differentiated again")
-
-
-def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Make a second differentiation an error.
-
-    torch's decorator of this name only does so if the upstream gradient requires a gradient; a gradient penalty would
-    silently lose its effect. The Function must save its differentiable inputs: the gradients are tied to them.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            out = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph
-            return out
-        made = [x for x in out if x is not None]
-        anchors = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
-        tied = iter(_Once.apply(len(made), *made, *anchors))
-        return tuple(None if x is None else next(tied) for x in out)
-
-    return wrapper
 
 
 class _SplitScores(torch.autograd.Function):

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kexue.losses._common import LOG2E, compute_dtype, through_norm, unit_rows
+from kexue._tensors import compute_dtype
+from kexue.losses._common import LOG2E, through_norm, unit_rows
 
 BUDGET = 4 * 2**20  # scores kept at a time, 16 MiB in float32; larger problems are computed in blocks
 UNSHIFTED = 40.0

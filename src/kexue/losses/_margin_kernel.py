@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kexue.losses._common import (
-    LOG2E,
-    compute_dtype,
-    inverse_norms,
-    once_differentiable,
-    reduce_loss,
-    through_norm,
-    unit_rows,
-)
+from kexue._tensors import compute_dtype, once_differentiable
+from kexue.losses._common import LOG2E, inverse_norms, reduce_loss, through_norm, unit_rows
 from kexue.losses._margins import GAP
 from kexue.losses._shards import Shards
 

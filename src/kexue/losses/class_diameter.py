@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.losses._common import check_float, check_labels, compute_dtype
+from kexue._tensors import check_float, compute_dtype
+from kexue.losses._common import check_labels
 from kexue.losses.margin_softmax import MarginSoftmax
 
 __all__ = ["ClassDiameter", "MarginSchedule", "class_diameter", "ranking_certificate"]

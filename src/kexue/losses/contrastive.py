@@ -24,16 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_real
+from kexue._tensors import check_float, compute_dtype, once_differentiable
 from kexue.losses._common import (
     MODES,
-    check_float,
     check_modes,
     check_temperature,
-    compute_dtype,
     contrast_report,
     contrast_value,
     inverse_norms,
-    once_differentiable,
     reduce_loss,
 )
 from kexue.losses._contrast_kernel import run_pairs, run_self

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kexue.losses._common import check_float, check_labels, check_modes, contrast_report, reduce_loss, split_scores
+from kexue._tensors import check_float
+from kexue.losses._common import check_labels, check_modes, contrast_report, reduce_loss, split_scores
 
 __all__ = ["ContrastiveDiagnostics", "contrastive_diagnostics", "flat_cross_entropy"]
 

@@ -24,16 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.losses._common import (
-    REDUCTIONS,
-    check_float,
-    check_labels,
-    compute_dtype,
-    once_differentiable,
-    reduce_loss,
-    split_scores,
-    unit_rows,
-)
+from kexue._tensors import check_float, compute_dtype, once_differentiable
+from kexue.losses._common import REDUCTIONS, check_labels, reduce_loss, split_scores, unit_rows
 from kexue.losses._margin_kernel import MarginSoftmaxFunction, rows_per_block
 from kexue.losses._margins import Kind, margin_of_rows, resolve_margin, score, target_score
 from kexue.losses._shards import GatherRows, OwnRows, Shards

@@ -1,0 +1,21 @@
+"""The one file that imports from transformers whatever its versions move about; everything else imports it from here.
+
+Importing this module imports transformers (seconds): do it inside a function, or in a module that is loaded lazily.
+"""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
+
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "CacheLayerMixin",
+    "PreTrainedModel",
+    "PretrainedConfig",
+    "flash_attention_mask",
+    "sdpa_mask",
+]
