@@ -22,26 +22,37 @@ Shapes: B batch, H heads of k and v, G query heads for each of them, T time, M f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kexue.attention._contraction import safe_inverse
+from kexue.attention._threads import run_parts, split_heads
 
-ACTIVATIONS = ("none", "elu1")
+LOG2E = math.log2(math.e)
 
 
-def chunk_length(features: int) -> int:
-    """The chunk that was fastest: the block of scores should cost about as much as the state."""
-    return 64 if features <= 96 else 128
+CACHE = 2**17  # numbers of one chunk and its scratch arrays that should stay near the core
+
+
+def chunk_length(rows: int, features: int) -> int:
+    """Length of a chunk: what it costs to call operations against the scores above the diagonal, computed in vain."""
+    best = math.sqrt(2**21 / max(rows * features, 1))  # measured: 64 at 8 heads of 64
+    return min(256, max(32, 2 ** round(math.log2(best))))
+
+
+def block_rows(features: int, width: int) -> int:
+    """How many heads advance together: as many as fit into the cache, in chunks of 64."""
+    return max(1, CACHE // (64 * (features + width)))
 
 
 def _features(x: Tensor, mask: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     """One chunk (..., c, M) mapped, in the dtype of the computation, contiguous; masked tokens are 0."""
     x = x.to(dtype)
-    if activation == "elu1":
-        x = x.clamp(max=0).exp_().add_(x.clamp(min=0))
+    if activation == "elu1":  # exp2 is vectorised everywhere, exp is not
+        x = x.clamp(max=0).mul_(LOG2E).exp2_().add_(x.clamp(min=0))
     if mask is not None:
         x = torch.where(mask, x, 0.0)
     return x.contiguous()
@@ -57,14 +68,192 @@ class _Falls:
 
     def __init__(self, level: Tensor, start: Tensor, groups: int) -> None:
         # level (B * H, c, 1), start (B * H, 1, 1): logarithms, at each token and before the chunk
-        self.pairs = (level.mT - level).clamp_(max=0).exp_().repeat(1, groups, 1)  # (B * H, G * c, c)
-        self.carry = (start - level).clamp_(max=0).exp_().repeat(1, groups, 1)  # (B * H, G * c, 1)
-        self.end = level[:, -1:]
-        self.adds = (level - self.end).clamp_(max=0).exp_()  # (B * H, c, 1)
-        self.keep = (start - self.end).clamp_(max=0).exp_()  # (B * H, 1, 1)
+        level, start = level * LOG2E, start * LOG2E
+        end = level[:, -1:]
+        self.pairs = (level.mT - level).clamp_(max=0).exp2_().repeat(1, groups, 1)  # (B * H, G * c, c)
+        self.carry = (start - level).clamp_(max=0).exp2_().repeat(1, groups, 1)  # (B * H, G * c, 1)
+        self.adds = (level - end).clamp_(max=0).exp2_()  # (B * H, c, 1)
+        self.keep = (start - end).clamp_(max=0).exp2_()  # (B * H, 1, 1)
+
+
+def _inverse(den: Tensor) -> Tensor:
+    """1 / den, and 0 where den is 0 or below the normal numbers: nothing was seen. Overwrites den."""
+    tiny = torch.finfo(den.dtype).tiny
+    seen = den > tiny
+    return den.clamp_(min=tiny).reciprocal_().mul_(seen)
+
+
+def _parts(x: Tensor | None, chunk: int, axis: int, n: int) -> tuple[Tensor | None, ...]:
+    return (None,) * n if x is None else x.split(chunk, axis)
 
 
 def _forward_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    log_scale: Tensor | None,
+    s: Tensor,
+    z: Tensor,
+    start: Tensor,
+    o: Tensor,
+    inverse: Tensor | None,
+    states: Tensor | None,
+    sums: Tensor | None,
+    activation: str,
+    eps: float,
+    normalize: bool,
+    chunk: int,
+) -> None:
+    """Fill o, inverse, states and sums; turn s and z into the state after the last key."""
+    b, h, g, t, m = q.shape
+    e, dtype, rows = v.shape[-1], s.dtype, b * h
+    n = -(-t // chunk)
+    s3, z3 = s.reshape(rows, m, e), z.reshape(rows, 1, m)
+    start = start.reshape(rows, 1, 1)
+    levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
+    pieces = zip(
+        q.split(chunk, 3), k.split(chunk, 2), v.split(chunk, 2), o.split(chunk, 3), _parts(mask, chunk, 2, n),
+        _parts(levels, chunk, 1, n), _parts(inverse, chunk, 3, n),
+        strict=True,
+    )  # fmt: skip
+    for i, (qc, kc, vc, oc, live, level, inverse_c) in enumerate(pieces):
+        c = kc.shape[2]
+        qc = _features(qc, None, activation, dtype).view(rows, g * c, m)
+        kc = _features(kc, live, activation, dtype).view(rows, c, m)
+        vc = _values(vc, live, dtype).reshape(rows, c, e)
+        if states is not None and sums is not None:
+            states[i], sums[i] = s3.view(b, h, m, e), z3.view(b, h, 1, m)
+        scores = torch.bmm(qc, kc.mT)
+        if level is not None:
+            falls = _Falls(level, start, g)
+            scores.mul_(falls.pairs)
+            qc, kc = qc * falls.carry, kc * falls.adds
+        scores.view(rows, g, c, c).tril_()
+        out = torch.bmm(scores, vc).baddbmm_(qc, s3)
+        if normalize:
+            inv = _inverse(scores.sum(-1, keepdim=True).add_((qc * z3).sum(-1, keepdim=True)).add_(eps))
+            out.mul_(inv)
+            if inverse_c is not None:
+                inverse_c.copy_(inv.view(b, h, g, c, 1))
+        oc.copy_(out.view(b, h, g, c, e))
+        if level is not None:
+            s3.mul_(falls.keep)
+            z3.mul_(falls.keep)
+            start = level[:, -1:]
+        s3.baddbmm_(kc.mT, vc)
+        z3.add_(kc.sum(1, keepdim=True))
+
+
+def _backward_loop(
+    grad: Tensor,
+    later_s: Tensor,
+    later_z: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    log_scale: Tensor | None,
+    start: Tensor,
+    o: Tensor,
+    inverse: Tensor | None,
+    states: Tensor,
+    sums: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    activation: str,
+    chunk: int,
+) -> None:
+    """Fill dq, dk and dv; turn later_s and later_z, gradients of the last state, into those of the first."""
+    b, h, g, t, m = q.shape
+    e, dtype, rows = v.shape[-1], states.dtype, b * h
+    n = -(-t // chunk)
+    u, w = later_s.reshape(rows, m, e), later_z.reshape(rows, 1, m)
+    start = start.reshape(rows, 1, 1)
+    levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
+    pieces = list(
+        zip(
+            q.split(chunk, 3), k.split(chunk, 2), v.split(chunk, 2), grad.split(chunk, 3), o.split(chunk, 3),
+            dq.split(chunk, 3), dk.split(chunk, 2), dv.split(chunk, 2), _parts(mask, chunk, 2, n),
+            _parts(levels, chunk, 1, n), _parts(inverse, chunk, 3, n), states.unbind(), sums.unbind(),
+            strict=True,
+        )
+    )  # fmt: skip
+    for i in reversed(range(n)):
+        qc, kc, vc, gc, oc, dqc, dkc, dvc, live, level, inv, s, z = pieces[i]
+        c = kc.shape[2]
+        s, z = s.reshape(rows, m, e), z.reshape(rows, 1, m)
+        qc = phi_q = _features(qc, None, activation, dtype).view(rows, g * c, m)
+        kc = phi_k = _features(kc, live, activation, dtype).view(rows, c, m)
+        vc = _values(vc, live, dtype).reshape(rows, c, e)
+        gc = gc.to(dtype)
+        r = None
+        if inv is not None:
+            gc = gc * inv
+            r = (gc * oc).sum(-1, keepdim=True).neg_().view(rows, g * c, 1)
+        gc = gc.reshape(rows, g * c, e)
+        scores = torch.bmm(qc, kc.mT)
+        pairs = torch.bmm(gc, vc.mT) if r is None else torch.baddbmm(r, gc, vc.mT)
+        if level is not None:
+            before = start if i == 0 else pieces[i - 1][9][:, -1:]
+            falls = _Falls(level, before, g)
+            scores.mul_(falls.pairs)
+            pairs.mul_(falls.pairs)
+            phi_q, phi_k = qc * falls.carry, kc * falls.adds
+        scores.view(rows, g, c, c).tril_()
+        pairs.view(rows, g, c, c).tril_()
+        # queries: what they read from the state before the chunk, and from the chunk
+        to_q = torch.bmm(gc, s.mT)
+        if r is not None:
+            to_q.addcmul_(r, z)
+        if level is not None:
+            to_q.mul_(falls.carry)
+        to_q.baddbmm_(pairs, kc)
+        # keys and values: what the later chunks read from them, and what the chunk reads
+        to_k = torch.baddbmm(w, vc, u.mT)
+        to_v = torch.bmm(phi_k, u)
+        if level is not None:
+            to_k.mul_(falls.adds)
+        to_k.baddbmm_(pairs.mT, qc)
+        to_v.baddbmm_(scores.mT, gc)
+        if level is not None:
+            u.mul_(falls.keep)
+            w.mul_(falls.keep)
+        u.baddbmm_(phi_q.mT, gc)
+        if r is not None:
+            w.add_((phi_q * r).sum(1, keepdim=True))
+        if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
+            to_q.mul_(qc.clamp_(max=1))
+            to_k.mul_(kc.clamp_(max=1))
+        to_k, to_v = to_k.view(b, h, c, m), to_v.view(b, h, c, e)
+        if live is not None:
+            to_k, to_v = torch.where(live, to_k, 0.0), torch.where(live, to_v, 0.0)
+        dqc.copy_(to_q.view(b, h, g, c, m))
+        dkc.copy_(to_k)
+        dvc.copy_(to_v)
+
+
+def _blocks(q: Tensor, v: Tensor) -> Sequence[tuple[slice, slice]]:
+    """Blocks of heads that fit the cache, and at least as many as there are threads."""
+    b, h, g, _, m = q.shape
+    rows = max(1, block_rows(m, v.shape[-1]) // g)
+    if q.device.type != "cpu":
+        rows = max(b * h, 1)
+    return split_heads(b, h, max(1, min(rows, -(-b * h // torch.get_num_threads()))))
+
+
+def _of(block: tuple[slice, slice], *tensors: Tensor | None) -> list[Any]:
+    """The part of tensors (B, H or 1, ...) that belongs to a block of heads."""
+    batch, heads = block
+    return [None if x is None else x[batch, heads if x.shape[1] > 1 else slice(None)] for x in tensors]
+
+
+def _states_of(block: tuple[slice, slice], *tensors: Tensor) -> list[Any]:
+    return [x[:, block[0], block[1]] for x in tensors]
+
+
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -80,49 +269,24 @@ def _forward_loop(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, h, g, t, m = q.shape
-    e, dtype, rows = v.shape[-1], s.dtype, b * h
-    n = -(-t // chunk)
-    s = s.reshape(rows, m, e).clone()
-    z = z.reshape(rows, m, 1).clone()
-    o = q.new_empty(b, h, g, t, e, dtype=v.dtype)
+    e, n = v.shape[-1], -(-t // chunk)
+    s, z = s.clone(memory_format=torch.contiguous_format), z.clone(memory_format=torch.contiguous_format)
+    o = v.new_empty(b, h, g, t, e)
     inverse = s.new_empty(b, h, g, t if normalize and save else 0, 1)
-    states = s.new_empty(n if save else 0, rows, m, e)
-    sums = s.new_empty(n if save else 0, rows, m, 1)
-    level = None if log_scale is None else log_scale.reshape(rows, t, 1)
-    start = start.reshape(rows, 1, 1)
-    for i in range(n):
-        at = slice(i * chunk, min((i + 1) * chunk, t))
-        c = at.stop - at.start
-        live = None if mask is None else mask[:, :, at]
-        qc = _features(q[:, :, :, at], None, activation, dtype).view(rows, g * c, m)
-        kc = _features(k[:, :, at], live, activation, dtype).view(rows, c, m)
-        vc = _values(v[:, :, at], live, dtype).reshape(rows, c, e)
-        if save:
-            states[i], sums[i] = s, z
-        scores = torch.bmm(qc, kc.mT)
-        if level is not None:
-            falls = _Falls(level[:, at], start, g)
-            scores.mul_(falls.pairs)
-            qc = qc * falls.carry
-            kc = kc * falls.adds
-        scores.view(rows, g, c, c).tril_()
-        out = torch.bmm(scores, vc).baddbmm_(qc, s)
-        if normalize:
-            inv = safe_inverse(scores.sum(-1, keepdim=True).baddbmm_(qc, z).add_(eps))
-            out.mul_(inv)
-            if save:
-                inverse[:, :, :, at] = inv.view(b, h, g, c, 1)
-        o[:, :, :, at] = out.view(b, h, g, c, e)
-        if level is not None:
-            s.mul_(falls.keep)
-            z.mul_(falls.keep)
-            start = falls.end
-        s.baddbmm_(kc.mT, vc)
-        z.add_(kc.sum(1).unsqueeze(-1))
-    return o, inverse, states, sums, s.view(b, h, m, e), z.view(b, h, m)
+    states = s.new_empty(n if save else 0, b, h, m, e)
+    sums = s.new_empty(n if save else 0, b, h, 1, m)
+    blocks = _blocks(q, v)
+
+    def part(i: int) -> None:
+        tensors = _of(blocks[i], q, k, v, mask, log_scale, s, z, start, o, inverse if normalize and save else None)
+        tensors += _states_of(blocks[i], states, sums) if save else [None, None]
+        _forward_loop(*tensors, activation=activation, eps=eps, normalize=normalize, chunk=chunk)
+
+    run_parts(part, len(blocks), t * m * e >= 2**18)
+    return o, inverse, states, sums, s, z
 
 
-def _backward_loop(
+def _run_backward(
     grad: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
@@ -140,68 +304,17 @@ def _backward_loop(
     normalize: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, h, g, t, m = q.shape
-    e, dtype, rows = v.shape[-1], states.dtype, b * h
-    n = -(-t // chunk)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    later_s = grad_s.to(dtype).reshape(rows, m, e).clone()
-    later_z = grad_z.to(dtype).reshape(rows, 1, m).clone()
-    level = None if log_scale is None else log_scale.reshape(rows, t, 1)
-    for i in reversed(range(n)):
-        at = slice(i * chunk, min((i + 1) * chunk, t))
-        c = at.stop - at.start
-        live = None if mask is None else mask[:, :, at]
-        qc = phi_q = _features(q[:, :, :, at], None, activation, dtype).view(rows, g * c, m)
-        kc = phi_k = _features(k[:, :, at], live, activation, dtype).view(rows, c, m)
-        vc = _values(v[:, :, at], live, dtype).reshape(rows, c, e)
-        gc = grad[:, :, :, at].to(dtype)
-        scores = torch.bmm(qc, kc.mT)
-        if normalize:
-            gc = gc * inverse[:, :, :, at]
-            r = (gc * o[:, :, :, at]).sum(-1, keepdim=True).neg_().view(rows, g * c, 1)
-            gc = gc.reshape(rows, g * c, e)
-            pairs = torch.baddbmm(r, gc, vc.mT)
-        else:
-            gc = gc.reshape(rows, g * c, e)
-            pairs = torch.bmm(gc, vc.mT)
-        if level is not None:
-            before = start.reshape(rows, 1, 1) if i == 0 else level[:, at.start - 1 : at.start]
-            falls = _Falls(level[:, at], before, g)
-            scores.mul_(falls.pairs)
-            pairs.mul_(falls.pairs)
-            phi_q, phi_k = qc * falls.carry, kc * falls.adds
-        scores.view(rows, g, c, c).tril_()
-        pairs.view(rows, g, c, c).tril_()
-        # queries: what they read from the chunk, and from the state before it
-        carried = torch.bmm(gc, states[i].mT)
-        if normalize:
-            carried.baddbmm_(r, sums[i].mT)
-        if level is not None:
-            carried.mul_(falls.carry)
-        carried.baddbmm_(pairs, kc)
-        # keys and values: what the chunk reads from them, and what the later chunks read
-        to_k = torch.baddbmm(later_z, vc, later_s.mT)
-        to_v = torch.bmm(phi_k, later_s)
-        if level is not None:
-            to_k.mul_(falls.adds)
-        to_k.baddbmm_(pairs.mT, qc)
-        to_v.baddbmm_(scores.mT, gc)
-        if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
-            carried.mul_(qc.clamp(max=1))
-            to_k.mul_(kc.clamp(max=1))
-        to_k, to_v = to_k.view(b, h, c, m), to_v.view(b, h, c, e)
-        if live is not None:
-            to_k, to_v = torch.where(live, to_k, 0.0), torch.where(live, to_v, 0.0)
-        dq[:, :, :, at] = carried.view(b, h, g, c, m)
-        dk[:, :, at] = to_k
-        dv[:, :, at] = to_v
-        if level is not None:
-            later_s.mul_(falls.keep)
-            later_z.mul_(falls.keep)
-        later_s.baddbmm_(phi_q.mT, gc)
-        if normalize:
-            later_z.baddbmm_(r.mT, phi_q)
-    return dq, dk, dv, later_s.view(b, h, m, e), later_z.view(b, h, m)
+    ds, dz = (x.to(states.dtype).clone(memory_format=torch.contiguous_format) for x in (grad_s, grad_z))
+    blocks = _blocks(q, v)
+
+    def part(i: int) -> None:
+        tensors = _of(blocks[i], grad, ds, dz, q, k, v, mask, log_scale, start, o, inverse if normalize else None)
+        tensors += _states_of(blocks[i], states, sums) + _of(blocks[i], dq, dk, dv)
+        _backward_loop(*tensors, activation=activation, chunk=chunk)
+
+    run_parts(part, len(blocks), q.shape[3] * q.shape[-1] * v.shape[-1] >= 2**18)
+    return dq, dk, dv, ds, dz
 
 
 @torch.library.custom_op("kexue::causal_linear_attention", mutates_args=())
@@ -221,7 +334,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _forward_loop(q, k, v, mask, log_scale, s, z, start, activation, eps, normalize, chunk, save)
+        return _run(q, k, v, mask, log_scale, s, z, start, activation, eps, normalize, chunk, save)
 
 
 @_forward.register_fake
@@ -245,8 +358,8 @@ def _(
     return (
         q.new_empty(b, h, g, t, e, dtype=v.dtype),
         s.new_empty(b, h, g, t if normalize and save else 0, 1),
-        s.new_empty(n if save else 0, b * h, m, e),
-        s.new_empty(n if save else 0, b * h, m, 1),
+        s.new_empty(n if save else 0, b, h, m, e),
+        s.new_empty(n if save else 0, b, h, 1, m),
         s.new_empty(b, h, m, e),
         z.new_empty(b, h, m),
     )
@@ -272,7 +385,7 @@ def _backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _backward_loop(
+        return _run_backward(
             grad,
             grad_s,
             grad_z,
@@ -384,6 +497,8 @@ def causal_linear_attention(
         o (B, H, G, T, E) in the dtype of ``v``, and S and z after the last key.
     """
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, s, z))
-    chunk = chunk_length(q.shape[-1])
+    groups = q.shape[2] or 1
+    rows = min(k.shape[0] * k.shape[1], max(1, block_rows(q.shape[-1], v.shape[-1]) // groups))
+    chunk = chunk_length(rows * groups, q.shape[-1])
     o, _, _, _, s, z = _forward(q, k, v, mask, log_scale, s, z, start, activation, float(eps), normalize, chunk, wanted)
     return o, s, z
