@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import flash_attention_mask, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 __all__ = [
     "AttentionInterface",
@@ -16,6 +16,7 @@ __all__ = [
     "CacheLayerMixin",
     "PreTrainedModel",
     "PretrainedConfig",
-    "flash_attention_mask",
+    "bidirectional_mask_function",
+    "causal_mask_function",
     "sdpa_mask",
 ]

@@ -2,6 +2,14 @@
 
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from kexue.attention.linear import LinearAttentionState, linear_attention
+from kexue.attention.linear_layer import LinearAttention
 from kexue.attention.registry import register_attention
 
-__all__ = ["FEATURE_MAPS", "FeatureMap", "LinearAttentionState", "linear_attention", "register_attention"]
+__all__ = [
+    "FEATURE_MAPS",
+    "FeatureMap",
+    "LinearAttention",
+    "LinearAttentionState",
+    "linear_attention",
+    "register_attention",
+]

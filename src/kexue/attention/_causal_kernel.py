@@ -1,4 +1,4 @@
-"""Causal linear attention as an operator of torch: a loop over chunks, with a backward of its own.
+"""Causal linear attention: a loop over chunks, forward and backward.
 
     forward, chunk by chunk:  P = tril(Q K^T);  den = rowsum(P) + Q z;  o = (P V + Q S) / den;  S += K^T V;  z += sum K
     backward, last chunk first, with U = sum of Q^T G and u = sum of r Q over the later chunks:
@@ -14,8 +14,7 @@ With ``log_scale`` (features divided by exp of a running maximum m that never fa
 factor exp(m_j - m_i) <= 1, and the state falls by exp(m_start - m_end). The output does not depend on m: it gets no
 gradient.
 
-Being operators, they are one node for torch.compile and torch.export; a second derivative is an error (the plain form
-in ``_contraction`` has one). Everything accumulates in float32 for lower precision.
+Everything accumulates in float32 for lower precision.
 
 Shapes: B batch, H heads of k and v, G query heads for each of them, T time, M features, E width of v, c chunk.
 """
@@ -87,25 +86,9 @@ def _parts(x: Tensor | None, chunk: int, axis: int, n: int) -> tuple[Tensor | No
     return (None,) * n if x is None else x.split(chunk, axis)
 
 
-def _forward_loop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    s: Tensor,
-    z: Tensor,
-    start: Tensor,
-    o: Tensor,
-    inverse: Tensor | None,
-    states: Tensor | None,
-    sums: Tensor | None,
-    activation: str,
-    eps: float,
-    normalize: bool,
-    chunk: int,
-) -> None:
+def forward_loop(tensors: Sequence[Any], activation: str, eps: float, normalize: bool, chunk: int) -> None:
     """Fill o, inverse, states and sums; turn s and z into the state after the last key."""
+    q, k, v, mask, log_scale, s, z, start, o, inverse, states, sums = tensors
     b, h, g, t, m = q.shape
     e, dtype, rows = v.shape[-1], s.dtype, b * h
     n = -(-t // chunk)
@@ -145,27 +128,9 @@ def _forward_loop(
         z3.add_(kc.sum(1, keepdim=True))
 
 
-def _backward_loop(
-    grad: Tensor,
-    later_s: Tensor,
-    later_z: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    start: Tensor,
-    o: Tensor,
-    inverse: Tensor | None,
-    states: Tensor,
-    sums: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    activation: str,
-    chunk: int,
-) -> None:
+def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
     """Fill dq, dk and dv; turn later_s and later_z, gradients of the last state, into those of the first."""
+    grad, later_s, later_z, q, k, v, mask, log_scale, start, o, inverse, states, sums, dq, dk, dv = tensors
     b, h, g, t, m = q.shape
     e, dtype, rows = v.shape[-1], states.dtype, b * h
     n = -(-t // chunk)
@@ -253,7 +218,7 @@ def _states_of(block: tuple[slice, slice], *tensors: Tensor) -> list[Any]:
     return [x[:, block[0], block[1]] for x in tensors]
 
 
-def _run(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -280,13 +245,13 @@ def _run(
     def part(i: int) -> None:
         tensors = _of(blocks[i], q, k, v, mask, log_scale, s, z, start, o, inverse if normalize and save else None)
         tensors += _states_of(blocks[i], states, sums) if save else [None, None]
-        _forward_loop(*tensors, activation=activation, eps=eps, normalize=normalize, chunk=chunk)
+        forward_loop(tensors, activation, eps, normalize, chunk)
 
     run_parts(part, len(blocks), t * m * e >= 2**18)
     return o, inverse, states, sums, s, z
 
 
-def _run_backward(
+def run_backward(
     grad: Tensor,
     grad_s: Tensor,
     grad_z: Tensor,
@@ -311,194 +276,7 @@ def _run_backward(
     def part(i: int) -> None:
         tensors = _of(blocks[i], grad, ds, dz, q, k, v, mask, log_scale, start, o, inverse if normalize else None)
         tensors += _states_of(blocks[i], states, sums) + _of(blocks[i], dq, dk, dv)
-        _backward_loop(*tensors, activation=activation, chunk=chunk)
+        backward_loop(tensors, activation, chunk)
 
     run_parts(part, len(blocks), q.shape[3] * q.shape[-1] * v.shape[-1] >= 2**18)
     return dq, dk, dv, ds, dz
-
-
-@torch.library.custom_op("kexue::causal_linear_attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    s: Tensor,
-    z: Tensor,
-    start: Tensor,
-    activation: str,
-    eps: float,
-    normalize: bool,
-    chunk: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return _run(q, k, v, mask, log_scale, s, z, start, activation, eps, normalize, chunk, save)
-
-
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    s: Tensor,
-    z: Tensor,
-    start: Tensor,
-    activation: str,
-    eps: float,
-    normalize: bool,
-    chunk: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, h, g, t, m = q.shape
-    e, n = v.shape[-1], (t + chunk - 1) // chunk
-    return (
-        q.new_empty(b, h, g, t, e, dtype=v.dtype),
-        s.new_empty(b, h, g, t if normalize and save else 0, 1),
-        s.new_empty(n if save else 0, b, h, m, e),
-        s.new_empty(n if save else 0, b, h, 1, m),
-        s.new_empty(b, h, m, e),
-        z.new_empty(b, h, m),
-    )
-
-
-@torch.library.custom_op("kexue::causal_linear_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    grad_s: Tensor,
-    grad_z: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    start: Tensor,
-    o: Tensor,
-    inverse: Tensor,
-    states: Tensor,
-    sums: Tensor,
-    activation: str,
-    normalize: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return _run_backward(
-            grad,
-            grad_s,
-            grad_z,
-            q,
-            k,
-            v,
-            mask,
-            log_scale,
-            start,
-            o,
-            inverse,
-            states,
-            sums,
-            activation,
-            normalize,
-            chunk,
-        )
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_s: Tensor,
-    grad_z: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    start: Tensor,
-    o: Tensor,
-    inverse: Tensor,
-    states: Tensor,
-    sums: Tensor,
-    activation: str,
-    normalize: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, h, _, _, m = q.shape
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        states.new_empty(b, h, m, v.shape[-1]),
-        states.new_empty(b, h, m),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, mask, log_scale, s, z, start, activation, _, normalize, chunk, save = inputs
-    o, inverse, states, sums, _, _ = output
-    if not save:
-        raise RuntimeError("causal_linear_attention: save must be True where a gradient is wanted")
-    ctx.save_for_backward(q, k, v, mask, log_scale, start, o, inverse, states, sums)
-    ctx.mark_non_differentiable(inverse, states, sums)
-    ctx.options = (activation, normalize, chunk)
-    ctx.dtypes = (s.dtype, z.dtype)
-
-
-def _gradients(ctx: Any, grad: Tensor, _i: Any, _s: Any, _z: Any, grad_s: Tensor, grad_z: Tensor) -> tuple[Any, ...]:
-    q, k, v, mask, log_scale, start, o, inverse, states, sums = ctx.saved_tensors
-    dq, dk, dv, ds, dz = _backward(
-        grad, grad_s, grad_z, q, k, v, mask, log_scale, start, o, inverse, states, sums, *ctx.options
-    )
-    return (dq, dk, dv, None, None, ds, dz, None, None, None, None, None, None)
-
-
-def _no_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError(
-        "causal linear attention is differentiable once: its gradient cannot be differentiated again; "
-        "use backend='plain' for second derivatives"
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-_backward.register_autograd(_no_gradients)
-
-
-def causal_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    log_scale: Tensor | None,
-    s: Tensor,
-    z: Tensor,
-    start: Tensor,
-    *,
-    activation: str,
-    eps: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal contraction as one operator.
-
-    Args:
-        q: (B, H, G, T, M).
-        k: (B, H, T, M).
-        v: (B, H, T, E).
-        mask: (B, 1 or H, T, 1), True = takes part; None = all.
-        log_scale: (B, H, T), logarithm of what each key was divided by, never falling; None = nothing.
-        s: (B, H, M, E) state before, in the dtype of the computation.
-        z: (B, H, M) state before.
-        start: (B, H), logarithm of what the state before was divided by, not above ``log_scale``; unused without it.
-        activation: "none" (mapped already) or "elu1".
-        eps: Added to the denominators.
-        normalize: Divide by them.
-
-    Returns:
-        o (B, H, G, T, E) in the dtype of ``v``, and S and z after the last key.
-    """
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, s, z))
-    groups = q.shape[2] or 1
-    rows = min(k.shape[0] * k.shape[1], max(1, block_rows(q.shape[-1], v.shape[-1]) // groups))
-    chunk = chunk_length(rows * groups, q.shape[-1])
-    o, _, _, _, s, z = _forward(q, k, v, mask, log_scale, s, z, start, activation, float(eps), normalize, chunk, wanted)
-    return o, s, z

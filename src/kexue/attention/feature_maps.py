@@ -14,7 +14,6 @@ Shapes: B batch, T time (tokens), H heads, D width, M features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +97,14 @@ def elu1(x: Tensor) -> Tensor:
     return F.relu(x) + x.clamp(max=0).exp()
 
 
+def _relu(x: Tensor) -> Tensor:
+    return F.relu(x) + 1e-3
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square() + 1e-3
+
+
 class _Exp(FeatureMap):
     """e^q . e^k."""
 
@@ -177,12 +184,12 @@ _NAMED: dict[str, Callable[[], FeatureMap]] = {
     "softmax_qk": _SoftmaxQK,
     "softmax_d": _SoftmaxD,
     "softmax_exp": _SoftmaxExp,
-    "relu": lambda: _Elementwise(lambda x: F.relu(x) + 1e-3),
-    "relu2": lambda: _Elementwise(lambda x: F.relu(x).square() + 1e-3),
+    "relu": lambda: _Elementwise(_relu),
+    "relu2": lambda: _Elementwise(_relu2),
     "cosine1": _Cosine1,
 }
 
-FEATURE_MAPS: Mapping[str, FeatureMap] = MappingProxyType({name: make() for name, make in _NAMED.items()})
+FEATURE_MAPS: Mapping[str, FeatureMap] = {name: make() for name, make in _NAMED.items()}
 
 
 def feature_map_of(feature_map: str | FeatureMap) -> FeatureMap:

@@ -29,7 +29,7 @@ from torch import Tensor
 from kexue._checks import check_choice, check_real
 from kexue._tensors import check_float, compute_dtype
 from kexue.attention import _contraction as plain
-from kexue.attention._causal_kernel import causal_linear_attention
+from kexue.attention._causal_operator import causal_linear_attention
 from kexue.attention._contraction import State
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap, feature_map_of
 

@@ -7,7 +7,7 @@ import importlib
 __all__ = ["register_attention"]
 
 # name -> module with ``attention_forward`` (transformers' attention function) and ``attention_mask`` (its mask builder)
-_IMPLEMENTATIONS: dict[str, str] = {}
+_IMPLEMENTATIONS = {"kexue_linear": "kexue.attention._hf_linear"}
 
 
 def register_attention() -> tuple[str, ...]:
