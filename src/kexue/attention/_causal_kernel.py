@@ -202,7 +202,7 @@ def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
 def _blocks(q: Tensor, v: Tensor) -> Sequence[tuple[slice, slice]]:
     """Blocks of heads that fit the cache, and at least as many as there are threads."""
     b, h, g, _, m = q.shape
-    rows = max(1, block_rows(m, v.shape[-1]) // g)
+    rows = max(1, block_rows(m, v.shape[-1]) // max(g, 1))
     if q.device.type != "cpu":
         rows = max(b * h, 1)
     return split_heads(b, h, max(1, min(rows, -(-b * h // torch.get_num_threads()))))

@@ -148,8 +148,8 @@ def _check_state(
 
 def _map_keys(phi: FeatureMap, k: Tensor, live: Tensor | None) -> Tensor:
     """Features of keys, or their logarithms; those of masked keys are 0, or -inf."""
-    if live is not None and not phi.causal:
-        k = torch.where(live, k, -torch.inf)
+    if live is not None:  # before the map too, so that nothing that padding holds reaches a gradient
+        k = torch.where(live, k, 0.0 if phi.causal else -torch.inf)
     features = phi.key(k)
     if live is None:
         return features

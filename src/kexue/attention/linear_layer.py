@@ -154,6 +154,7 @@ class LinearAttention(nn.Module):
         at = positions[:, None] if positions.dim() == 2 else positions  # (B, 1, T) or (T,)
         if self.rope == "before":
             q, k = rotate(q, self.rope_base, at), rotate(k, self.rope_base, at)
+        after: LinearAttentionState | None
         if self.rope == "after_numerator":
             o, after = self._rotated_numerator(q, k, v, at, key_padding_mask, before)
         else:
