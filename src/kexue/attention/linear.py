@@ -216,9 +216,9 @@ def linear_attention(
             have a scale of their own. Default 1.
         eps: Added to the denominators, on their own scale; 0 is safe, as nothing is divided by 0.
         normalize: Divide by the sum of the weights. ``"softmax_qk"`` is normalised as it is.
-        backend: ``"operator"`` (what ``"auto"`` takes) runs the causal form as one node for torch.compile and
-            torch.export, with a backward of its own that cannot be differentiated again; ``"plain"`` uses torch's own
-            operations.
+        backend: ``"operator"`` runs the causal form as one node for torch.compile and torch.export, with a backward of
+            its own that cannot be differentiated again; ``"plain"`` uses torch's own operations, all chunks at once;
+            ``"auto"`` takes the operator on the CPU.
 
     Returns:
         (B, H, T, E) in the dtype of v, computed in float32 for lower precision; with ``return_state`` a pair of it and
@@ -246,6 +246,8 @@ def linear_attention(
     _check_map(phi, causal, normalize, initial_state is not None or return_state)
     check_real("eps", eps, minimum=0.0)
     check_choice("backend", backend, BACKENDS)
+    if backend == "auto":  # elsewhere a loop over small chunks would wait for launches
+        backend = "operator" if q.device.type == "cpu" else "plain"
     if scale is not None:
         check_real("scale", scale, above=0.0)
         if isinstance(feature_map, FeatureMap):
