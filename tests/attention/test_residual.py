@@ -61,9 +61,7 @@ def running(qs, ks, vs, mask=None, causal=False, scale=None, mean=False, detach=
 def last(mode):
     def function(qs, ks, vs, mask=None, causal=False, scale=None, mean=False, detach=False):
         options = {"causal": causal, "scale": scale, "mean": mean, "detach_scores": detach}
-        return [
-            residual_attention(qs[:n], ks[:n], vs[n - 1], mode, mask, **options) for n in range(1, len(qs) + 1)
-        ]
+        return [residual_attention(qs[:n], ks[:n], vs[n - 1], mode, mask, **options) for n in range(1, len(qs) + 1)]
 
     return function
 
@@ -224,15 +222,17 @@ def test_scores_that_dwarf_the_earlier_ones_do_not_spoil_the_earlier_gradients(f
         qs[2] *= 1e9  # subtracting this layer's scores again would leave nothing of the first two
     exact = [[x.detach().double().requires_grad_() for x in xs] for xs in (qs, ks, vs)]
     outs, expected = FORMS[form](qs, ks, vs), reference.realformer(*exact)[0]
-    got = gradients(outs[:2] + [outs[2] * 0], [*qs[:2], *ks[:2], *vs])
-    want = gradients(expected[:2] + [expected[2] * 0], [*exact[0][:2], *exact[1][:2], *exact[2]])
+    got = gradients([*outs[:2], outs[2] * 0], [*qs[:2], *ks[:2], *vs])
+    want = gradients([*expected[:2], expected[2] * 0], [*exact[0][:2], *exact[1][:2], *exact[2]])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 def big_tensors(elements):
     gc.collect()
-    return {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= elements}
+    return {
+        x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= elements
+    }
 
 
 @pytest.mark.parametrize(("form", "matrices"), [("stack", 0), ("concat", 0), ("running", 1)])

@@ -164,7 +164,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: softmax over the scores summed over the layers so far.
+    """The attention function: softmax over the scores summed over the layers so far.
 
     Args:
         module: The attention module; its ``layer_idx`` says which layer it is.

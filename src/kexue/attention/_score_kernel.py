@@ -147,7 +147,7 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
-    """probs * (grad - rowsum(grad * probs)), overwriting ``grad``."""
+    """Gradient of the scores, probs * (grad - rowsum(grad * probs)), overwriting ``grad``."""
     return grad.sub_(torch.linalg.vecdot(grad, probs).unsqueeze(-1)).mul_(probs)
 
 
@@ -301,7 +301,7 @@ def stack_backward(
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total (heads, D, S) += scale left^T right, for left (heads, rows, D) and right (heads, rows, keys)."""
+    """Add up total (heads, D, S) += scale left^T right, for left (heads, rows, D) and right (heads, rows, keys)."""
     part = total[:, :, : right.shape[2]]
     torch.baddbmm(part, left.transpose(1, 2), right, alpha=scale, out=part)
 
@@ -448,5 +448,5 @@ def step_backward(
             index += 1
         dk[g] = dkt.transpose(1, 2)
         dv[g] = dvt.transpose(1, 2)
-    found = (x.to(y.dtype).view(y.shape) for x, y in zip((dq, dk, dv), (q, k, v), strict=True))
-    return (*found, largest)
+    dq, dk, dv = (x.to(y.dtype).view(y.shape) for x, y in zip((dq, dk, dv), (q, k, v), strict=True))
+    return dq, dk, dv, largest

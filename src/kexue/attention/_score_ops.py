@@ -80,15 +80,16 @@ class Stack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         keep, kept, *tensors = ctx.saved_tensors
+        causal, scale, mean = ctx.options
         layers = len(tensors) // 3
         qs, ks, vs = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
         if torch.compiler.is_compiling():
             found = _stack_backward_op(qs, ks, vs, list(grads), keep, *ctx.options, ctx.detach)
         else:
             with torch.autocast(qs[0].device.type, enabled=False):
-                found = stack_backward(qs, ks, vs, grads, keep, *ctx.options, ctx.detach, kept=kept)
+                found = stack_backward(qs, ks, vs, grads, keep, causal, scale, mean, ctx.detach, kept)
         needs = ctx.needs_input_grad[4:]
         return (None, None, None, None, *(x if need else None for x, need in zip(found, needs, strict=True)))
 
@@ -240,6 +241,7 @@ class Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_second: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, keep = ctx.saved_tensors
+        causal, scale, over, dropout = ctx.options
         scores, owned = _own_scores(ctx)
         fresh = grad_second is None
         if ctx.shared:
@@ -257,8 +259,10 @@ class Step(torch.autograd.Function):
                 ctx.scores = None  # it is about to become the parent's
         with torch.autocast(q.device.type, enabled=False):
             *grads, largest = step_backward(
-                q, k, v, scores, grad, d, keep, *ctx.options, ctx.seed, fresh, ctx.whole, before
+                q, k, v, scores, grad, d, keep, causal, scale, over, dropout, ctx.seed, fresh, ctx.whole, before
             )
+        if ctx.shared and ctx.rebuildable:
+            ctx.scores = None
         if before is not None:
             loss = ctx.loss + float(largest)
             if loss < LARGEST_LOSS:  # False for NaN, too

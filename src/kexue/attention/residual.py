@@ -40,7 +40,8 @@ def _check_heads(q: Any, k: Any, v: Any, layer: str = "") -> None:
         check_float(f"{name}{layer}", x, 4)
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(
-                f"{name}{layer} must have the dtype and device of q, {q.dtype} on {q.device}; got {x.dtype} on {x.device}"
+                f"{name}{layer} must have the dtype and device of q, {q.dtype} on {q.device}; "
+                f"got {x.dtype} on {x.device}"
             )
     for name, x in (("k", k), ("v", v)):
         if x.shape[:2] != q.shape[:2]:

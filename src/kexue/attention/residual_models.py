@@ -65,7 +65,10 @@ def use_residual_attention(model: Any) -> Iterator[Any]:
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
-    if getattr(model, "is_gradient_checkpointing", False):
+    checkpointing = getattr(model, "is_activation_checkpointing", None)
+    if checkpointing is None:  # an older transformers, with the older name
+        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    if checkpointing:
         raise ValueError(
             "residual scores cannot work with gradient checkpointing of single layers; call "
             "model.gradient_checkpointing_disable() first"
