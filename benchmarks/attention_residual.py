@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,10 @@ class Stack:
         self.leaves = [*self.qs, *self.ks, *self.vs]
         for x in self.leaves:
             x.requires_grad_()
+        self.attend: Any = None  # x-transformers' module, where it is installed
 
     def eager(self) -> list[Tensor]:
+        """The formula, as usually written."""
         outs, total = [], None
         for q, k, v in zip(self.qs, self.ks, self.vs, strict=True):
             own = q @ k.mT * SCALE
@@ -50,6 +53,7 @@ class Stack:
         return outs
 
     def eager_last(self) -> list[Tensor]:
+        """The formula for the last layer."""
         total = self.qs[0] @ self.ks[0].mT * SCALE
         for q, k in zip(self.qs[1:], self.ks[1:], strict=True):
             total = total + q @ k.mT * SCALE
@@ -75,13 +79,16 @@ class Stack:
         return outs
 
     def stack(self) -> list[Tensor]:
+        """All layers in one pass over the tiles."""
         return residual_attention_stack(self.qs, self.ks, self.vs)
 
     def running(self) -> list[Tensor]:
+        """Layer by layer, as in a network."""
         scores = ResidualScores()
         return [scores.step(q, k, v) for q, k, v in zip(self.qs, self.ks, self.vs, strict=True)]
 
     def steps(self) -> list[Tensor]:
+        """Layer by layer, with the scores handed on."""
         outs, scores = [], None
         for q, k, v in zip(self.qs, self.ks, self.vs, strict=True):
             out, scores = residual_attention_step(q, k, v, scores)
@@ -89,6 +96,7 @@ class Stack:
         return outs
 
     def last(self, mode: str) -> Callable[[], list[Tensor]]:
+        """The last layer's output."""
         return lambda: [residual_attention(self.qs, self.ks, self.vs[-1], mode)]
 
     def step(self, function: Callable[[], list[Tensor]], backward: bool = True) -> Callable[[], object]:
@@ -120,7 +128,7 @@ def contenders(data: Stack) -> dict[str, Callable[[], list[Tensor]]]:
     if installed("x_transformers"):
         from x_transformers.attend import Attend
 
-        data.attend = Attend(heads=HEADS)  # type: ignore[attr-defined]
+        data.attend = Attend(heads=HEADS)
         peers["x-transformers, residual_attn"] = data.x_transformers
     return peers | {
         "eager loop": data.eager,
@@ -135,7 +143,8 @@ def agreement(data: Stack, functions: dict[str, Callable[[], list[Tensor]]]) -> 
     """All contenders compute the same; said with the largest difference."""
     with torch.no_grad():
         first, *others = (torch.stack(f()) for f in functions.values())
-    return f"Largest difference between the contenders' outputs: {max(float((x - first).abs().max()) for x in others):.0e}."
+    difference = max(float((x - first).abs().max()) for x in others)
+    return f"Largest difference between the contenders' outputs: {difference:.0e}."
 
 
 def run() -> list[Table]:

@@ -390,6 +390,15 @@ def test_sums_of_queries_and_keys_are_the_articles_other_method():
     assert torch.autograd.grad(detached.sum(), qs[0], allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize("mode", ["mask", "concat", "qk_residual"])
+def test_gradients_of_different_layers_do_not_share_memory(mode):
+    qs, ks, vs = layers()
+    residual_attention(qs, ks, vs[-1], mode).sum().backward()
+    expected = [x.grad.clone() for x in qs]
+    qs[0].grad.zero_()
+    assert all(torch.equal(x.grad, g) for x, g in zip(qs[1:], expected[1:], strict=True))
+
+
 def test_auto_keeps_the_matrix_only_within_the_budget():
     qs, ks, vs = layers()
     size = 2 * 2 * 5 * 5 * 8

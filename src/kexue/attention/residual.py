@@ -18,6 +18,7 @@ the published code and the libraries, which keep a (T, S) matrix for every layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,7 +167,8 @@ def residual_attention(
         factor /= len(qs)
     if mode == "qk_residual":
         dtype = compute_dtype(q)
-        q, k = (torch.stack([x.to(dtype) for x in xs]).sum(0) if len(xs) > 1 else xs[0] for xs in (qs, ks))
+        # one by one: the gradients of a sum over a stack would be views of one and the same memory
+        q, k = (functools.reduce(torch.add, [x.to(dtype) for x in xs]) for xs in (qs, ks))
         v_in = v.to(q.dtype)
     else:
         q, k = (torch.cat(xs, -1) if len(xs) > 1 else xs[0] for xs in (qs, ks))

@@ -127,13 +127,14 @@ def _train(residual: bool, seed: int, steps: int) -> dict[str, Any]:
         ratios.append(math.log(_norm(model.layers[0]) / _norm(model.layers[-1])))
         optimizer.step()
         losses.append(float(loss.detach()))
-    held, entropies = [], []
+    held: list[float] = []
+    entropies: list[list[float]] = []
     g = torch.Generator().manual_seed(10**6 + seed)
     with torch.no_grad():
         for _ in range(20):
             masked, ids, hidden = _masked(data[cut:], vocabulary, g)
-            entropies.append(layer := [])
-            held.append(float(F.cross_entropy(model(masked, layer)[hidden], ids[hidden])))
+            entropies.append([])
+            held.append(float(F.cross_entropy(model(masked, entropies[-1])[hidden], ids[hidden])))
     return {
         "loss": float(np.mean(held)),
         "losses": losses,
