@@ -1,13 +1,18 @@
-"""What the shared catalogue tests (test_catalog.py) run for each method: one file per room, one row per method.
+"""What the shared catalogue tests (test_catalog.py) run for each method, one row per method.
 
 A case builds one component with small inputs. The shared tests then check it in every dtype, on one row and on
 none, for independence of rows, determinism, float64 gradients, `torch.compile(fullgraph=True)` and a state_dict round
-trip, as far as the case says that they apply.
+trip, as far as the case says that they apply. Every module beside ``base`` holds ``CASES`` of some methods.
 """
 
-from catalog_cases import attention, losses, words
+import importlib
+import pkgutil
+
 from catalog_cases.base import EstimatorCase, TensorCase
 
-CASES = {**words.CASES, **attention.CASES, **losses.CASES}
+CASES: dict[str, list[TensorCase | EstimatorCase]] = {}
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "base":
+        CASES |= importlib.import_module(f"catalog_cases.{_module.name}").CASES
 
 __all__ = ["CASES", "EstimatorCase", "TensorCase"]

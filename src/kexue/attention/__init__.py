@@ -4,12 +4,24 @@ from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from kexue.attention.linear import LinearAttentionState, linear_attention
 from kexue.attention.linear_layer import LinearAttention
 from kexue.attention.registry import register_attention
+from kexue.attention.residual import (
+    ResidualScores,
+    residual_attention,
+    residual_attention_stack,
+    residual_attention_step,
+)
+from kexue.attention.residual_models import use_residual_attention
 
 __all__ = [
     "FEATURE_MAPS",
     "FeatureMap",
     "LinearAttention",
     "LinearAttentionState",
+    "ResidualScores",
     "linear_attention",
     "register_attention",
+    "residual_attention",
+    "residual_attention_stack",
+    "residual_attention_step",
+    "use_residual_attention",
 ]

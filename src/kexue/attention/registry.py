@@ -7,7 +7,10 @@ import importlib
 __all__ = ["register_attention"]
 
 # name -> module with ``attention_forward`` (transformers' attention function) and ``attention_mask`` (its mask builder)
-_IMPLEMENTATIONS = {"kexue_linear": "kexue.attention._hf_linear"}
+_IMPLEMENTATIONS: dict[str, str] = {
+    "kexue_linear": "kexue.attention._hf_linear",
+    "kexue_realformer": "kexue.attention._hf_residual",
+}
 
 
 def register_attention() -> tuple[str, ...]:
