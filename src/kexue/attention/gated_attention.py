@@ -57,6 +57,8 @@ def check_padding_mask(name: str, mask: Any, shape: tuple[int, int]) -> Tensor:
 
 def _check_options(normalization: Any, base: Any, min_length: Any, norm_length: Any, dropout: Any) -> None:
     check_choice("normalization", normalization, NORMALIZATIONS)
+    if torch.compiler.is_compiling():  # numbers may be symbols there
+        return
     check_real("base", base, above=1.0)
     check_int("min_length", min_length, 2)
     check_real("norm_length", norm_length, above=0.0)
@@ -98,8 +100,6 @@ def _prepare(
     q: Tensor, k: Tensor, mask: Any, causal: bool, normalization: str, base: float, min_length: int, norm_length: float
 ) -> tuple[Tensor, Tensor | None]:
     """The scaled q in the dtype of the computation, and the mask as bool."""
-    check_float("q", q, 3)
-    check_float("k", k, 3)
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(f"k must be ({q.shape[0]}, S, {q.shape[2]}) as q is {tuple(q.shape)}; got {tuple(k.shape)}")
     if causal and q.shape[1] != k.shape[1]:
@@ -161,6 +161,8 @@ def gated_attention(
         tensor([0.0000, 0.5000, 1.0000, 1.5000])
     """
     _check_options(normalization, base, min_length, norm_length, dropout)
+    check_float("q", q, 3)
+    check_float("k", k, 3)
     check_float("v", v, 3)
     q, mask = _prepare(q, k, key_padding_mask, causal, normalization, base, min_length, norm_length)
     if v.shape[:2] != k.shape[:2]:
@@ -212,6 +214,8 @@ def gated_attention_weights(
                 [0.5000, 0.5000]])
     """
     _check_options(normalization, base, min_length, norm_length, 0.0)
+    check_float("q", q, 3)
+    check_float("k", k, 3)
     q, mask = _prepare(q, k, key_padding_mask, causal, normalization, base, min_length, norm_length)
     scores = q @ k.to(q.dtype).mT
     shown = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
