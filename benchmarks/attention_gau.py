@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Table, compare, installed, peak_memory
-from kexue.attention import GatedAttentionUnit
+from kexue.attention import GatedAttentionUnit, gated_attention
 
 SECTION = "Gated attention unit"
 KEY = 128
@@ -18,93 +19,161 @@ EAGER = "eager quadratic form"
 FLASH = "FLASH-pytorch"
 
 
-class Eager(nn.Module):
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, normalization: str, causal: bool, p: float
+) -> Tensor:
     """The published formula as the ports write it: every step makes a new (B, T, T) tensor."""
+    n = q.shape[1]
+    scores = torch.einsum("bmd,bnd->bmn", q, k) / KEY**0.5
+    shown = mask[:, None] & torch.ones(n, n, dtype=torch.bool).tril() if causal else mask[:, None]
+    count = shown.sum(-1, keepdim=True)
+    scores = scores.masked_fill(~shown, -1e4)
+    if normalization == "softmax_plus":
+        weights = torch.softmax(scores * count.log() / math.log(512), -1)
+    else:
+        weights = torch.relu(scores) ** 2 / count
+    return torch.einsum("bmn,bnd->bmd", F.dropout(weights, p), v)
+
+
+class Eager(nn.Module):
+    """A unit around :func:`eager_attention`."""
 
     def __init__(self, dim: int, normalization: str, causal: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        self.width, self.normalization, self.causal, self.dropout = 2 * dim, normalization, causal, dropout
+        self.width, self.options = 2 * dim, (normalization, causal, dropout)
         self.i_dense = nn.Linear(dim, 4 * dim + KEY, bias=False)
         self.o_dense = nn.Linear(2 * dim, dim, bias=False)
         self.gamma = nn.Parameter(torch.ones(2, KEY))
 
-    def turn(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1)
-
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        n = x.shape[1]
+        """(B, T, D) and (B, T) -> (B, T, D)."""
         u, v, z = F.silu(self.i_dense(x)).split([self.width, self.width, KEY], -1)
-        angle = torch.arange(n)[:, None] * 10000.0 ** -(torch.arange(0, KEY, 2) / KEY)
-        q, k = (self.turn(z * g, angle.sin(), angle.cos()) for g in self.gamma)
-        scores = torch.einsum("bmd,bnd->bmn", q, k) / KEY**0.5
-        shown = mask[:, None] & torch.ones(n, n, dtype=torch.bool).tril() if self.causal else mask[:, None]
-        count = shown.sum(-1, keepdim=True)
-        scores = scores.masked_fill(~shown, -1e4)
-        if self.normalization == "softmax_plus":
-            weights = torch.softmax(scores * count.log() / math.log(512), -1)
-        else:
-            weights = torch.relu(scores) ** 2 / count
-        weights = F.dropout(weights, self.dropout)
-        return self.o_dense(u * torch.einsum("bmn,bnd->bmd", weights, v))
+        angle = torch.arange(x.shape[1])[:, None] * 10000.0 ** -(torch.arange(0, KEY, 2) / KEY)
+        sin, cos = angle.sin(), angle.cos()
+        turned = []
+        for gamma in self.gamma:
+            even, odd = (z * gamma)[..., 0::2], (z * gamma)[..., 1::2]
+            turned.append(torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1))
+        return self.o_dense(u * eager_attention(turned[0], turned[1], v, mask, *self.options))
 
 
 class Step:
-    """Forward and backward of a unit with fresh gradients."""
+    """Forward and backward with fresh gradients."""
 
-    def __init__(self, unit: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.unit, self.call, self.x = unit, call, x
+    def __init__(self, call: Callable[[], Tensor], leaves: Iterable[Tensor]) -> None:
+        self.call, self.leaves = call, list(leaves)
 
     def clear(self) -> None:
-        self.x.grad = None
-        self.unit.zero_grad(set_to_none=True)
+        """Drop the gradients."""
+        for x in self.leaves:
+            x.grad = None
 
     def __call__(self) -> None:
         """One step; the old gradients are dropped first."""
         self.clear()
-        self.call(self.x).sum().backward()
+        self.call().sum().backward()
 
     def memory(self) -> dict[str, str]:
-        """Peak memory of one step."""
+        """Peak memory of one step, gradients included."""
         self.clear()  # outside the measured call: freeing blocks that the profiler never saw would confuse it
         return {"peak memory, MiB": f"{peak_memory(self):.0f}"}
 
 
-def steps(dim: int, batch: int, length: int, normalization: str, causal: bool, dropout: float) -> dict[str, Step]:
+def product_speed() -> float:
+    """Multiplications and additions per millisecond in one large product, one thread."""
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    out, best = torch.empty(1536, 1536), math.inf
+    for _ in range(6):
+        start = time.process_time()
+        torch.mm(a, b, out=out)
+        best = min(best, time.process_time() - start)
+    return 1536**3 / best / 1e3
+
+
+def limit(batch: int, length: int, width: int, dim: int, causal: bool) -> str:
+    """What the products alone cost: nothing can be faster without fewer of them."""
+    products = length * length * (3 * width + 3 * KEY) * (0.5 if causal else 1)
+    products += 3 * length * dim * (3 * width + KEY)  # the linear maps of the unit
+    return f"The products alone take {batch * products / product_speed():.0f} ms at the speed of one large product."
+
+
+def table(title: str, workload: str, steps: dict[str, Step], repeats: int, remark: str) -> Table:
+    memory = {name: step.memory() for name, step in steps.items()}
+    packages = ("torch", FLASH) if installed("flash_pytorch") else ("torch",)
+    return compare(
+        title, f"{workload}, float32, a padding mask given, forward and backward.", steps, peer=EAGER,
+        packages=packages, repeats=repeats, extra=memory, remarks=[remark],
+    )  # fmt: skip
+
+
+def operator(length: int, normalization: str, causal: bool = False, repeats: int = 5) -> Table:
+    """q, k, v given; no linear maps."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, length, width, requires_grad=True) for width in (KEY, KEY, 1536))
+    mask = torch.ones(1, length, dtype=torch.bool)
+    steps = {
+        EAGER: Step(lambda: eager_attention(q, k, v, mask, normalization, causal, 0.0), (q, k, v)),
+        "gated_attention": Step(
+            lambda: gated_attention(q, k, v, normalization=normalization, causal=causal, key_padding_mask=mask),
+            (q, k, v),
+        ),
+    }
+    return table(
+        f"The operator alone, {normalization}{', causal' * causal}, T = {length}",
+        f"B 1, E 1536, s {KEY}",
+        steps,
+        repeats,
+        limit(1, length, 1536, 0, causal),
+    )
+
+
+def unit(
+    length: int,
+    normalization: str,
+    *,
+    dim: int = 768,
+    batch: int = 1,
+    causal: bool = False,
+    dropout: float = 0.0,
+    repeats: int = 5,
+) -> Table:
+    """Whole units with their linear maps."""
     torch.manual_seed(0)
     x = torch.randn(batch, length, dim, requires_grad=True)
     mask = torch.ones(batch, length, dtype=torch.bool)
-    ours = GatedAttentionUnit(dim, normalization=normalization, causal=causal, attention_dropout=dropout)
     eager = Eager(dim, normalization, causal, dropout)
-    found = {EAGER: Step(eager, lambda x: eager(x, mask), x)}
+    steps = {EAGER: Step(lambda: eager(x, mask), (x, *eager.parameters()))}
     if installed("flash_pytorch") and normalization == "relu2_n":
         from flash_pytorch import GAU
 
-        peer = GAU(dim=dim, query_key_dim=KEY, causal=causal, add_residual=False, norm_klass=nn.Identity)
-        found[f"{FLASH} GAU"] = Step(peer, lambda x: peer(x, mask=mask), x)
-    found["GatedAttentionUnit"] = Step(ours, lambda x: ours(x, mask), x)
-    return found
-
-
-def table(
-    dim: int, batch: int, length: int, normalization: str, causal: bool = False, dropout: float = 0.0, repeats: int = 5
-) -> Table:
-    made = steps(dim, batch, length, normalization, causal, dropout)
-    memory = {name: step.memory() for name, step in made.items()}
+        peer = GAU(
+            dim=dim, query_key_dim=KEY, causal=causal, dropout=dropout, add_residual=False, norm_klass=nn.Identity
+        )
+        steps[f"{FLASH} GAU"] = Step(lambda: peer(x, mask=mask), (x, *peer.parameters()))
+    ours = GatedAttentionUnit(dim, normalization=normalization, causal=causal, attention_dropout=dropout)
+    steps["GatedAttentionUnit"] = Step(lambda: ours(x, mask), (x, *ours.parameters()))
     extra = ", causal" * causal + f", dropout {dropout:g}" * (dropout > 0)
-    return compare(
-        f"{normalization}{extra}, T = {length}",
-        f"B {batch}, D {dim}, E {2 * dim}, s {KEY}, float32, a padding mask given, forward and backward.",
-        made,
-        peer=EAGER,
-        packages=("torch", FLASH) if installed("flash_pytorch") else ("torch",),
-        repeats=repeats,
-        extra=memory,
+    return table(
+        f"The unit, {normalization}{extra}, D = {dim}, T = {length}",
+        f"B {batch}, E {2 * dim}, s {KEY}",
+        steps,
+        repeats,
+        limit(batch, length, 2 * dim, dim, causal),
     )
 
 
 def run() -> list[Table]:
     """All comparisons of this file."""
     return [
-        table(768, 4, 512, "softmax_plus"),
+        operator(1024, "softmax_plus", repeats=9),
+        operator(4096, "softmax_plus", repeats=3),
+        operator(4096, "relu2_n", repeats=3),
+        operator(4096, "softmax_plus", causal=True, repeats=3),
+        unit(512, "relu2_n", batch=2, repeats=7),
+        unit(1024, "relu2_n", repeats=7),
+        unit(4096, "relu2_n", repeats=3),
+        unit(1024, "softmax_plus", causal=True, dropout=0.1, repeats=7),
+        unit(1024, "relu2_n", dim=256, repeats=9),
+        unit(4096, "relu2_n", dim=256, repeats=3),
+        unit(4096, "softmax_plus", dim=256, causal=True, dropout=0.1, repeats=3),
     ]

@@ -46,4 +46,5 @@ CASES["gated-attention-softmax"] = [
     TensorCase("unit", _gated_unit(), row_independent=True, module=True),
     TensorCase("unit padded", _gated_unit(True, bias=True), row_independent=True, module=True),
     TensorCase("unit causal", _gated_unit(causal=True, normalization="relu2_n"), row_independent=True, module=True),
+    TensorCase("unit chunked", _gated_unit(normalization="relu2_n", chunk_size=2), row_independent=True, module=True),
 ]

@@ -103,7 +103,9 @@ def test_published_state_dicts_load_strictly_and_by_from_pretrained(tmp_path):
     assert torch.equal(base(ids()).last_hidden_state, source.gau_alpha(ids()).last_hidden_state)
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}, {"use_bias": True, "normalization": "softmax"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_word_embeddings": False}, {"use_bias": True, "normalization": "softmax"}]
+)
 def test_saving_and_loading_gives_the_same_model(tmp_path, options):
     model = build(**options)
     with torch.no_grad():
@@ -143,7 +145,9 @@ def test_padding_changes_nothing(normalization):
     torch.testing.assert_close(model(junk, mask).logits[:, :7], alone)
     both = model(torch.cat([ids(1, 12, 5), padded]), torch.cat([torch.ones_like(mask), mask])).logits
     torch.testing.assert_close(both[1:, :7], alone)
-    assert not torch.allclose(build(normalization=normalization, pad_token_id=None).double()(padded).logits[:, :7], alone)
+    assert not torch.allclose(
+        build(normalization=normalization, pad_token_id=None).double()(padded).logits[:, :7], alone
+    )
 
 
 def test_hidden_samples_and_empty_batches_stay_finite():

@@ -102,7 +102,7 @@ class _Tiles:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b for (G, ., .), written to ``out``."""
+    """The product a b for (G, ., .), written to ``out``."""
     if a.shape[0] == 1:
         torch.mm(a[0], b[0], out=out[0])
     else:

@@ -1,7 +1,7 @@
 """Gated attention unit (门控注意力单元): one layer of gated single-head attention in place of attention and FFN.
 
-Source: 科学空间 9019 (听说Attention与Softmax更配哦~), 8934 (FLASH), 8990 (initial magnitude), 9052 (GAU-α), 8823 and 9034
-(entropy-invariant scale); Hua et al., https://arxiv.org/abs/2202.10447.
+Source: 科学空间 9019 (听说Attention与Softmax更配哦~), 8934 (FLASH), 8990 (initial magnitude), 9052 (GAU-α),
+8823 and 9034 (entropy-invariant scale); Hua et al., https://arxiv.org/abs/2202.10447.
 
     [U, V, Z] = silu(X W_i)     Q = Z * gamma_q + beta_q     K = Z * gamma_k + beta_k     RoPE on Q and K
     O = (U * (A V)) W_o         A = norm(Q K^T / sqrt(s)), X (T, D), U and V (T, E), Z (T, s)
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype
+from kexue.attention._flash import chunked_attention
 from kexue.attention._gated_kernel import attend
 
 __all__ = ["NORMALIZATIONS", "GatedAttentionUnit", "gated_attention", "gated_attention_weights"]
@@ -282,6 +283,9 @@ class GatedAttentionUnit(nn.Module):
         min_length: softmax_plus counts at least this many keys.
         norm_length: n0 of relu2_const.
         rope_base: Base of the rotary angles.
+        chunk_size: FLASH: quadratic attention (relu2, divided by this number) inside chunks of so many tokens, linear
+            attention between them, with scales and offsets of its own; cost O(T). Needs normalization="relu2_n", no
+            attention dropout (there is no matrix to drop from) and self-attention. None: plain attention.
 
     Raises:
         TypeError: Wrong kind of argument.
@@ -315,6 +319,7 @@ class GatedAttentionUnit(nn.Module):
         min_length: int = 16,
         norm_length: float = 512.0,
         rope_base: float = 10000.0,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         check_int("dim", dim, 1)
@@ -331,6 +336,14 @@ class GatedAttentionUnit(nn.Module):
             raise ValueError(f"context_dim needs self_attention=False; got {context_dim}")
         if not self_attention and causal:
             raise ValueError("causal needs self_attention=True; got causal=True with self_attention=False")
+        if chunk_size is not None:
+            check_int("chunk_size", chunk_size, 1)
+            if normalization != "relu2_n" or attention_dropout > 0 or not self_attention:
+                raise ValueError(
+                    "chunk_size needs normalization='relu2_n', attention_dropout=0 and self_attention=True; got "
+                    f"{normalization!r}, {attention_dropout} and {self_attention}"
+                )
+        self.chunk_size = chunk_size
         self.dim, self.width, self.key_size = int(dim), width, int(key_size)
         self.normalization, self.causal, self.rope, self.self_attention = normalization, causal, rope, self_attention
         self.attention_dropout, self.base, self.min_length = float(attention_dropout), float(base), int(min_length)
@@ -339,6 +352,9 @@ class GatedAttentionUnit(nn.Module):
             self.i_dense = nn.Linear(dim, 2 * width + key_size, bias=bias)
             self.q_scaleoffset = ScaleOffset(key_size, offset)
             self.k_scaleoffset = ScaleOffset(key_size, offset)
+            if chunk_size is not None:
+                self.far_q_scaleoffset = ScaleOffset(key_size, offset)
+                self.far_k_scaleoffset = ScaleOffset(key_size, offset)
         else:
             self.context_dim = dim if context_dim is None else context_dim
             check_int("context_dim", self.context_dim, 1)
@@ -364,20 +380,20 @@ class GatedAttentionUnit(nn.Module):
             f"causal={self.causal}, rope={self.rope}"
         )
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gate (B, T, E), q (B, T, s), k (B, S, s), v (B, S, E); q and k in the dtype of the scores."""
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gate (B, T, E), v (B, S, E), [q (B, T, s), k (B, S, s), and those of the linear part of FLASH]."""
         sizes = [self.width, self.key_size]
         if self.self_attention:
             u, v, z = F.silu(self.i_dense(x)).split([self.width, *sizes], -1)
-            z = z.to(compute_dtype(z))
-            q, k = self.q_scaleoffset(z), self.k_scaleoffset(z)
+            z = z.to(compute_dtype(z))  # the dtype of the scores
+            keys = [self.q_scaleoffset(z), self.k_scaleoffset(z)]
+            if self.chunk_size is not None:
+                keys += [self.far_q_scaleoffset(z), self.far_k_scaleoffset(z)]
         else:
             u, q = F.silu(self.uq_dense(x)).split(sizes, -1)
             v, k = F.silu(self.kv_dense(context)).split(sizes, -1)
-            q, k = q.to(compute_dtype(q)), k.to(compute_dtype(k))
-        if self.rope:
-            q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
-        return u, q, k, v
+            keys = [q.to(compute_dtype(q)), k.to(compute_dtype(k))]
+        return u, v, [rotate(y, self.rope_base) for y in keys] if self.rope else keys
 
     def _check_inputs(self, x: Any, attention_mask: Any, context: Any) -> Tensor | None:
         check_float("x", x, 3)
@@ -385,7 +401,9 @@ class GatedAttentionUnit(nn.Module):
             raise ValueError(f"x must be (B, T, {self.dim}); got {tuple(x.shape)}")
         if self.self_attention:
             if context is not None:
-                raise ValueError("context needs a unit built with self_attention=False; got one with self_attention=True")
+                raise ValueError(
+                    "context needs a unit built with self_attention=False; got one with self_attention=True"
+                )
             keys = x
         else:
             check_float("context", context, 3)
@@ -443,20 +461,25 @@ class GatedAttentionUnit(nn.Module):
         self, x: Tensor, attention_mask: Any, context: Tensor | None, matrix: bool
     ) -> tuple[Tensor, Tensor | None]:
         mask = self._check_inputs(x, attention_mask, context)
-        u, q, k, v = self._project(x, context)
+        u, v, keys = self._project(x, context)
         options: dict[str, Any] = {
             "normalization": self.normalization, "causal": self.causal, "key_padding_mask": mask, "base": self.base,
             "min_length": self.min_length, "norm_length": self.norm_length,
         }  # fmt: skip
         dropout = self.attention_dropout if self.training else 0.0
         weights = None
-        if matrix:
-            weights = F.dropout(gated_attention_weights(q, k, **options), dropout)
+        if self.chunk_size is not None:
+            if matrix:
+                raise ValueError(f"with chunk_size={self.chunk_size} there is no matrix of weights to be returned")
+            q, k, far_q, far_k = keys
+            out = u * chunked_attention(q, k, far_q, far_k, v, mask, self.causal, self.chunk_size)
+        elif matrix:
+            weights = F.dropout(gated_attention_weights(keys[0], keys[1], **options), dropout)
             out = u * (weights @ v.to(weights.dtype)).to(v.dtype)
         else:
-            out = gated_attention(q, k, v, u, dropout=dropout, **options)
+            out = gated_attention(keys[0], keys[1], v, u, dropout=dropout, **options)
         out = self.o_dense(out)
         if mask is not None and self.o_dense.bias is not None:  # without a bias 0 stays 0
-            n = _visible(mask, self.causal, mask.shape[1], mask.device)
-            out = torch.where((n > 0)[..., None], out, 0.0)
+            seen = mask.cumsum(1) > 0 if self.causal else mask.any(1, keepdim=True)
+            out = torch.where(seen[..., None], out, 0.0)
         return out, weights

@@ -1,7 +1,8 @@
 """GAU-α (GAU-alpha): an encoder of gated attention units with entropy-invariant softmax, as transformers models.
 
-Source: 科学空间 9052 (GAU-α:尝鲜体验快好省的下一代Attention), 9019; the released model and its PyTorch port, whose checkpoints
-load here: same config keys, same parameter names, decoder tied to the word embeddings, no transform and no bias in it.
+Source: 科学空间 9052 (GAU-α:尝鲜体验快好省的下一代Attention), 9019; the released model and its PyTorch port, whose
+checkpoints load here: same config keys, same parameter names, decoder tied to the word embeddings, no transform and no
+bias in it.
 
     x_0 = RMS(token + segment embedding)      x_l = RMS(x_{l-1} + dropout(GAU(x_{l-1})))      logits = x_L E^T
 
@@ -138,11 +139,12 @@ class GAUAlphaConfig(PretrainedConfig):
         self.use_bias, self.attention_base, self.attention_min_length = use_bias, attention_base, attention_min_length
         self.hidden_act, self.attention_scale, self.embedding_size = hidden_act, attention_scale, embedding_size
         self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
+        super().__init__(**kwargs)
 
 
 def _root_mean_square_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps), without parameters."""
+    """Divide by sqrt(mean x^2 + eps), without parameters."""
     y = x.to(compute_dtype(x))
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -208,7 +210,7 @@ class _GAUAlphaPreTrainedModel(PreTrainedModel):
     config_class = GAUAlphaConfig
     base_model_prefix = "gau_alpha"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("_Layer",)
+    _no_split_modules = ["_Layer"]  # noqa: RUF012
     # The trainer divides the loss by accumulated steps itself: no forward here takes the number of items.
     accepts_loss_kwargs = False
 
@@ -254,9 +256,9 @@ class GAUAlphaModel(_GAUAlphaPreTrainedModel):
         """The table of word embeddings."""
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of word embeddings."""
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
