@@ -162,9 +162,36 @@ def unit(
     )
 
 
+def chunks(length: int, causal: bool, repeats: int = 5) -> Table | None:
+    """FLASH: quadratic inside chunks of 256, linear between them."""
+    if not installed("flash_pytorch"):
+        return None
+    from flash_pytorch import FLASH as Peer
+
+    torch.manual_seed(0)
+    x = torch.randn(1, length, 768, requires_grad=True)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    peer = Peer(dim=768, group_size=256, query_key_dim=KEY, causal=causal, norm_klass=nn.Identity)
+    ours = GatedAttentionUnit(768, normalization="relu2_n", causal=causal, chunk_size=256)
+    steps = {
+        f"{FLASH} FLASH": Step(lambda: peer(x, mask=mask), (x, *peer.parameters())),
+        "GatedAttentionUnit, chunk_size 256": Step(lambda: ours(x, mask), (x, *ours.parameters())),
+    }
+    return compare(
+        f"Chunks{', causal' * causal}, D = 768, T = {length}",
+        f"B 1, E 1536, s {KEY}, float32, a padding mask given, forward and backward.",
+        steps,
+        peer=f"{FLASH} FLASH",
+        packages=("torch", FLASH),
+        repeats=repeats,
+        extra={name: step.memory() for name, step in steps.items()},
+        remarks=["The peer has no RoPE here and adds its input to the output."],
+    )
+
+
 def run() -> list[Table]:
     """All comparisons of this file."""
-    return [
+    tables = [
         operator(1024, "softmax_plus", repeats=9),
         operator(4096, "softmax_plus", repeats=3),
         operator(4096, "relu2_n", repeats=3),
@@ -176,4 +203,7 @@ def run() -> list[Table]:
         unit(1024, "relu2_n", dim=256, repeats=9),
         unit(4096, "relu2_n", dim=256, repeats=3),
         unit(4096, "softmax_plus", dim=256, causal=True, dropout=0.1, repeats=3),
+        chunks(4096, False),
+        chunks(4096, True),
     ]
+    return [made for made in tables if made is not None]
