@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kexue._tensors import compute_dtype
+from kexue._tensors import compute_dtype, once_differentiable
 
 WEIGHTS = ("softmax", "relu2", "relu2_sum")
 LOG2E = math.log2(math.e)
@@ -117,6 +117,15 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.baddbmm_(a, b)
 
 
+def _put_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    _product(a, b, out)
+
+
+def _needed(mask: Tensor | None) -> Tensor | None:
+    """None for a mask that hides nothing."""
+    return None if mask is None or bool(mask.all()) else mask
+
+
 def _view(buffer: Tensor, *shape: int) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
@@ -145,8 +154,10 @@ def forward_pass(
         (B, T, E) in the dtype of v; (B, T): log2 of the sum of exponentials for softmax (inf without any key), the
         inverse root of the row's sum for relu2_sum (0 without any), nothing for relu2.
     """
-    dtype, kept = compute_dtype(q, k, v), v.dtype
-    out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=dtype)
+    dtype, kept, mask = compute_dtype(q, k, v), v.dtype, _needed(mask)
+    # without padding every row is written by a tile
+    make = q.new_empty if mask is None and k.shape[1] else q.new_zeros
+    out = make((*q.shape[:2], v.shape[2]), dtype=dtype)
     nothing = math.inf if kind == "softmax" else 0.0
     row_stat = q.new_full(q.shape[:2] if kind != "relu2" else (0,), nothing, dtype=dtype)
     if out.numel() == 0 or k.shape[1] == 0:
@@ -195,13 +206,18 @@ def backward_pass(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtypes; arguments as in :func:`forward_pass`."""
-    dtype, kept = compute_dtype(q, k, v), (q.dtype, k.dtype, v.dtype)
+    dtype, kept, mask = compute_dtype(q, k, v), (q.dtype, k.dtype, v.dtype), _needed(mask)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    if grad.numel() > 0 and k.shape[1] > 0:
+    if grad.numel() == 0 or k.shape[1] == 0:
+        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+    else:
         tiles = _Tiles(q, k, mask, causal, dropout, seed)
         scaled = q * (LOG2E if kind == "softmax" else row_stat[..., None] if kind == "relu2_sum" else 1.0)
         first, second, third = tiles.buffer(), tiles.buffer(), tiles.buffer() if kind == "relu2_sum" else q
+        # The first block of rows writes the gradients of all keys, unless it does not see them all.
+        partial = causal and tiles.rows < tiles.length
+        grad_q = q.new_empty(q.shape) if mask is None else q.new_zeros(q.shape)
+        grad_k, grad_v = (x.new_zeros(x.shape) if partial or mask is not None else x.new_empty(x.shape) for x in (k, v))
         for place in tiles:
             sequences, rows, keys, _ = place
             p = _scores(first, scaled, k, place)
@@ -225,11 +241,12 @@ def backward_pass(
                 d.sub_(share[..., None]).mul_(p)
             if factors is not None:
                 weights.mul_(factors)
-            _add_product(grad_v[sequences, keys], weights.mT, g)
+            into_keys = _add_product if partial or rows.start > 0 else _put_product
+            into_keys(grad_v[sequences, keys], weights.mT, g)
             if kind != "softmax":
                 d.mul_(2.0 if kind == "relu2" else 2.0 * row_stat[sequences, rows, None])
             _product(d, k[sequences, keys], grad_q[sequences, rows])
-            _add_product(grad_k[sequences, keys], d.mT, q[sequences, rows])
+            into_keys(grad_k[sequences, keys], d.mT, q[sequences, rows])
     return grad_q.to(kept[0]), grad_k.to(kept[1]), grad_v.to(kept[2])
 
 
@@ -285,8 +302,29 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
 torch.library.register_autograd("kexue::gated_attention", _differentiate, setup_context=_keep)
 
 
+class _Attend(torch.autograd.Function):
+    """The operator without the dispatcher, whose cost shows on short sequences."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            out, row_stat = forward_pass(*inputs)
+        ctx.save_for_backward(*inputs[:5], row_stat)
+        ctx.options = inputs[5:]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = backward_pass(grad, *ctx.saved_tensors, *ctx.options)
+        return (*grads, *(None,) * 5)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, kind: str, causal: bool, dropout: float
 ) -> Tensor:
-    """:func:`forward_pass` with its gradients; one opaque node while torch.compile traces."""
-    return _forward_op(q, k, v, mask, seed, kind, causal, dropout)[0]
+    """:func:`forward_pass` with its gradients; one opaque node while torch.compile or torch.export traces."""
+    if torch.compiler.is_compiling():
+        return _forward_op(q, k, v, mask, seed, kind, causal, dropout)[0]
+    return _Attend.apply(q, k, v, mask, seed, kind, causal, dropout)
