@@ -5,15 +5,29 @@ Importing this module imports transformers (seconds): do it inside a function, o
 
 from __future__ import annotations
 
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForMaskedLM",
+    "BaseModelOutput",
     "Cache",
     "CacheLayerMixin",
+    "MaskedLMOutput",
     "PreTrainedModel",
     "PretrainedConfig",
     "bidirectional_mask_function",

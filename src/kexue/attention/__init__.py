@@ -1,6 +1,7 @@
 """Attention: linear, random and series features, entropy-invariant scale, gated unit, residual scores."""
 
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
+from kexue.attention.gated_attention import GatedAttentionUnit, gated_attention, gated_attention_weights
 from kexue.attention.linear import LinearAttentionState, linear_attention
 from kexue.attention.linear_layer import LinearAttention
 from kexue.attention.registry import register_attention
@@ -15,9 +16,12 @@ from kexue.attention.residual_models import use_residual_attention
 __all__ = [
     "FEATURE_MAPS",
     "FeatureMap",
+    "GatedAttentionUnit",
     "LinearAttention",
     "LinearAttentionState",
     "ResidualScores",
+    "gated_attention",
+    "gated_attention_weights",
     "linear_attention",
     "register_attention",
     "residual_attention",
