@@ -7,7 +7,9 @@ import importlib
 __all__ = ["register_attention"]
 
 # name -> module with ``attention_forward`` (transformers' attention function) and ``attention_mask`` (its mask builder)
-_IMPLEMENTATIONS: dict[str, str] = {}
+_IMPLEMENTATIONS: dict[str, str] = {
+    "kexue_entropy": "kexue.attention._hf_entropy",
+}
 
 
 def register_attention() -> tuple[str, ...]:
