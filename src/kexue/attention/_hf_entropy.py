@@ -93,11 +93,12 @@ def attention_forward(
     rows, d = query.shape[2], query.shape[3]
     scaling = 1 / math.sqrt(d) if scaling is None else float(scaling)
     factor: float | Tensor
-    causal = False
+    causal, seen = False, None
     if attention_mask is not None:
         if attention_mask.stride(2) == 0:  # expanded over the rows: they all see the same keys
             attention_mask = attention_mask[:, :, :1]
         n = attention_mask.sum(-1, keepdim=True)
+        seen = n > 0
         if not options.per_row:
             n = n.amax(2, keepdim=True)
         factor = factor_rows(n, d, options, compute_dtype(query))
@@ -108,5 +109,8 @@ def attention_forward(
             factor = causal_factor(1, rows, query, options)
         else:
             factor = factor_number(key.shape[2], d, options)
-    out = attend(query, key, value, mask=attention_mask, causal=causal, factor=factor, scale=scaling, dropout_p=dropout)
+    out = attend(
+        query, key, value, mask=attention_mask, seen=seen, causal=causal, factor=factor, scale=scaling,
+        dropout_p=dropout,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None

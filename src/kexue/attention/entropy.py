@@ -176,6 +176,7 @@ def attend(
     v: Tensor,
     *,
     mask: Tensor | None,
+    seen: Tensor | None,
     causal: bool,
     factor: float | Tensor,
     scale: float,
@@ -188,6 +189,7 @@ def attend(
         k: (B, G, S, D), G divides H.
         v: (B, G, S, E).
         mask: Bool, broadcastable to (B, H, T, S), True = takes part; excludes ``causal``.
+        seen: Which rows see any key, bool, broadcastable to (B, H, T, 1); goes with ``mask``.
         causal: Row i sees the keys up to i (upper left).
         factor: A number, or a tensor broadcastable to (B, H, T, 1).
         scale: The scale that the factor multiplies.
@@ -201,13 +203,10 @@ def attend(
         q = (q * factor).to(q.dtype)  # the factor is float32 or wider: one rounding
     else:
         scale = scale * factor
-    seen = None
-    if mask is not None:
-        # a row without keys may look at all of them and is set to 0 afterwards: no kernel divides by 0
-        seen = mask.any(-1, keepdim=True)
-        if _may_look(mask) and bool(seen.all()):
+    if mask is not None and seen is not None:
+        if _may_look(seen) and bool(seen.all()):
             seen = None
-        else:
+        else:  # a row without keys may look at all of them and is set to 0 afterwards: no kernel divides by 0
             mask = mask | ~seen
     q, k, v = _equal_widths(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, **kernel)
@@ -326,7 +325,7 @@ def entropy_invariant_attention(
     start = _first_key(rows, keys, causal, offset)
 
     factor: float | Tensor
-    mask = None
+    mask = seen = None
     if key_padding_mask is None:
         if causal:
             factor = causal_factor(start + 1, rows, q, options)
@@ -336,10 +335,11 @@ def entropy_invariant_attention(
         k, v = _without_padding(k, v, key_padding_mask)
         mask = key_padding_mask[:, None, None, :]
         if causal:
-            counts = key_padding_mask.cumsum(-1)[:, start : start + rows]
-            n = counts[:, None, :, None] if per_row else counts[:, None, -1:, None]
+            n = key_padding_mask.cumsum(-1)[:, None, start : start + rows, None]
         else:
             n = key_padding_mask.sum(-1)[:, None, None, None]
+        seen = n > 0
+        n = n if per_row else n[:, :, -1:]
         factor = factor_rows(n, d, options, compute_dtype(q))
     if causal and rows == 1 and start == keys - 1:
         causal = False  # the last row sees all keys
@@ -347,7 +347,7 @@ def entropy_invariant_attention(
         visible = torch.arange(keys, device=q.device) <= torch.arange(start, start + rows, device=q.device)[:, None]
         mask = visible if mask is None else mask & visible
         causal = False
-    return attend(q, k, v, mask=mask, causal=causal, factor=factor, scale=scale, dropout_p=dropout_p)
+    return attend(q, k, v, mask=mask, seen=seen, causal=causal, factor=factor, scale=scale, dropout_p=dropout_p)
 
 
 def _first_key(rows: int, keys: int, causal: bool, offset: int | None) -> int:
