@@ -5,9 +5,9 @@ none, for independence of rows, determinism, float64 gradients, `torch.compile(f
 trip, as far as the case says that they apply.
 """
 
-from catalog_cases import attention, losses, words
+from catalog_cases import attention, losses, models, words
 from catalog_cases.base import EstimatorCase, TensorCase
 
-CASES = {**words.CASES, **attention.CASES, **losses.CASES}
+CASES = {**words.CASES, **attention.CASES, **losses.CASES, **models.CASES}
 
 __all__ = ["CASES", "EstimatorCase", "TensorCase"]

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.extension import extend_positions, tie_positions
+    from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
 
-__all__ = ["BagEncoder"]
+__all__ = [
+    "BagEncoder",
+    "HierarchicalPositionEmbedding",
+    "extend_positions",
+    "hierarchical_positions",
+    "tie_positions",
+]
+
+_MODULES = {
+    "BagEncoder": "bag_encoder",
+    "HierarchicalPositionEmbedding": "positions",
+    "extend_positions": "extension",
+    "hierarchical_positions": "positions",
+    "tie_positions": "extension",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "BagEncoder":
-        from kexue.models.bag_encoder import BagEncoder
-
-        return BagEncoder
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"kexue.models.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
