@@ -319,9 +319,16 @@ class HierarchicalPositionEmbedding(nn.Module):
 
 @torch.no_grad()
 def is_hierarchical(table: Tensor, offset: int, n: int, alpha: float) -> bool:
-    """Whether a table (offset + m, D) follows from its first n positions, up to a few roundings of its dtype."""
+    """Whether a table (offset + m, D) follows from its first n positions, up to a few roundings.
+
+    A table may have been saved in a coarser dtype than it is loaded in: the roundings are those of the coarsest dtype
+    that holds its numbers.
+    """
     rows = table[offset:]
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    eps = max([torch.finfo(d).eps for d in kinds if torch.equal(rows.to(d).to(rows.dtype), rows)], default=0.0)
+    eps = max(eps, torch.finfo(rows.dtype).eps)
     expected = hierarchical_positions(rows[:n], rows.shape[0], alpha)
     size = expected.abs().amax().double() if expected.numel() else 0.0
-    tolerance = 4 * torch.finfo(table.dtype).eps * (1 + 2 * alpha / (1 - alpha)) * size
+    tolerance = 4 * eps * (1 + 2 * alpha / (1 - alpha)) * size
     return bool(((rows - expected).abs().double() <= tolerance).all())
