@@ -1,5 +1,6 @@
 """Attention: linear, random and series features, entropy-invariant scale, gated unit, residual scores."""
 
+from kexue.attention.entropy import entropy_invariant_attention, entropy_invariant_scale
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from kexue.attention.gated_attention import GatedAttentionUnit, gated_attention, gated_attention_weights
 from kexue.attention.linear import LinearAttentionState, linear_attention
@@ -20,6 +21,8 @@ __all__ = [
     "LinearAttention",
     "LinearAttentionState",
     "ResidualScores",
+    "entropy_invariant_attention",
+    "entropy_invariant_scale",
     "gated_attention",
     "gated_attention_weights",
     "linear_attention",

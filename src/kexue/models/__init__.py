@@ -7,15 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
+    from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
 
-__all__ = ["BagEncoder", "GAUAlphaConfig", "GAUAlphaForMaskedLM", "GAUAlphaModel"]
+__all__ = [
+    "BagEncoder",
+    "GAUAlphaConfig",
+    "GAUAlphaForMaskedLM",
+    "GAUAlphaModel",
+    "HierarchicalPositionEmbedding",
+    "extend_positions",
+    "hierarchical_positions",
+    "tie_positions",
+]
 
 _MODULES = {
     "BagEncoder": "bag_encoder",
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
+    "HierarchicalPositionEmbedding": "positions",
+    "extend_positions": "extension",
+    "hierarchical_positions": "positions",
+    "tie_positions": "extension",
 }
 
 
