@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kexue.attention._polynomial import num_monomials
-from kexue.attention._series_loops import backward_loop, forward_loop, saved_states, working_dtype
+from kexue.attention._series_loops import backward_loop, forward_loop, saved_states, state_size, working_dtype
 
 PAIR_COST, FEATURE_COST = 8, 24  # of a score and of a feature beside the products, in the same units: multiplications
+EXPORT_BREAK_EVEN = 16384  # tiles are exported if they are cheaper up to this length
 
 
 @torch.library.custom_op("kexue::series_attention", mutates_args=())
@@ -63,7 +64,7 @@ def _(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (b, h, g, t, d), e = q.shape, v.shape[-1]
-    m, dtype = num_monomials(d, degree), working_dtype(q)
+    m, dtype = state_size(d, degree), working_dtype(q)
     slots = saved_states(t, k.shape[2], causal, chunk, s is not None) if save else 0
     return (
         q.new_empty(b, h, g, t, e, dtype=v.dtype),
@@ -127,7 +128,7 @@ def _(
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, h, _, _, d = q.shape
-    m, dtype = num_monomials(d, degree), working_dtype(q)
+    m, dtype = state_size(d, degree), working_dtype(q)
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
@@ -182,12 +183,13 @@ def chunk_length(t: Any, s: Any, d: int, e: int, degree: int, causal: bool, init
     """
     m = num_monomials(d, degree)
     pair, token = d + e + PAIR_COST * degree, m * (e + FEATURE_COST)
+    chunk = max(128, min(512, m // 4 // 128 * 128))
+    if torch.compiler.is_exporting():  # a choice that depends on the length would fix the length
+        quadratic = 2 * token > EXPORT_BREAK_EVEN * pair
+        return (s if causal else 1) if quadratic else (chunk if causal else 0)
     if not causal:
         tiles = t * s * pair + (t * token if initial else 0) + (s * token if wanted else 0)
         return 1 if tiles < (t + s) * token else 0
-    chunk = max(128, min(512, m // 4 // 128 * 128))
-    if torch.compiler.is_exporting():  # any choice that depends on the length would fix it
-        return chunk
     one = t * (s - t / 2) * pair
     parts = t * (chunk / 2 * pair + token) + (s - chunk) * token
     if one <= parts:
@@ -233,6 +235,11 @@ def series_attention(
         o (B, H, G, T, E) in the dtype of ``v``, S and z after the last key (empty unless wanted).
     """
     t, n = q.shape[3], k.shape[2]
+    if wanted and not state_size(q.shape[4], degree):
+        raise ValueError(
+            f"a state of degree {degree} at width {q.shape[4]} has {num_monomials(q.shape[4], degree):.0e} features: "
+            "use a lower degree, or whole sequences without a state"
+        )
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s, z))
     causal = causal and t != 1
     chunk = chunk_length(t, n, q.shape[4], v.shape[3], degree, causal, s is not None, wanted)

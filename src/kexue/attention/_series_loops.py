@@ -35,6 +35,7 @@ from kexue.attention import _polynomial as poly
 ROWS, COLUMNS = 128, 512  # scores of one tile: with its slope and its gradient within the second-level cache
 FEATURE_BLOCK = 2**19  # features that exist at a time
 GPU_FACTOR = 64
+MOST_FEATURES = 2**40
 
 
 def _room(x: Tensor) -> int:
@@ -301,7 +302,13 @@ def saved_states(t: Any, s: Any, causal: bool, chunk: Any, initial: bool) -> Any
     """Chunks that have queries and a state before them; sizes may be symbolic."""
     if not causal:
         return int(initial or chunk == 0)
-    return (s + chunk - 1) // chunk - torch.sym_max((s - t) // chunk, 0 if initial else 1)
+    return torch.sym_max((s + chunk - 1) // chunk - torch.sym_max((s - t) // chunk, 0 if initial else 1), 0)
+
+
+def state_size(dim: int, degree: int) -> int:
+    """M; 0 if there are more features than any memory holds: then there is no state, and tensors cannot be so long."""
+    m = poly.num_monomials(dim, degree)
+    return m if m < MOST_FEATURES else 0
 
 
 def _safe_inverse(den: Tensor) -> Tensor:
@@ -343,7 +350,8 @@ def forward_loop(
     o = q.new_empty(b, h, g, t, e, dtype=v.dtype)
     inverse = work.like.new_empty(b, h, g, t if normalize and save else 0, 1)
     slots = steps.slots if save else 0
-    states, sums = work.like.new_empty(slots, rows, m, e), work.like.new_empty(slots, rows, m, 1)
+    size = state_size(work.d, degree)
+    states, sums = work.like.new_empty(slots, rows, size, e), work.like.new_empty(slots, rows, size, 1)
     for i in range(len(steps)):
         at_k, at_q = steps.keys(i), steps.queries(i)
         kc = work.keys(k, mask, at_k)
