@@ -183,7 +183,7 @@ def chunk_length(t: Any, s: Any, d: int, e: int, degree: int, causal: bool, init
     """
     m = num_monomials(d, degree)
     pair, token = d + e + PAIR_COST * degree, m * (e + FEATURE_COST)
-    chunk = max(128, min(512, m // 4 // 128 * 128))
+    chunk = max(128, min(512, m // 128 * 128))
     if torch.compiler.is_exporting():  # a choice that depends on the length would fix the length
         quadratic = 2 * token > EXPORT_BREAK_EVEN * pair
         return (s if causal else 1) if quadratic else (chunk if causal else 0)

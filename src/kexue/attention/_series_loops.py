@@ -10,8 +10,9 @@ Two forms of the same sum, mixed as is cheapest:
   d phi(K) = V U^T + u;  dV = phi(K) U
 
 The causal form goes by chunks: tiles inside a chunk (those in the future are skipped), the state between chunks. Up to
-a length of about 4 M E / (D + E) one chunk is cheapest, and then no features are needed at all; beyond it, chunks of
-about M / 4, so that the states saved for the backward take no more than a few times the memory of the values.
+a length of about 4 M E / (D + E) one chunk is cheapest, and then no features are needed at all. Beyond it the products
+would be fewest in short chunks, but a state is saved for each of them for the backward: chunks are as long as a state
+has features, from 128 to 512, which was also fastest.
 
 Here G = g / den, r = -rowsum(G * o) carries the gradient of the denominator. Padded keys have zeros in V and in the
 column of ones whose product with P is the denominator: the constant term of the polynomial does not count them.
@@ -118,6 +119,11 @@ class _Work:
         return x.reshape(self.rows, c, self.e), None if one is None else one.view(self.rows, c, 1)
 
 
+def _column(a: Tensor, x: Tensor) -> Tensor:
+    """A X for X of one column: batched products are many times slower at that than a product and a sum."""
+    return torch.bmm(a, x) if a.shape[0] == 1 else (a * x.mT).sum(-1, keepdim=True)
+
+
 def _tiles(total: int, seen: int, causal: bool, room: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
     """Blocks of queries with the blocks of keys that they see and whether the keys' diagonal runs through the block.
 
@@ -158,11 +164,11 @@ def _tile_forward(
                 p.view(n, g, size, size).tril_()
             if acc is None:
                 acc = torch.bmm(p, v[:, at])
-                total = None if one is None else torch.bmm(p, one[:, at])
+                total = None if one is None else _column(p, one[:, at])
             else:
                 acc.baddbmm_(p, v[:, at])
                 if one is not None and total is not None:
-                    total.baddbmm_(p, one[:, at])
+                    total.add_(_column(p, one[:, at]))
         if acc is not None:
             out[:, :, rows] = acc.view(n, g, size, v.shape[-1])
         if den is not None and total is not None:
@@ -208,7 +214,7 @@ def _absorb(work: _Work, k: Tensor, v: Tensor, one: Tensor | None, s: Tensor, z:
         phi = work.monomials.build(k[:, at])
         s.baddbmm_(phi, v[:, at])
         if one is not None:
-            z.baddbmm_(phi, one[:, at])
+            z.add_(_column(phi, one[:, at]))
 
 
 def _read(work: _Work, q: Tensor, s: Tensor, z: Tensor, out: Tensor, den: Tensor | None) -> None:
@@ -219,7 +225,7 @@ def _read(work: _Work, q: Tensor, s: Tensor, z: Tensor, out: Tensor, den: Tensor
             phi = work.monomials.build(q[:, head, at]).mT
             out[:, head, at] += torch.bmm(phi, s)
             if den is not None:
-                den[:, head, at] += torch.bmm(phi, z)
+                den[:, head, at] += _column(phi, z)
 
 
 def _read_backward(work: _Work, q: Tensor, state: Tensor, grad: Tensor, dq: Tensor, s: Tensor, z: Tensor) -> None:
@@ -232,7 +238,7 @@ def _read_backward(work: _Work, q: Tensor, state: Tensor, grad: Tensor, dq: Tens
             upstream = grad[:, head, at]
             s.baddbmm_(phi, upstream[..., :e])
             if upstream.shape[-1] > e:
-                z.baddbmm_(phi, upstream[..., e:])
+                z.add_(_column(phi, upstream[..., e:]))
             torch.bmm(state, upstream.mT, out=work.monomials.gradient(n, phi.shape[2]))
             dq[:, head, at] += work.monomials.back(n, phi.shape[2])
 
