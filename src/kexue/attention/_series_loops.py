@@ -77,7 +77,7 @@ class _Work:
     @property
     def monomials(self) -> poly.Monomials:
         if self._monomials is None:
-            self._monomials = poly.Monomials(self.d, self.kind, self.degree, self.like)
+            self._monomials = poly.monomials(self.d, self.kind, self.degree, self.like)
         return self._monomials
 
     def groups(self, numbers: int, budget: int = ROWS * COLUMNS) -> Iterator[slice]:
