@@ -65,7 +65,8 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "d", "p"),
     [(kind, d, p) for kind in FORMS for d, p in
-     [(1, 1), (1, 2), (1, 7), (2, 1), (2, 2), (2, 5), (3, 2), (3, 4), (4, 3), (5, 2), (16, 2), (16, 4), (64, 1), (64, 2)]],
+     [(1, 1), (1, 2), (1, 7), (2, 1), (2, 2), (2, 5), (3, 2), (3, 4), (4, 3), (5, 2), (16, 2), (16, 4), (64, 1),
+      (64, 2)]],
 )  # fmt: skip
 def test_products_of_features_are_the_polynomial(kind, d, p):
     q, k = normal(6, d), normal(5, d, seed=1)

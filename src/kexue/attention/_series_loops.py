@@ -393,7 +393,7 @@ def forward_loop(
     if not wanted:
         return o, inverse, states, sums, work.like.new_empty(0), work.like.new_empty(0)
     root = work.weights.sqrt()
-    return o, inverse, states, sums, (state_s * root).view(b, h, m, e), (state_z * root).view(b, h, m)
+    return o, inverse, states, sums, state_s.mul_(root).view(b, h, m, e), state_z.mul_(root).view(b, h, m)
 
 
 def backward_loop(
@@ -468,4 +468,4 @@ def backward_loop(
     if not initial:
         return dq, dk, dv, work.like.new_empty(0), work.like.new_empty(0)
     root = work.weights.sqrt()
-    return dq, dk, dv, (later_s * root).view(b, h, m, e), (later_z * root).view(b, h, m)
+    return dq, dk, dv, later_s.mul_(root).view(b, h, m, e), later_z.mul_(root).view(b, h, m)

@@ -272,7 +272,9 @@ def _attend(
     backend: str,
     wanted: bool,
 ) -> tuple[Tensor, State]:
-    if isinstance(phi, PolynomialFeatures) and backend != "plain":
+    # A single token and a state: there is nothing to save, its features are needed anyway.
+    decoding = q.shape[2] == 1 and k.shape[2] == 1 and (wanted or initial_state is not None)
+    if isinstance(phi, PolynomialFeatures) and backend != "plain" and not decoding:
         return _polynomial(q, k, v, phi, causal, mask, initial_state, eps, normalize, wanted)
     (b, heads, t, dim), (h, keys), e = q.shape, k.shape[1:3], v.shape[-1]
     g = heads // h if h else 0
