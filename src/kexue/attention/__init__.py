@@ -13,14 +13,18 @@ from kexue.attention.residual import (
     residual_attention_step,
 )
 from kexue.attention.residual_models import use_residual_attention
+from kexue.attention.series import ExpPowerFeatures, TaylorFeatures, degree_for
 
 __all__ = [
     "FEATURE_MAPS",
+    "ExpPowerFeatures",
     "FeatureMap",
     "GatedAttentionUnit",
     "LinearAttention",
     "LinearAttentionState",
     "ResidualScores",
+    "TaylorFeatures",
+    "degree_for",
     "entropy_invariant_attention",
     "entropy_invariant_scale",
     "gated_attention",

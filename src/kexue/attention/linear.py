@@ -31,7 +31,9 @@ from kexue._tensors import check_float, compute_dtype
 from kexue.attention import _contraction as plain
 from kexue.attention._causal_operator import causal_linear_attention
 from kexue.attention._contraction import State
+from kexue.attention._series_kernel import series_attention
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap, feature_map_of
+from kexue.attention.series import PolynomialFeatures
 
 __all__ = ["LinearAttentionState", "linear_attention"]
 
@@ -244,7 +246,8 @@ def linear_attention(
     _check_inputs(q, k, v, causal, key_padding_mask)
     phi = feature_map_of(feature_map)
     _check_map(phi, causal, normalize, initial_state is not None or return_state)
-    check_real("eps", eps, minimum=0.0)
+    if not torch.compiler.is_compiling():  # numbers may be symbols there
+        check_real("eps", eps, minimum=0.0)
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":  # elsewhere a loop over small chunks would wait for launches
         backend = "operator" if q.device.type == "cpu" else "plain"
@@ -255,7 +258,7 @@ def linear_attention(
         q, k = q * scale**0.5, k * scale**0.5
     lowered = torch.is_autocast_enabled(q.device.type)  # sums over time stay in float32
     with torch.autocast(q.device.type, enabled=False) if lowered else contextlib.nullcontext():
-        o, state = _attend(q, k, v, phi, causal, key_padding_mask, initial_state, eps, normalize, backend)
+        o, state = _attend(q, k, v, phi, causal, key_padding_mask, initial_state, eps, normalize, backend, return_state)
     return (o, LinearAttentionState(*state)) if return_state else o
 
 
@@ -270,7 +273,12 @@ def _attend(
     eps: float,
     normalize: bool,
     backend: str,
+    wanted: bool,
 ) -> tuple[Tensor, State]:
+    # A single token and a state: there is nothing to save, its features are needed anyway.
+    decoding = q.shape[2] == 1 and k.shape[2] == 1 and (wanted or initial_state is not None)
+    if isinstance(phi, PolynomialFeatures) and backend != "plain" and not decoding:
+        return _polynomial(q, k, v, phi, causal, mask, initial_state, eps, normalize, wanted)
     (b, heads, t, dim), (h, keys), e = q.shape, k.shape[1:3], v.shape[-1]
     g = heads // h if h else 0
     dtype, out_dtype = compute_dtype(q), v.dtype
@@ -309,6 +317,36 @@ def _attend(
     if top is not None and before.shift is not None and not normalize:
         o = o * (top + before.shift.repeat_interleave(g, 1)[..., None, None]).exp()
     return o.to(out_dtype), State(s, z, before.shift)
+
+
+def _polynomial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: PolynomialFeatures,
+    causal: bool,
+    mask: Tensor | None,
+    initial_state: Any,
+    eps: float,
+    normalize: bool,
+    wanted: bool,
+) -> tuple[Tensor, State]:
+    """A polynomial of the score has an operator of its own, which mostly does without features."""
+    (b, heads, t, dim), h, e = q.shape, k.shape[1], v.shape[-1]
+    dtype = compute_dtype(q)
+    if phi.normalize_inputs:
+        q, k = phi.prepared(q.to(dtype)), phi.prepared(k.to(dtype))
+    before = None
+    if initial_state is not None:
+        before = _check_state(initial_state, b, h, phi.num_features(dim), e, dtype, False)
+    g = heads // h if h else 0
+    o, s, z = series_attention(
+        q.reshape(b, h, g, t, dim), k, v, None if mask is None else mask[:, None, :, None],
+        None if before is None else before.s, None if before is None else before.z,
+        kind=phi.kind, degree=phi.degree, scale=phi.scale_of(dim), causal=causal, eps=eps, normalize=normalize,
+        wanted=wanted,
+    )  # fmt: skip
+    return o.view(b, heads, t, e), State(s, z, None)
 
 
 def _map_queries(phi: FeatureMap, q: Tensor) -> tuple[Tensor, Tensor | None]:
