@@ -210,3 +210,17 @@ def test_maps_can_be_copied_saved_and_printed():
     assert phi.state_dict() == {}
     assert repr(phi) == "TaylorFeatures(degree=4, scale=0.5, normalize_inputs=True)"
     assert repr(ExpPowerFeatures()) == "ExpPowerFeatures(power=4, scale=None, normalize_inputs=False)"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_odd_degrees_are_normalised_where_the_inputs_are_short_enough(causal):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 70, 5, generator=g) for _ in range(3))
+    unit_q, unit_k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    out = linear_attention(unit_q, unit_k, v, TaylorFeatures(1, scale=1.0), causal=causal)
+    torch.testing.assert_close(out, linear_attention(q, k, v, "cosine1", causal=causal))
+    linear_attention(1.5**0.5 * unit_q, 1.5**0.5 * unit_k, v, TaylorFeatures(3, scale=1.0), causal=causal)
+    with pytest.raises(ValueError, match="can be negative"):
+        linear_attention(1.6**0.5 * unit_q, 1.6**0.5 * unit_k, v, TaylorFeatures(3, scale=1.0), causal=causal)
+    with pytest.raises(ValueError, match="can be negative"):
+        linear_attention(q, k, v, ExpPowerFeatures(1, scale=1.0), causal=causal)

@@ -52,6 +52,15 @@ class FeatureMap(nn.Module):
         """Number of features M of vectors of width ``dim``."""
         return dim
 
+    def positive_for(self, q: Tensor, k: Tensor) -> bool:
+        """Whether sim >= 0 for these inputs; asked only where it is not so for all (:attr:`positive`).
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D), G the heads of k and v.
+        """
+        return self.positive
+
     def query(self, q: Tensor) -> Tensor:
         """Features of queries.
 

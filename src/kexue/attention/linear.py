@@ -110,13 +110,13 @@ def _check_inputs(q: Any, k: Any, v: Any, causal: bool, mask: Any) -> None:
             )
 
 
-def _check_map(phi: FeatureMap, causal: bool, normalize: bool, stateful: bool) -> None:
+def _check_map(phi: FeatureMap, q: Tensor, k: Tensor, causal: bool, normalize: bool, stateful: bool) -> None:
     if not phi.causal and (causal or stateful):
         raise ValueError(
             f"{_name(phi)} normalises keys over the whole sequence: with causal=True or a state it would look into the "
             'future; use "softmax_exp" or "exp", whose keys are exp(k)'
         )
-    if normalize and not phi.positive:
+    if normalize and not phi.positive and not phi.positive_for(q, k):
         raise ValueError(
             f"the similarity of {_name(phi)} can be negative, so that its weights cannot be normalised; use "
             "normalize=False or a positive map"
@@ -245,7 +245,7 @@ def linear_attention(
     """
     _check_inputs(q, k, v, causal, key_padding_mask)
     phi = feature_map_of(feature_map)
-    _check_map(phi, causal, normalize, initial_state is not None or return_state)
+    _check_map(phi, q, k, causal, normalize, initial_state is not None or return_state)
     if not torch.compiler.is_compiling():  # numbers may be symbols there
         check_real("eps", eps, minimum=0.0)
     check_choice("backend", backend, BACKENDS)

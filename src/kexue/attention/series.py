@@ -128,6 +128,17 @@ class PolynomialFeatures(FeatureMap):
         """Whether sim >= 0 from x on, for an odd degree."""
         raise NotImplementedError
 
+    def positive_for(self, q: Tensor, k: Tensor) -> bool:
+        """Also an odd degree is not negative on inputs that are short enough, such as unit vectors.
+
+        Their lengths are looked at, which costs a pass over them; not while torch.compile traces.
+        """
+        if self.positive or self.normalize_inputs or torch.compiler.is_compiling() or not q.numel() or not k.numel():
+            return self.positive
+        longest = [torch.linalg.vector_norm(x.detach().double(), dim=-1).amax().item() for x in (q, k)]
+        bound = self.scale_of(q.shape[-1]) * longest[0] * longest[1] * (1 - 1e-6)  # rounding of unit vectors
+        return math.isfinite(bound) and self._positive_from(-bound)
+
     def scale_of(self, dim: int) -> float:
         """The factor of q.k for vectors of width ``dim``."""
         return dim**-0.5 if self.scale is None else self.scale
@@ -179,8 +190,8 @@ class TaylorFeatures(PolynomialFeatures):
     """Features of the Taylor polynomial of e^x of degree p, for :func:`~kexue.attention.linear_attention`.
 
     Even degrees have a positive kernel and can be normalised. An odd degree can with ``normalize_inputs`` if the
-    polynomial is not negative on [-scale, scale]: always for scale <= 1, up to 1.596 for degree 3, 2.180 for degree 5.
-    Degree 1 with ``normalize_inputs`` and scale 1 is the kernel ``"cosine1"``.
+    polynomial is not negative on [-scale, scale]: always for scale <= 1, up to 1.596 for degree 3, 2.180 for degree 5;
+    without it if the inputs at hand are short enough for that. Degree 1 with ``normalize_inputs`` and scale 1 is the kernel ``"cosine1"``.
 
     Args:
         degree: p, at least 1. Features: C(D + p, p), 2145 for D = 64 and p = 2.
