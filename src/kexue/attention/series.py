@@ -191,7 +191,8 @@ class TaylorFeatures(PolynomialFeatures):
 
     Even degrees have a positive kernel and can be normalised. An odd degree can with ``normalize_inputs`` if the
     polynomial is not negative on [-scale, scale]: always for scale <= 1, up to 1.596 for degree 3, 2.180 for degree 5;
-    without it if the inputs at hand are short enough for that. Degree 1 with ``normalize_inputs`` and scale 1 is the kernel ``"cosine1"``.
+    without it if the inputs at hand are short enough for that. Degree 1 with ``normalize_inputs`` and scale 1 is the
+    kernel ``"cosine1"``.
 
     Args:
         degree: p, at least 1. Features: C(D + p, p), 2145 for D = 64 and p = 2.
