@@ -542,3 +542,30 @@ def test_bad_input_of_the_other_forms_is_rejected():
         residual_attention_stack([q, q], [k, k], [v])
     with pytest.raises(ValueError, match="at least 0"):
         ResidualScores(dropout=-0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5, 5), (2, 1, 5, 5), (2, 2, 1, 5), (2, 1, 1, 5)])
+def test_masks_of_heads_and_rows_apply_to_their_layer_only(shape, tiling):
+    qs, ks, vs = layers(2, 2, 5, 5)
+    masks = [torch.rand(shape, generator=torch.Generator().manual_seed(n)) < 0.6 for n in range(LAYERS)]
+    masks[1][0, 0, 0] = False  # a row without any key in the second layer
+    causal = (False, True, False)
+    store, outs, expected, total = ResidualScores(), [], [], 0
+    for n in range(LAYERS):
+        outs.append(store.attend(qs[n], ks[n], vs[n], masks[n], causal[n], 0.5, 0.0, whole=True))
+        total = total + qs[n] @ ks[n].mT / 2
+        keep = masks[n].expand(2, 2, 5, 5)
+        keep = keep.tril() if causal[n] else keep
+        expected.append(total.masked_fill(~keep, -1e30).softmax(-1) * keep.any(-1, keepdim=True) @ vs[n])
+    torch.testing.assert_close(outs, expected)
+    assert not outs[1][0, 0, 0].any()
+    leaves = [*qs, *ks, *vs]
+    torch.testing.assert_close(gradients(outs, leaves), gradients(expected, leaves))
+
+
+def test_a_layer_cannot_look_at_keys_that_were_not_summed():
+    qs, ks, vs = layers()
+    store = ResidualScores()
+    store.attend(qs[0], ks[0], vs[0], None, True, 0.5, 0.0, whole=False)
+    with pytest.raises(ValueError, match="layer 1 was causal"):
+        store.attend(qs[1], ks[1], vs[1], None, False, 0.5, 0.0, whole=False)

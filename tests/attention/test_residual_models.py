@@ -473,3 +473,32 @@ def test_models_compile_as_one_graph_and_give_the_same(name):
             results.append([out[mask.bool()], *grads])
         torch.testing.assert_close(*results)
     assert not _hf_residual._traced
+
+
+def test_windowed_and_full_layers_may_alternate():
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=4, sliding_window=3, attn_logit_softcapping=None,
+        query_pre_attn_scalar=4,
+    )  # fmt: skip
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    model = transformers.Gemma2Model(config).double().eval()
+    ids, mask = batch(padded=0)
+    seen = []
+
+    def record(module, query, key, value, attention_mask, **kwargs):
+        """An attention function that keeps every sum of scores."""
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        own = query @ key.mT * kwargs["scaling"]
+        seen.append(own if module.layer_idx == 0 else seen[-1] + own)
+        keep = torch.ones(7, 7, dtype=torch.bool).tril()
+        if config.layer_types[module.layer_idx] == "sliding_attention":
+            keep = keep.triu(-2)
+        return (seen[-1].masked_fill(~keep, -1e30).softmax(-1) @ value).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("kexue_test_record", record)
+    transformers.AttentionMaskInterface.register("kexue_test_record", lambda *args, **kwargs: None)
+    model.set_attn_implementation("kexue_test_record")
+    expected = forward(model, ids, mask)
+    with use_residual_attention(model):
+        torch.testing.assert_close(forward(model, ids, mask), expected)
