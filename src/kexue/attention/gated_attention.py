@@ -23,7 +23,6 @@ near 0, as in some ports, q . k vanishes and so does its gradient.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from kexue._tensors import check_float, compute_dtype
 from kexue.attention._flash import chunked_attention
 from kexue.attention._gated_kernel import attend
 from kexue.attention._rotary import rotate
+from kexue.attention.entropy import Options, factor_number, factor_rows
 
 __all__ = ["NORMALIZATIONS", "GatedAttentionUnit", "gated_attention", "gated_attention_weights"]
 
@@ -89,13 +89,12 @@ def _row_factor(
         return norm_length**-0.5
     if normalization in ("softmax", "relu2_sum"):
         return 1.0
+    options = Options(base, min_length)
     if isinstance(n, Tensor):
         if normalization == "relu2_n":
             return n.clamp(min=1).to(dtype).rsqrt()[..., None]
-        return (n.clamp(min=min_length).to(dtype).log() / math.log(base))[..., None]
-    if normalization == "relu2_n":
-        return max(n, 1) ** -0.5
-    return math.log(max(n, min_length)) / math.log(base)
+        return factor_rows(n, 1, options, dtype)[..., None]
+    return max(n, 1) ** -0.5 if normalization == "relu2_n" else factor_number(n, 1, options)
 
 
 def _prepare(
