@@ -1,6 +1,7 @@
 """Attention: linear, random and series features, entropy-invariant scale, gated unit, residual scores."""
 
 from kexue.attention.entropy import entropy_invariant_attention, entropy_invariant_scale
+from kexue.attention.favor import FavorFeatures
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from kexue.attention.gated_attention import GatedAttentionUnit, gated_attention, gated_attention_weights
 from kexue.attention.linear import LinearAttentionState, linear_attention
@@ -18,6 +19,7 @@ from kexue.attention.series import ExpPowerFeatures, TaylorFeatures, degree_for
 __all__ = [
     "FEATURE_MAPS",
     "ExpPowerFeatures",
+    "FavorFeatures",
     "FeatureMap",
     "GatedAttentionUnit",
     "LinearAttention",

@@ -36,6 +36,12 @@ def safe_inverse(den: Tensor) -> Tensor:
     return torch.where(seen, torch.where(seen, den, 1.0).reciprocal(), 0.0)
 
 
+def safe_divide(x: Tensor, den: Tensor) -> Tensor:
+    """Quotient, 0 where :func:`safe_inverse` is 0; its gradient never squares a denominator, which would overflow."""
+    seen = den.abs() > torch.finfo(den.dtype).tiny
+    return torch.where(seen, x / torch.where(seen, den, 1.0), 0.0)
+
+
 def bidirectional(
     q: Tensor, k: Tensor, v: Tensor, before: State | None, eps: float, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +63,7 @@ def bidirectional(
         s, z = s + before.s, z + before.z
     o = q @ s
     if normalize:
-        o = o * safe_inverse(q @ z.unsqueeze(-1) + eps)
+        o = safe_divide(o, q @ z.unsqueeze(-1) + eps)
     return o, s, z
 
 
@@ -120,5 +126,5 @@ def causal(
         o = carried @ s[:, :, :-1, None] + scores @ v
         den = carried @ z[:, :, :-1, None, :, None] + scores.sum(-1, keepdim=True)
     if normalize:
-        o = o * safe_inverse(den + eps)
+        o = safe_divide(o, den + eps)
     return o.transpose(2, 3).reshape(b, h, g, n * chunk, e)[..., :t, :], s[:, :, -1], z[:, :, -1]

@@ -61,6 +61,29 @@ class FeatureMap(nn.Module):
         """
         return self.positive
 
+    def start(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Called once before queries and keys are mapped, except where a state is continued; does nothing by itself.
+
+        Args:
+            q: (B, H, T, D).
+            k: (B, G, S, D), G the heads of k and v.
+            mask: (B, S), True = takes part; None = all.
+        """
+
+    def exponent(self, dtype: torch.dtype) -> Tensor | None:
+        """Weight (M, D + 2) such that the features are exp(weight [x; |x|^2; 1]), if there is one.
+
+        Then attention maps them chunk by chunk and never holds those of the whole sequence.
+        """
+        return None
+
+    def query_factor(self, q: Tensor) -> Tensor | None:
+        """Logarithm (B, H, T, 1) of what :meth:`query` leaves out since all features of a query share it, or None.
+
+        Only asked for by maps in log space with ``normalize=False``; otherwise it cancels.
+        """
+        return None
+
     def query(self, q: Tensor) -> Tensor:
         """Features of queries.
 

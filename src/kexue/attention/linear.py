@@ -31,6 +31,7 @@ from kexue._tensors import check_float, compute_dtype
 from kexue.attention import _contraction as plain
 from kexue.attention._causal_operator import causal_linear_attention
 from kexue.attention._contraction import State
+from kexue.attention._exponential_kernel import exponential_attention
 from kexue.attention._series_kernel import series_attention
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap, feature_map_of
 from kexue.attention.series import PolynomialFeatures
@@ -256,6 +257,8 @@ def linear_attention(
         if isinstance(feature_map, FeatureMap):
             raise ValueError(f"scale belongs to the feature map: give it to {type(feature_map).__name__}; got {scale}")
         q, k = q * scale**0.5, k * scale**0.5
+    if initial_state is None:  # a state belongs to the map as it was
+        phi.start(q, k, key_padding_mask)
     lowered = torch.is_autocast_enabled(q.device.type)  # sums over time stay in float32
     with torch.autocast(q.device.type, enabled=False) if lowered else contextlib.nullcontext():
         o, state = _attend(q, k, v, phi, causal, key_padding_mask, initial_state, eps, normalize, backend, return_state)
@@ -296,6 +299,14 @@ def _attend(
         shift = v.new_full((b, h), _lowest(before.z) if initial_state is None else 0.0, dtype=dtype)
         before = before._replace(shift=shift)
 
+    exponent = phi.exponent(dtype) if normalize and not eps and backend != "plain" else None
+    if exponent is not None and before.shift is not None and (t > 1 or not causal):
+        grouped = q.to(dtype).reshape(b, h, g, t, dim)
+        o, s, z, shift = exponential_attention(
+            grouped, k.to(dtype), v.to(dtype), live, exponent, before.s, before.z, before.shift, causal
+        )
+        return o.reshape(b, heads, t, e).to(out_dtype), State(s, z, shift)
+
     if causal and t > 1:
         early = keys - t  # keys before the first query: they go into the state
         if early:
@@ -310,7 +321,7 @@ def _attend(
     phi_k, before = _absorb(phi, k.to(dtype), v, live, before)
     values = v.to(dtype)
     values = values if live is None else torch.where(live, values, 0.0)
-    phi_q, top = _map_queries(phi, q.to(dtype))
+    phi_q, top = _map_queries(phi, q.to(dtype), normalize)
     m = phi_q.shape[-1]
     o, s, z = plain.bidirectional(phi_q.reshape(b, h, g * t, m), phi_k, values, before, eps, normalize)
     o = o.view(b, heads, t, e)
@@ -349,13 +360,14 @@ def _polynomial(
     return o.view(b, heads, t, e), State(s, z, None)
 
 
-def _map_queries(phi: FeatureMap, q: Tensor) -> tuple[Tensor, Tensor | None]:
+def _map_queries(phi: FeatureMap, q: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Features of queries, and for maps in log space the logarithm of what each query's were divided by."""
     features = phi.query(q)
     if not phi.log_space:
         return features, None
     top = features.detach().amax(-1, keepdim=True)
-    return (features - top).exp(), top
+    shared = None if normalize else phi.query_factor(q)
+    return (features - top).exp(), top if shared is None else top + shared
 
 
 def _causal(
@@ -377,7 +389,7 @@ def _causal(
     level = top = None
     phi_q, phi_k = q, k
     if inside is None:
-        phi_q, top = _map_queries(phi, q.to(dtype))
+        phi_q, top = _map_queries(phi, q.to(dtype), normalize)
         phi_k = _map_keys(phi, k.to(dtype), live)
         if before.shift is not None:
             level = torch.maximum(phi_k.detach().amax(-1).cummax(-1).values, before.shift.unsqueeze(-1))

@@ -9,6 +9,7 @@ __all__ = ["register_attention"]
 # name -> module with ``attention_forward`` (transformers' attention function) and ``attention_mask`` (its mask builder)
 _IMPLEMENTATIONS: dict[str, str] = {
     "kexue_linear": "kexue.attention._hf_linear",
+    "kexue_performer": "kexue.attention._hf_performer",
     "kexue_entropy": "kexue.attention._hf_entropy",
     "kexue_realformer": "kexue.attention._hf_residual",
 }
