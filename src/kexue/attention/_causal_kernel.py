@@ -49,7 +49,8 @@ def block_rows(features: int, width: int) -> int:
 
 def _features(x: Tensor, mask: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     """One chunk (..., c, M) mapped, in the dtype of the computation, contiguous; masked tokens are 0."""
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     if activation == "elu1":  # exp2 is vectorised everywhere, exp is not
         x = x.clamp(max=0).mul_(LOG2E).exp2_().add_(x.clamp(min=0))
     if mask is not None:
@@ -58,7 +59,8 @@ def _features(x: Tensor, mask: Tensor | None, activation: str, dtype: torch.dtyp
 
 
 def _values(v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    v = v.to(dtype)
+    if v.dtype != dtype:
+        v = v.to(dtype)
     return v if mask is None else torch.where(mask, v, 0.0)
 
 
@@ -82,92 +84,113 @@ def _inverse(den: Tensor) -> Tensor:
     return den.clamp_(min=tiny).reciprocal_().mul_(seen)
 
 
-def _parts(x: Tensor | None, chunk: int, axis: int, n: int) -> tuple[Tensor | None, ...]:
-    return (None,) * n if x is None else x.split(chunk, axis)
+def _parts(x: Tensor | None, chunk: int, n: int) -> Sequence[Any]:
+    """Chunks of the axis before the last."""
+    return (None,) * n if x is None else x.split(chunk, -2)
+
+
+def _per_head(x: Tensor, rows: int) -> Tensor:
+    """(B, H, T, .) or (B, H, G, T, .) with B and H in one axis, and without G = 1: fewer calls for every chunk."""
+    x = x.reshape(rows, *x.shape[2:])
+    return x.squeeze(1) if x.dim() == 4 and x.shape[1] == 1 else x
+
+
+def _mask_per_head(mask: Tensor | None, b: int, h: int) -> Tensor | None:
+    return None if mask is None else mask.expand(b, h, -1, -1).reshape(b * h, -1, 1)
+
+
+def _rows_of(x: Tensor, rows: int, groups: int) -> Tensor:
+    """A chunk of queries (rows, G, c, .) with its groups among the rows: (rows, G * c, .)."""
+    return x if groups == 1 else x.reshape(rows, -1, x.shape[-1])
+
+
+def _cut(x: Tensor, groups: int) -> Tensor:
+    """Zero above the diagonal of every c x c block, in place."""
+    (x if groups == 1 else x.view(len(x), groups, -1, x.shape[-1])).tril_()
+    return x
 
 
 def forward_loop(tensors: Sequence[Any], activation: str, eps: float, normalize: bool, chunk: int) -> None:
     """Fill o, inverse, states and sums; turn s and z into the state after the last key."""
     q, k, v, mask, log_scale, s, z, start, o, inverse, states, sums = tensors
     b, h, g, t, m = q.shape
-    e, dtype, rows = v.shape[-1], s.dtype, b * h
-    n = -(-t // chunk)
-    s3, z3 = s.reshape(rows, m, e), z.reshape(rows, 1, m)
+    dtype, rows, n = s.dtype, b * h, -(-t // chunk)
+    s, z = s.view(rows, m, -1), z.view(rows, 1, m)
     start = start.reshape(rows, 1, 1)
     levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
     pieces = zip(
-        q.split(chunk, 3), k.split(chunk, 2), v.split(chunk, 2), o.split(chunk, 3), _parts(mask, chunk, 2, n),
-        _parts(levels, chunk, 1, n), _parts(inverse, chunk, 3, n),
+        *(_parts(_per_head(x, rows), chunk, n) for x in (q, k, v, o)), _parts(_mask_per_head(mask, b, h), chunk, n),
+        _parts(levels, chunk, n), _parts(None if inverse is None else _per_head(inverse, rows), chunk, n),
+        (None,) * n if states is None else states.unbind(), (None,) * n if sums is None else sums.unbind(),
         strict=True,
     )  # fmt: skip
-    for i, (qc, kc, vc, oc, live, level, inverse_c) in enumerate(pieces):
-        c = kc.shape[2]
-        qc = _features(qc, None, activation, dtype).view(rows, g * c, m)
-        kc = _features(kc, live, activation, dtype).view(rows, c, m)
-        vc = _values(vc, live, dtype).reshape(rows, c, e)
-        if states is not None and sums is not None:
-            states[i], sums[i] = s3.view(b, h, m, e), z3.view(b, h, 1, m)
+    for qc, kc, vc, oc, live, level, inverse_c, state, total in pieces:
+        qc = _rows_of(_features(qc, None, activation, dtype), rows, g)
+        kc, vc = _features(kc, live, activation, dtype), _values(vc, live, dtype)
+        if state is not None:
+            state.view(s.shape).copy_(s)
+            total.view(z.shape).copy_(z)
         scores = torch.bmm(qc, kc.mT)
         if level is not None:
             falls = _Falls(level, start, g)
             scores.mul_(falls.pairs)
             qc, kc = qc * falls.carry, kc * falls.adds
-        scores.view(rows, g, c, c).tril_()
-        out = torch.bmm(scores, vc).baddbmm_(qc, s3)
+        _cut(scores, g)
+        out = torch.bmm(scores, vc).baddbmm_(qc, s)
+        inv: Any = 1.0
         if normalize:
-            inv = _inverse(scores.sum(-1, keepdim=True).add_((qc * z3).sum(-1, keepdim=True)).add_(eps))
-            out.mul_(inv)
+            den = scores.sum(-1, keepdim=True).add_((qc * z).sum(-1, keepdim=True))
+            inv = _inverse(den.add_(eps) if eps else den)
             if inverse_c is not None:
-                inverse_c.copy_(inv.view(b, h, g, c, 1))
-        oc.copy_(out.view(b, h, g, c, e))
+                inverse_c.copy_(inv.view(inverse_c.shape))
+        if g == 1:
+            torch.mul(out, inv, out=oc)
+        else:
+            oc.copy_(out.mul_(inv).view(oc.shape))
         if level is not None:
-            s3.mul_(falls.keep)
-            z3.mul_(falls.keep)
+            s.mul_(falls.keep)
+            z.mul_(falls.keep)
             start = level[:, -1:]
-        s3.baddbmm_(kc.mT, vc)
-        z3.add_(kc.sum(1, keepdim=True))
+        s.baddbmm_(kc.mT, vc)
+        z.add_(kc.sum(1, keepdim=True))
 
 
 def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
     """Fill dq, dk and dv; turn later_s and later_z, gradients of the last state, into those of the first."""
     grad, later_s, later_z, q, k, v, mask, log_scale, start, o, inverse, states, sums, dq, dk, dv = tensors
     b, h, g, t, m = q.shape
-    e, dtype, rows = v.shape[-1], states.dtype, b * h
-    n = -(-t // chunk)
-    u, w = later_s.reshape(rows, m, e), later_z.reshape(rows, 1, m)
+    dtype, rows, n = states.dtype, b * h, -(-t // chunk)
+    u, w = later_s.view(rows, m, -1), later_z.view(rows, 1, m)
     start = start.reshape(rows, 1, 1)
     levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
     pieces = list(
         zip(
-            q.split(chunk, 3), k.split(chunk, 2), v.split(chunk, 2), grad.split(chunk, 3), o.split(chunk, 3),
-            dq.split(chunk, 3), dk.split(chunk, 2), dv.split(chunk, 2), _parts(mask, chunk, 2, n),
-            _parts(levels, chunk, 1, n), _parts(inverse, chunk, 3, n), states.unbind(), sums.unbind(),
+            *(_parts(_per_head(x, rows), chunk, n) for x in (q, k, v, grad, o, dq, dk, dv)),
+            _parts(_mask_per_head(mask, b, h), chunk, n), _parts(levels, chunk, n),
+            _parts(None if inverse is None else _per_head(inverse, rows), chunk, n), states.unbind(), sums.unbind(),
             strict=True,
         )
     )  # fmt: skip
     for i in reversed(range(n)):
         qc, kc, vc, gc, oc, dqc, dkc, dvc, live, level, inv, s, z = pieces[i]
-        c = kc.shape[2]
-        s, z = s.reshape(rows, m, e), z.reshape(rows, 1, m)
-        qc = phi_q = _features(qc, None, activation, dtype).view(rows, g * c, m)
-        kc = phi_k = _features(kc, live, activation, dtype).view(rows, c, m)
-        vc = _values(vc, live, dtype).reshape(rows, c, e)
-        gc = gc.to(dtype)
+        s, z = s.reshape(u.shape), z.reshape(w.shape)
+        qc = phi_q = _rows_of(_features(qc, None, activation, dtype), rows, g)
+        kc = phi_k = _features(kc, live, activation, dtype)
+        vc = _values(vc, live, dtype)
         r = None
         if inv is not None:
-            gc = gc * inv
-            r = (gc * oc).sum(-1, keepdim=True).neg_().view(rows, g * c, 1)
-        gc = gc.reshape(rows, g * c, e)
+            gc = gc * inv  # in the dtype of the computation: inv is
+            r = _rows_of((gc * oc).sum(-1, keepdim=True).neg_(), rows, g)
+        gc = _rows_of(gc if gc.dtype == dtype else gc.to(dtype), rows, g)
         scores = torch.bmm(qc, kc.mT)
         pairs = torch.bmm(gc, vc.mT) if r is None else torch.baddbmm(r, gc, vc.mT)
         if level is not None:
-            before = start if i == 0 else pieces[i - 1][9][:, -1:]
-            falls = _Falls(level, before, g)
+            falls = _Falls(level, start if i == 0 else pieces[i - 1][9][:, -1:], g)
             scores.mul_(falls.pairs)
             pairs.mul_(falls.pairs)
             phi_q, phi_k = qc * falls.carry, kc * falls.adds
-        scores.view(rows, g, c, c).tril_()
-        pairs.view(rows, g, c, c).tril_()
+        _cut(scores, g)
+        _cut(pairs, g)
         # queries: what they read from the state before the chunk, and from the chunk
         to_q = torch.bmm(gc, s.mT)
         if r is not None:
@@ -189,14 +212,15 @@ def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
         if r is not None:
             w.add_((phi_q * r).sum(1, keepdim=True))
         if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
-            to_q.mul_(qc.clamp_(max=1))
-            to_k.mul_(kc.clamp_(max=1))
-        to_k, to_v = to_k.view(b, h, c, m), to_v.view(b, h, c, e)
-        if live is not None:
-            to_k, to_v = torch.where(live, to_k, 0.0), torch.where(live, to_v, 0.0)
-        dqc.copy_(to_q.view(b, h, g, c, m))
-        dkc.copy_(to_k)
-        dvc.copy_(to_v)
+            torch.mul(to_k, kc.clamp_(max=1), out=dkc)
+            if g == 1:
+                torch.mul(to_q, qc.clamp_(max=1), out=dqc)
+            else:
+                dqc.copy_(to_q.mul_(qc.clamp_(max=1)).view(dqc.shape))
+        else:
+            dkc.copy_(to_k if live is None else torch.where(live, to_k, 0.0))
+            dqc.copy_(to_q.view(dqc.shape))
+        dvc.copy_(to_v if live is None else torch.where(live, to_v, 0.0))
 
 
 def _blocks(q: Tensor, v: Tensor) -> Sequence[tuple[slice, slice]]:
