@@ -33,6 +33,7 @@ from kexue.attention._exponential_parts import (
     Scratch,
     absorb,
     chunks,
+    exp_,
     inverse_of,
     lowest,
     map_keys,
@@ -72,7 +73,7 @@ class _Chunk:
             self.k.sub_(above)
             self.pairs = (above.mT - above).clamp_(max=0).exp_().repeat(1, self.groups, 1)
             self.carry = above.neg().exp_().repeat(1, self.groups, 1)
-        self.k.exp_()
+        exp_(self.k)
         self.q = map_queries(q, at, weight, level, scratch(2, rows, self.groups * c, m))
         scores = torch.bmm(self.q, self.k.mT, out=scratch(3, rows, self.groups * c, c))
         self.scores = self.lower(scores)
@@ -152,7 +153,7 @@ def _causal(
             fall = (level - higher).exp_()
             s.mul_(fall.mT)
             z.mul_(fall)
-            features, level = logs.sub_(higher).exp_(), higher
+            features, level = exp_(logs.sub_(higher)), higher
         s.baddbmm_(features.mT, values)
         z.add_(features.sum(1, keepdim=True))
     return o, inverse, states, sums, levels, s.view(b, h, m, e), z.view(b, h, m), level.reshape(b, h, m)
@@ -220,7 +221,7 @@ def _causal_backward(
         gc = gc.reshape(rows, g * c, e)
         pairs = chunk.lower(torch.bmm(gc, values.mT, out=scratch(4, rows, g * c, c)).add_(r))
         # queries: what they read from the state before the chunk, and from the chunk
-        to_logs = torch.bmm(gc, states[i].mT, out=scratch(5, rows, g * c, m)).baddbmm_(r, sums[i])
+        to_logs = torch.bmm(gc, states[i].mT, out=scratch(5, rows, g * c, m)).addcmul_(r, sums[i])
         chunk.carried(to_logs).baddbmm_(pairs, chunk.k).mul_(chunk.q)
         dq[:, :, :, at] = (to_logs.view(rows * g * c, m) @ weight[:, :-2]).view(b, h, g, c, d)
         # keys and values: what later chunks read through the state after this one, and what the chunk reads
@@ -229,7 +230,7 @@ def _causal_backward(
             features = chunk.k
             to_logs.baddbmm_(pairs.mT, chunk.q).mul_(chunk.k)
         else:
-            features = logs.sub_(end).exp_()
+            features = exp_(logs.sub_(end))
             to_logs.mul_(features).addcmul_(torch.bmm(pairs.mT, chunk.q), chunk.k)
         write(dv, at, torch.bmm(features, to_s).baddbmm_(chunk.scores.mT, gc), mask)
         write(dk, at, to_k(x, to_logs, weight), mask)

@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LOG2E = math.log2(math.e)
 WORKING_SET = 2**18  # features of one chunk of all heads, where the chunk is free to choose
 
 
 def lowest(x: Tensor) -> float:
     return torch.finfo(x.dtype).min / 4  # finite: differences of two of them are 0, not NaN
+
+
+def exp_(x: Tensor) -> Tensor:
+    """Exp in place, by way of exp2, which is vectorised everywhere."""
+    return x.mul_(LOG2E).exp2_()
 
 
 def inverse_of(den: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def map_queries(q: Tensor, at: slice, weight: Tensor, level: Tensor, out: Tensor
     x = q[:, :, :, at].reshape(-1, q.shape[-1])
     logs = torch.mm(x, weight[:, :-2].mT, out=out.view(len(x), len(weight))).view(out.shape)
     logs.add_(level + weight[:, -1])
-    return logs.sub_(logs.amax(-1, keepdim=True)).exp_()
+    return exp_(logs.sub_(logs.amax(-1, keepdim=True)))
 
 
 def to_k(x: Tensor, to_logs: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ def _add(logs: Tensor, values: Tensor, s: Tensor, z: Tensor, level: Tensor) -> N
     """Take a chunk into the state, in place; overwrites its logarithms."""
     higher = torch.maximum(level, logs.amax(1, keepdim=True))
     fall = (level - higher).exp_()
-    features = logs.sub_(higher).exp_()
+    features = exp_(logs.sub_(higher))
     s.mul_(fall.mT).baddbmm_(features.mT, values)
     z.mul_(fall).add_(features.sum(1, keepdim=True))
     level.copy_(higher)
@@ -137,7 +143,7 @@ def _absorb_backward(
     for at in chunks(k.shape[2], chunk):
         shape = rows, at.stop - at.start, m
         x, logs = map_keys(k, mask, at, weight, rows, scratch(0, *shape))
-        features = logs.sub_(end).exp_()
+        features = exp_(logs.sub_(end))
         write(dv, at, torch.bmm(features, to_s), mask)
         to_logs = torch.bmm(values_of(v, mask, at, rows), to_s.mT, out=scratch(1, *shape)).add_(to_z).mul_(features)
         write(dk, at, to_k(x, to_logs, weight), mask)
@@ -216,7 +222,7 @@ def _read_backward(
         gc = gc.reshape(rows, g * c, e)
         ds.baddbmm_(p.mT, gc)
         dz.baddbmm_(r.mT, p)
-        to_logs = torch.bmm(gc, s.mT, out=scratch(1, rows, g * c, m)).baddbmm_(r, z).mul_(p)
+        to_logs = torch.bmm(gc, s.mT, out=scratch(1, rows, g * c, m)).addcmul_(r, z).mul_(p)
         dq[:, :, :, at] = (to_logs.view(rows * g * c, m) @ weight[:, :-2]).view(b, h, g, c, d)
     return dq, ds.view(b, h, m, e), dz.view(b, h, m)
 
