@@ -248,3 +248,55 @@ def test_a_whole_model_compiles_as_one_graph():
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+# Performer: the same paths with random features
+
+
+def test_performer_estimates_softmax_with_the_scale_of_the_model():
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SMALL, initializer_range=0.2)).eval()
+    ids = tokens(2, 16)
+    exact = model(ids).last_hidden_state
+    model.config.performer_features, model.config.performer_variant = 4096, "cosh"
+    model.set_attn_implementation("kexue_performer")
+    near = model(ids).last_hidden_state
+    model.set_attn_implementation(NAME)
+    far = model(ids).last_hidden_state
+    assert (near - exact).norm() < 0.05 * exact.norm()
+    assert (near - exact).norm() < 0.3 * (far - exact).norm()
+
+
+def test_performer_decodes_with_a_state_and_repeats_itself_after_loading(tmp_path):
+    model, ids = llama("kexue_performer"), tokens(2, 40)
+    whole = model(ids).logits
+    cache = LinearAttentionState.for_model(model)
+    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 21), (21, 40))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    assert not any("projection" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="kexue_performer").eval()
+    assert torch.equal(loaded(ids).logits, whole)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, whole)
+    model.config.performer_seed = 1
+    assert not torch.equal(model(ids).logits, whole)
+
+
+def test_performer_layers_have_directions_of_their_own():
+    model = llama("kexue_performer")
+    model(tokens(1, 5))
+    first, second = (layer.self_attn.__dict__["_kexue_favor"][1].projection for layer in model.model.layers)
+    assert not torch.equal(first, second)
+
+
+def test_performer_ignores_padding_and_trains():
+    model, ids = llama("kexue_performer").train(), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :8] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    alone = model(ids[1:, 8:]).logits
+    torch.testing.assert_close(padded[1, 8:], alone[0], rtol=1e-4, atol=1e-4)
+    padded[1, 8:].square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
