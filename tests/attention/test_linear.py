@@ -99,13 +99,9 @@ def test_finite_differences_with_states_and_groups(name):
 
     def function(q, k, v, s, z):
         o, state = linear_attention(q, k, v, name, causal=True, initial_state=(s, z), return_state=True)
-        return o, *(state[:2] if state.shift is None else (state.s * state.shift.exp()[..., None, None],))
+        return o, *state
 
-    inputs_ = (q, k, v, s, z.requires_grad_())
-    if name == "exp":  # the scale of a state is a convention that gets no gradient: compare what does not depend on it
-        assert torch.autograd.gradcheck(lambda *x: function(*x)[0], inputs_)
-    else:
-        assert torch.autograd.gradcheck(function, inputs_)
+    assert torch.autograd.gradcheck(function, (q, k, v, s, z.requires_grad_()))
 
 
 @pytest.mark.parametrize("backend", ["operator", "plain"])
@@ -374,10 +370,11 @@ BAD = {
         ValueError,
         r"S of initial_state must have shape \(2, 2, 4, 3\)",
     ),
-    "state of another map": (
-        lambda q, k, v: linear_attention(q, k, v, initial_state=linear_attention(q, k, v, "exp", return_state=True)[1]),
-        ValueError,
-        "do not match",
+    "state of three": (lambda q, k, v: linear_attention(q, k, v, initial_state=(q, k, v)), TypeError, "pair"),
+    "flag": (
+        lambda q, k, v: linear_attention(q, k, v, causal="yes"),
+        TypeError,
+        "causal must be True or False; got 'yes'",
     ),
 }
 
@@ -523,7 +520,7 @@ def test_blocks_of_heads_cover_every_head_once(batch, heads, rows):
 
 
 def test_chunks_get_shorter_with_more_work_per_token():
-    lengths = [kernel.chunk_length(rows, 64) for rows in (1, 8, 64, 4096)]
+    lengths = [kernel.chunk_length(rows, 64, 64) for rows in (1, 8, 64, 4096)]
     assert lengths == sorted(lengths, reverse=True)
     assert set(lengths) <= {32, 64, 128, 256}
 
@@ -650,3 +647,59 @@ def test_layer_refuses_bad_inputs():
         layer()(torch.randn(2, 16))
     with pytest.raises(TypeError, match="floating"):
         layer()(torch.ones(2, 3, 16, dtype=torch.long))
+
+
+# Findings of a review
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["operator", "plain"])
+@pytest.mark.parametrize("name", ["elu1", "exp", "softmax_exp"])
+def test_gradients_stay_finite_where_denominators_are_tiny(name, backend, causal):
+    q, k, v = inputs(b=1, h=1, t=6, dtype=torch.float32)
+    q, k = ((x - 25).requires_grad_() for x in (q, k))
+    low = torch.autograd.grad(linear_attention(q, k, v, name, causal=causal, backend=backend).square().sum(), (q, k))
+    exact = [x.detach().double().requires_grad_() for x in (q, k)]
+    want = torch.autograd.grad(linear_attention(*exact, v.double(), name, causal=causal).square().sum(), exact)
+    for a, b in zip(low, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("t", [1, 80])
+def test_queries_and_keys_of_different_features_find_each_other(t, causal):
+    q, k, v = inputs(b=1, h=2, t=t, d=2, dtype=torch.float32)
+    q, k = q + torch.tensor([-100.0, 0.0]), k + torch.tensor([0.0, -100.0])
+    out = linear_attention(q, k, v, "exp", causal=causal)
+    want = linear_attention(q.double(), k.double(), v.double(), "exp", causal=causal)
+    torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-4)
+    _, state = linear_attention(q, k, v, "exp", return_state=True)
+    again = linear_attention(q[:, :, :1], k[:, :, :1], v[:, :, :1], "exp", initial_state=state)
+    once = linear_attention(q[:, :, :1], torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2), "exp")
+    torch.testing.assert_close(again, once, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["elu1", "relu", "exp", "cosine1"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_in_bfloat16_do_not_depend_on_the_rounding_of_the_output(name, groups):
+    q, k, v = inputs(b=1, h=2 * groups, kv=2, t=700, d=16, e=8, dtype=torch.bfloat16)
+    v = (v + 10).requires_grad_()  # far from 0 the rounding of the output is larger than its differences
+    q.requires_grad_(), k.requires_grad_()
+    weight = torch.randn(1, 2 * groups, 700, 8, generator=torch.Generator().manual_seed(0))
+    low = torch.autograd.grad((linear_attention(q, k, v, name, causal=True).float() * weight).sum(), (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad((linear_attention(*exact, name, causal=True) * weight).sum(), exact)
+    for a, b in zip(low, want, strict=True):
+        assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+def test_cosines_of_very_long_and_very_short_vectors():
+    q, k, v = inputs(t=9, dtype=torch.float32)
+    plain = linear_attention(q, k, v, "cosine1")
+    torch.testing.assert_close(linear_attention(q * 1e25, k * 1e-9, v, "cosine1"), plain)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_states_of_the_chunks_take_half_of_q_k_v_and_o_at_most(dim):
+    chunk = kernel.chunk_length(8, dim, dim)
+    assert dim * dim / chunk <= 4 * dim / 2

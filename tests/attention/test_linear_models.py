@@ -8,6 +8,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -225,6 +227,16 @@ def test_packed_sequences_windows_and_position_biases_are_refused():
     if t5.config._attn_implementation == NAME:  # versions whose T5 has no exchangeable attention keep their own
         with pytest.raises(ValueError, match="cannot honour"):
             t5(tokens(1, 5), decoder_input_ids=tokens(1, 3))
+
+
+@pytest.mark.parametrize("name", ["kexue_linear", "kexue_performer", "kexue_entropy", "kexue_realformer"])
+def test_models_with_attention_code_of_their_own_are_refused(name, tmp_path):
+    config = BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=60)
+    model = BloomForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"BloomForCausalLM cannot be exchanged.*{name}"):
+        BloomForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+    assert BloomForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
 
 
 def test_preallocated_caches_are_refused():

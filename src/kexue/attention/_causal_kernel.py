@@ -36,10 +36,14 @@ LOG2E = math.log2(math.e)
 CACHE = 2**17  # numbers of one chunk and its scratch arrays that should stay near the core
 
 
-def chunk_length(rows: int, features: int) -> int:
-    """Length of a chunk: what it costs to call operations against the scores above the diagonal, computed in vain."""
+def chunk_length(rows: int, features: int, width: int) -> int:
+    """Length of a chunk: what it costs to call operations against the scores above the diagonal, computed in vain.
+
+    The states of all chunks take at most half of the memory of q, k, v and o.
+    """
     best = math.sqrt(2**21 / max(rows * features, 1))  # measured: 64 at 8 heads of 64
-    return min(256, max(32, 2 ** round(math.log2(best))))
+    spare = math.ceil(features * width / max(features + width, 1))
+    return max(spare, min(256, max(32, 2 ** round(math.log2(best)))))
 
 
 def block_rows(features: int, width: int) -> int:
@@ -53,9 +57,22 @@ def _features(x: Tensor, mask: Tensor | None, activation: str, dtype: torch.dtyp
         x = x.to(dtype)
     if activation == "elu1":  # exp2 is vectorised everywhere, exp is not
         x = x.clamp(max=0).mul_(LOG2E).exp2_().add_(x.clamp(min=0))
+    elif activation != "none":
+        x = x.clamp(min=0)
+        x = (x.square_() if activation == "relu2" else x).add_(1e-3)
     if mask is not None:
         x = torch.where(mask, x, 0.0)
     return x.contiguous()
+
+
+def _times_slope(grad: Tensor, x: Tensor, phi: Tensor, activation: str, groups: int) -> Tensor:
+    """The gradient of the features times phi'(x), in place; overwrites phi."""
+    if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
+        return grad.mul_(phi.clamp_(max=1))
+    if activation == "none":
+        return grad
+    x = _rows_of(x.to(phi.dtype), len(phi), groups)
+    return grad.mul_(x > 0) if activation == "relu" else grad.mul_(x.clamp(min=0).mul_(2))
 
 
 def _values(v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -177,22 +194,29 @@ def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
         qc = phi_q = _rows_of(_features(qc, None, activation, dtype), rows, g)
         kc = phi_k = _features(kc, live, activation, dtype)
         vc = _values(vc, live, dtype)
-        r = None
         if inv is not None:
             gc = gc * inv  # in the dtype of the computation: inv is
-            r = _rows_of((gc * oc).sum(-1, keepdim=True).neg_(), rows, g)
+            rounded = oc.dtype != dtype
+            r = None if rounded else _rows_of((gc * oc).sum(-1, keepdim=True).neg_(), rows, g)
+        else:
+            r, rounded = None, False
         gc = _rows_of(gc if gc.dtype == dtype else gc.to(dtype), rows, g)
         scores = torch.bmm(qc, kc.mT)
-        pairs = torch.bmm(gc, vc.mT) if r is None else torch.baddbmm(r, gc, vc.mT)
         if level is not None:
             falls = _Falls(level, start if i == 0 else pieces[i - 1][9][:, -1:], g)
             scores.mul_(falls.pairs)
-            pairs.mul_(falls.pairs)
             phi_q, phi_k = qc * falls.carry, kc * falls.adds
         _cut(scores, g)
-        _cut(pairs, g)
         # queries: what they read from the state before the chunk, and from the chunk
         to_q = torch.bmm(gc, s.mT)
+        pairs = torch.bmm(gc, vc.mT) if r is None else torch.baddbmm(r, gc, vc.mT)
+        if rounded:  # the output is, too: r comes from what it was made of
+            r = (scores * pairs).sum(-1, keepdim=True).add_((to_q * phi_q).sum(-1, keepdim=True))
+            r = r.mul_(_rows_of(inv, rows, g)).neg_()
+            pairs.add_(r)
+        if level is not None:
+            pairs.mul_(falls.pairs)
+        _cut(pairs, g)
         if r is not None:
             to_q.addcmul_(r, z)
         if level is not None:
@@ -211,15 +235,11 @@ def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
         u.baddbmm_(phi_q.mT, gc)
         if r is not None:
             w.add_((phi_q * r).sum(1, keepdim=True))
-        if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
-            torch.mul(to_k, kc.clamp_(max=1), out=dkc)
-            if g == 1:
-                torch.mul(to_q, qc.clamp_(max=1), out=dqc)
-            else:
-                dqc.copy_(to_q.mul_(qc.clamp_(max=1)).view(dqc.shape))
-        else:
-            dkc.copy_(to_k if live is None else torch.where(live, to_k, 0.0))
-            dqc.copy_(to_q.view(dqc.shape))
+        to_q, to_k = (
+            _times_slope(to_q, pieces[i][0], qc, activation, g), _times_slope(to_k, pieces[i][1], kc, activation, 1)
+        )  # fmt: skip
+        dqc.copy_(to_q.view(dqc.shape))
+        dkc.copy_(to_k if live is None else torch.where(live, to_k, 0.0))
         dvc.copy_(to_v if live is None else torch.where(live, to_v, 0.0))
 
 

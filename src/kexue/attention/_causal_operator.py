@@ -199,6 +199,6 @@ def causal_linear_attention(
     groups = q.shape[2] or 1
     fitting, heads = max(1, block_rows(q.shape[-1], v.shape[-1]) // groups), k.shape[0] * k.shape[1]
     rows = min(heads, fitting) if isinstance(heads, int) else fitting  # a symbolic batch may be of any size
-    chunk = chunk_length(rows * groups, q.shape[-1])
+    chunk = chunk_length(rows * groups, q.shape[-1], v.shape[-1])
     o, _, _, _, s, z = _forward(q, k, v, mask, log_scale, s, z, start, activation, float(eps), normalize, chunk, wanted)
     return o, s, z

@@ -22,7 +22,7 @@ class State(NamedTuple):
     Attributes:
         s: (B, H, M, E), sum of phi(k) v^T.
         z: (B, H, M), sum of phi(k).
-        shift: (B, H), logarithm of the factor that both were divided by; None without one.
+        shift: (B, H, M), logarithm of the factor that both were divided by; None without one.
     """
 
     s: Tensor
@@ -83,8 +83,8 @@ def causal(
         q: (B, H, G, T, M).
         k: (B, H, T, M).
         v: (B, H, T, E).
-        log_scale: (B, H, T), never falling over time, or None.
-        before: State of earlier keys; its shift is not above ``log_scale``.
+        log_scale: (B, H, T), from 0 on never falling over time, or None.
+        before: State of earlier keys, on the scale 0 of ``log_scale``.
         eps: Added to the denominators.
         normalize: Divide by them.
         chunk: c.
@@ -113,8 +113,7 @@ def causal(
     else:
         # Replicated at the end: a padded token is on the scale of the last one.
         level = torch.cat([log_scale, log_scale[..., -1:].expand(b, h, pad)], -1).view(b, h, n, 1, chunk)
-        first = level[:, :, 0, 0, :1] if before.shift is None else before.shift.unsqueeze(-1)
-        ends = torch.cat([first, level[:, :, :, 0, -1]], -1)  # (B, H, n + 1)
+        ends = torch.cat([torch.zeros_like(level[:, :, 0, 0, :1]), level[:, :, :, 0, -1]], -1)  # (B, H, n + 1)
         scores = scores * (level.unsqueeze(-2) - level.unsqueeze(-1)).clamp(max=0).exp()
         adds = (level[..., -1:] - level).neg().exp().unsqueeze(-1)  # each key on the scale of its chunk's end
         s = torch.cat([s[:, :, :1], ((k * adds).mT @ v).squeeze(3)], 2)

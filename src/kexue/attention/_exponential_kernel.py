@@ -311,7 +311,7 @@ def exponential_attention(
         weight: (M, D + 2).
         s: (B, H, M, E), state before.
         z: (B, H, M).
-        shift: (B, H), logarithm of what the state was divided by.
+        shift: (B, H, M), logarithm of what the state was divided by.
         causal: Query i sees no key after its own.
 
     Returns:
@@ -319,10 +319,10 @@ def exponential_attention(
     """
     if not z.shape[0] * z.shape[1]:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * q.sum(), s, z, shift
-    # Every feature on a level of its own.
+    # On the level at which the sum of each feature is 1.
     seen = z.detach() > torch.finfo(z.dtype).tiny
-    level = torch.where(seen, shift.unsqueeze(-1) + torch.where(seen, z.detach(), 1.0).log(), lowest(z))
-    onto = torch.where(seen, (shift.unsqueeze(-1) - level).exp(), 0.0)
+    level = torch.where(seen, shift + torch.where(seen, z.detach(), 1.0).log(), lowest(z))
+    onto = torch.where(seen, (shift - level).exp(), 0.0)
     s, z = s * onto.unsqueeze(-1), z * onto
     t, keys = q.shape[3], k.shape[2]
     early = keys - t if causal else keys
@@ -335,7 +335,4 @@ def exponential_attention(
         o, _, _, _, _, s, z, level = _causal(q, k, v, mask, weight, s, z, level, save)
     else:
         o, _ = read(q, weight, s, z, level)
-    # ... and the state back on one for all.
-    shift = level.detach().amax(-1)
-    back = (level - shift.unsqueeze(-1)).exp()
-    return o, s * back.unsqueeze(-1), z * back, shift
+    return o, s, z, level.detach()

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kexue._transformers import Cache, CacheLayerMixin, bidirectional_mask_function, causal_mask_function
-from kexue.attention._contraction import State
 from kexue.attention.feature_maps import FeatureMap
-from kexue.attention.linear import linear_attention
+from kexue.attention.linear import LinearAttentionState, linear_attention
 
 __all__ = ["attention_forward", "attention_mask", "run_linear", "state_cache"]
 
@@ -38,7 +37,8 @@ def attention_mask(
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "linear attention is fully causal or fully bidirectional; this model asks for another mask (a sliding "
-            "window, blocks, or several sequences packed into one row)"
+            "window, blocks, or several sequences packed into one row; while compiling, transformers cannot tell that "
+            "rows are not packed unless it is given an attention_mask, which may be all ones)"
         )
     if mask_function is causal_mask_function and isinstance(q_offset, int) and kv_length > q_length + q_offset:
         raise ValueError(
@@ -85,7 +85,8 @@ def run_linear(
     """What the two implementations share. Returns (B, T, H, E)."""
     if dropout:
         raise ValueError(
-            f"{name} has no matrix of weights to drop from; set the attention dropout of the model to 0; got {dropout}"
+            f"{name} has no matrix of weights to drop from; set the attention dropout of the model's configuration "
+            f"(attention_probs_dropout_prob, attention_dropout or attn_pdrop) to 0; got {dropout}"
         )
     for option in _REFUSED:
         if options.get(option) is not None:
@@ -114,7 +115,7 @@ def run_linear(
             query, key, value, feature_map, causal=causal, key_padding_mask=mask, initial_state=layer.state,
             return_state=True,
         )  # fmt: skip
-        layer.state = State(*state)
+        layer.state = state
         layer.waiting = False
     return out.transpose(1, 2).contiguous()
 
@@ -172,9 +173,7 @@ class StateLayer(CacheLayerMixin):
 
     def _rows(self, index: Tensor) -> None:
         if self.state is not None:
-            self.state = State(
-                *(None if x is None else x.index_select(0, index.to(x.device)) for x in self.state)  # type: ignore[arg-type]
-            )
+            self.state = LinearAttentionState(*(x.index_select(0, index.to(x.device)) for x in self.state))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: take the rows of these beams."""

@@ -400,7 +400,7 @@ class FavorFeatures(FeatureMap):
             return F.linear(x, weight, bias).cos() * (square * (self.scale / 2)).exp() * (2 / self.features) ** 0.5
         return F.linear(x, weight, bias) - square * (self.scale / 2)
 
-    def exponent(self, dtype: torch.dtype) -> Tensor | None:
+    def exponent(self, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The matrix of exponential features."""
         if not self.log_space or self.projection.requires_grad:
             return None

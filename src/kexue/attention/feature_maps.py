@@ -70,10 +70,11 @@ class FeatureMap(nn.Module):
             mask: (B, S), True = takes part; None = all.
         """
 
-    def exponent(self, dtype: torch.dtype) -> Tensor | None:
+    def exponent(self, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Weight (M, D + 2) such that the features are exp(weight [x; |x|^2; 1]), if there is one.
 
-        Then attention maps them chunk by chunk and never holds those of the whole sequence.
+        Then normalised attention maps them chunk by chunk and never holds those of the whole sequence. A factor that
+        all features of a query share may be left out.
         """
         return None
 
@@ -107,23 +108,6 @@ class FeatureMap(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define key(k)")
 
 
-class _Elementwise(FeatureMap):
-    """The same function of every coordinate on both sides."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.activation = "elu1" if function is elu1 else None  # the causal operator knows it
-
-    def query(self, q: Tensor) -> Tensor:
-        """Features of queries."""
-        return self.function(q)
-
-    def key(self, k: Tensor) -> Tensor:
-        """Features of keys."""
-        return self.function(k)
-
-
 def elu1(x: Tensor) -> Tensor:
     """Elu(x) + 1 without the cancellation of expm1(x) + 1: exp(x) keeps its relative precision down to underflow."""
     return F.relu(x) + x.clamp(max=0).exp()
@@ -135,6 +119,26 @@ def _relu(x: Tensor) -> Tensor:
 
 def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square() + 1e-3
+
+
+ACTIVATIONS: dict[Callable[[Tensor], Tensor], str] = {elu1: "elu1", _relu: "relu", _relu2: "relu2"}
+
+
+class _Elementwise(FeatureMap):
+    """The same function of every coordinate on both sides."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.activation = ACTIVATIONS.get(function)  # the causal operator knows it
+
+    def query(self, q: Tensor) -> Tensor:
+        """Features of queries."""
+        return self.function(q)
+
+    def key(self, k: Tensor) -> Tensor:
+        """Features of keys."""
+        return self.function(k)
 
 
 class _Exp(FeatureMap):
@@ -149,6 +153,10 @@ class _Exp(FeatureMap):
     def key(self, k: Tensor) -> Tensor:
         """Logarithms of the features of keys."""
         return k
+
+    def exponent(self, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The identity; what all features of a query share cancels."""
+        return torch.eye(dim, dim + 2, dtype=dtype, device=device)
 
 
 class _SoftmaxD(FeatureMap):
@@ -201,8 +209,10 @@ class _Cosine1(FeatureMap):
 
     def query(self, q: Tensor) -> Tensor:
         """Features of queries."""
+        size = q.detach().abs().amax(-1, keepdim=True)  # squares of long or short vectors would leave the numbers
+        q = torch.where(size > MIN_NORM, q / size.clamp(min=MIN_NORM), 0.0)
         norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-        unit = q * torch.where(norm > MIN_NORM, norm.clamp(min=MIN_NORM).reciprocal(), 0.0)
+        unit = q / norm.clamp(min=0.5)  # at least 1, or 0
         return torch.cat([unit, torch.ones_like(norm)], -1)
 
     def key(self, k: Tensor) -> Tensor:

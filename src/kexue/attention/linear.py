@@ -44,10 +44,12 @@ BACKENDS = ("auto", "operator", "plain")
 class LinearAttentionState(NamedTuple):
     """Everything that a linear attention remembers of the keys and values seen so far; it does not grow.
 
+    For maps in log space (``"exp"``, ``"softmax_exp"``, ``FavorFeatures``), whose sums would overflow, it holds for
+    each feature the logarithm of z and the mean s / z.
+
     Args:
-        s: (B, H, M, E), sum of phi(k) v^T.
-        z: (B, H, M), sum of phi(k).
-        shift: (B, H), logarithm of the factor that both were divided by, for maps in log space; else None.
+        s: (B, H, M, E), S = sum of phi(k) v^T; in log space the mean of v weighted by the feature, 0 without any key.
+        z: (B, H, M), sum of phi(k); in log space its logarithm, -inf without any key.
 
     Example:
         >>> q = k = v = torch.randn(1, 2, 5, 4)
@@ -60,7 +62,6 @@ class LinearAttentionState(NamedTuple):
 
     s: Tensor
     z: Tensor
-    shift: Tensor | None = None
 
     @classmethod
     def for_model(cls, model: Any) -> Any:
@@ -114,13 +115,13 @@ def _check_inputs(q: Any, k: Any, v: Any, causal: bool, mask: Any) -> None:
 def _check_map(phi: FeatureMap, q: Tensor, k: Tensor, causal: bool, normalize: bool, stateful: bool) -> None:
     if not phi.causal and (causal or stateful):
         raise ValueError(
-            f"{_name(phi)} normalises keys over the whole sequence: with causal=True or a state it would look into the "
-            'future; use "softmax_exp" or "exp", whose keys are exp(k)'
+            f"{_name(phi)} normalises keys over the whole sequence: causal, or continued from a state, it would look "
+            'into the future; use "softmax_exp" or "exp", whose keys are exp(k)'
         )
     if normalize and not phi.positive and not phi.positive_for(q, k):
         raise ValueError(
-            f"the similarity of {_name(phi)} can be negative, so that its weights cannot be normalised; use "
-            "normalize=False or a positive map"
+            f"the similarity of {_name(phi)} can be negative on these inputs: its weights cannot be normalised; "
+            f"use normalize=False or a positive map; got {phi!r}"
         )
 
 
@@ -129,24 +130,41 @@ def _name(phi: FeatureMap) -> str:
     return f"feature_map {named[0] if named else type(phi).__name__}"
 
 
-def _check_state(
-    state: Any, batch: int, heads: int, features: int, width: int, dtype: torch.dtype, log_space: bool
-) -> State:
-    if not isinstance(state, tuple) or not 2 <= len(state) <= 3 or not all(isinstance(x, Tensor) for x in state[:2]):
+def _lowest(x: Tensor) -> float:
+    return torch.finfo(x.dtype).min / 4  # finite: differences of two of them are 0, not NaN
+
+
+def _open_state(state: Any, shape: tuple[int, int, int, int], dtype: torch.dtype, log_space: bool) -> State:
+    """A checked state as the contraction wants it: sums, in log space with the logarithms they were divided by."""
+    if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
         raise TypeError(
             f"initial_state must be a LinearAttentionState or a pair (S, z) of tensors; got {type(state).__name__}"
         )
-    s, z, shift = (*state, None)[:3]
-    if shift is not None and not log_space:
-        raise ValueError("initial_state has a shift, but this feature map has none: they do not match")
-    for name, x, shape in (
-        ("S", s, (batch, heads, features, width)),
-        ("z", z, (batch, heads, features)),
-        ("shift", shift, (batch, heads)),
-    ):
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} of initial_state must have shape {shape}; got {tuple(x.shape)}")
-    return State(s.to(dtype), z.to(dtype), None if shift is None else shift.to(dtype))
+    for name, x, expected in (("S", state[0], shape), ("z", state[1], shape[:3])):
+        check_float(f"{name} of initial_state", x)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} of initial_state must have shape {expected}; got {tuple(x.shape)}")
+    s, z = (x.to(dtype) for x in state)
+    if not log_space:
+        return State(s, z, None)
+    level = z.detach().clamp(min=_lowest(z))
+    z = (z - level).exp()  # 1, or 0 without any key; the gradient goes through it
+    return State(s * z.unsqueeze(-1), z, level)
+
+
+def _no_state(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, log_space: bool) -> State:
+    zero = like.new_zeros((), dtype=dtype)
+    level = like.new_full(shape[:3], _lowest(zero), dtype=dtype) if log_space else None
+    return State(zero.expand(shape), zero.expand(shape[:3]), level)
+
+
+def _close_state(state: State) -> LinearAttentionState:
+    if state.shift is None:
+        return LinearAttentionState(state.s, state.z)
+    seen = state.z > torch.finfo(state.z.dtype).tiny
+    z = torch.where(seen, state.z, 1.0)
+    mean = torch.where(seen.unsqueeze(-1), state.s / z.unsqueeze(-1), 0.0)
+    return LinearAttentionState(mean, torch.where(seen, z.log() + state.shift, -torch.inf))
 
 
 def _map_keys(phi: FeatureMap, k: Tensor, live: Tensor | None) -> Tensor:
@@ -159,28 +177,17 @@ def _map_keys(phi: FeatureMap, k: Tensor, live: Tensor | None) -> Tensor:
     return torch.where(live, features, -torch.inf if phi.log_space else 0.0)
 
 
-def _lowest(x: Tensor) -> float:
-    return torch.finfo(x.dtype).min / 4  # finite: differences of two of them are 0, not NaN
-
-
-def _rescaled(state: State, level: Tensor) -> State:
-    """The same state divided by exp(level), which is at least its own shift."""
-    if state.shift is None:
-        return state
-    fall = (state.shift - level).clamp(max=0).exp()
-    return State(state.s * fall[..., None, None], state.z * fall[..., None], level)
-
-
-def _absorb(phi: FeatureMap, k: Tensor, v: Tensor, live: Tensor | None, before: State) -> tuple[Tensor, State]:
-    """Features of keys on one scale for all, and the state before on the same scale."""
+def _absorb(phi: FeatureMap, k: Tensor, live: Tensor | None, before: State) -> tuple[Tensor, State]:
+    """Features of keys (each feature on a scale of its own in log space), and the state before on the same scale."""
     features = _map_keys(phi, k, live)
-    level = before.shift
-    if level is None:
+    if before.shift is None:
         return features, before
+    level = before.shift
     if k.shape[2]:
-        level = torch.maximum(features.detach().amax((-2, -1)), level)
-    before = _rescaled(before, level)
-    return (features - level[..., None, None]).exp(), before
+        level = torch.maximum(features.detach().amax(-2), level)
+    fall = (before.shift - level).clamp(max=0).exp()
+    before = State(before.s * fall.unsqueeze(-1), before.z * fall, level)
+    return (features - level.unsqueeze(-2)).exp(), before
 
 
 def linear_attention(
@@ -244,6 +251,9 @@ def linear_attention(
         >>> step.shape, state.s.shape
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 16, 16]))
     """
+    for name, flag in (("causal", causal), ("return_state", return_state), ("normalize", normalize)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False; got {flag!r}")
     _check_inputs(q, k, v, causal, key_padding_mask)
     phi = feature_map_of(feature_map)
     _check_map(phi, q, k, causal, normalize, initial_state is not None or return_state)
@@ -262,7 +272,7 @@ def linear_attention(
     lowered = torch.is_autocast_enabled(q.device.type)  # sums over time stay in float32
     with torch.autocast(q.device.type, enabled=False) if lowered else contextlib.nullcontext():
         o, state = _attend(q, k, v, phi, causal, key_padding_mask, initial_state, eps, normalize, backend, return_state)
-    return (o, LinearAttentionState(*state)) if return_state else o
+    return (o, _close_state(state)) if return_state else o
 
 
 def _attend(
@@ -290,16 +300,13 @@ def _attend(
     # Only the causal operator maps its own chunks, so that no features of the whole sequence exist.
     inside = getattr(phi, "activation", None) if causal and t > 1 and backend != "plain" else None
     features = dim if inside else phi.num_features(dim)
+    shape = (b, h, features, e)
     if initial_state is None:
-        empty = q.new_zeros((), dtype=dtype)
-        before = State(empty.expand(b, h, features, e), empty.expand(b, h, features), None)
+        before = _no_state(v, shape, dtype, phi.log_space)
     else:
-        before = _check_state(initial_state, b, h, features, e, dtype, phi.log_space)
-    if phi.log_space and before.shift is None:
-        shift = v.new_full((b, h), _lowest(before.z) if initial_state is None else 0.0, dtype=dtype)
-        before = before._replace(shift=shift)
+        before = _open_state(initial_state, shape, dtype, phi.log_space)
 
-    exponent = phi.exponent(dtype) if normalize and not eps and backend != "plain" else None
+    exponent = phi.exponent(dim, dtype, q.device) if normalize and not eps and backend != "plain" else None
     if exponent is not None and before.shift is not None and (t > 1 or not causal):
         grouped = q.to(dtype).reshape(b, h, g, t, dim)
         o, s, z, shift = exponential_attention(
@@ -311,22 +318,22 @@ def _attend(
         early = keys - t  # keys before the first query: they go into the state
         if early:
             part = None if live is None else live[:, :, :early]
-            phi_k, before = _absorb(phi, k[:, :, :early].to(dtype), v, part, before)
+            phi_k, before = _absorb(phi, k[:, :, :early].to(dtype), part, before)
             v_early = v[:, :, :early].to(dtype)
             v_early = v_early if part is None else torch.where(part, v_early, 0.0)
             before = State(before.s + phi_k.mT @ v_early, before.z + phi_k.sum(-2), before.shift)
             k, v, live = k[:, :, early:], v[:, :, early:], None if live is None else live[:, :, early:]
         return _causal(q, k, v, phi, live, before, eps, normalize, backend, inside, g)
 
-    phi_k, before = _absorb(phi, k.to(dtype), v, live, before)
+    phi_k, before = _absorb(phi, k.to(dtype), live, before)
     values = v.to(dtype)
     values = values if live is None else torch.where(live, values, 0.0)
-    phi_q, top = _map_queries(phi, q.to(dtype), normalize)
+    phi_q, top = _map_queries(phi, q.to(dtype), before.shift, normalize)
     m = phi_q.shape[-1]
     o, s, z = plain.bidirectional(phi_q.reshape(b, h, g * t, m), phi_k, values, before, eps, normalize)
     o = o.view(b, heads, t, e)
-    if top is not None and before.shift is not None and not normalize:
-        o = o * (top + before.shift.repeat_interleave(g, 1)[..., None, None]).exp()
+    if top is not None and not normalize:
+        o = o * top.exp()
     return o.to(out_dtype), State(s, z, before.shift)
 
 
@@ -349,7 +356,7 @@ def _polynomial(
         q, k = phi.prepared(q.to(dtype)), phi.prepared(k.to(dtype))
     before = None
     if initial_state is not None:
-        before = _check_state(initial_state, b, h, phi.num_features(dim), e, dtype, False)
+        before = _open_state(initial_state, (b, h, phi.num_features(dim), e), dtype, False)
     g = heads // h if h else 0
     o, s, z = series_attention(
         q.reshape(b, h, g, t, dim), k, v, None if mask is None else mask[:, None, :, None],
@@ -360,11 +367,12 @@ def _polynomial(
     return o.view(b, heads, t, e), State(s, z, None)
 
 
-def _map_queries(phi: FeatureMap, q: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Features of queries, and for maps in log space the logarithm of what each query's were divided by."""
+def _map_queries(phi: FeatureMap, q: Tensor, level: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Features of queries; in log space times exp(level) of the keys, and the logarithm of what they are divided by."""
     features = phi.query(q)
-    if not phi.log_space:
+    if level is None:
         return features, None
+    features = features + level.repeat_interleave(q.shape[1] // max(level.shape[1], 1), 1).unsqueeze(-2)
     top = features.detach().amax(-1, keepdim=True)
     shared = None if normalize else phi.query_factor(q)
     return (features - top).exp(), top if shared is None else top + shared
@@ -386,26 +394,41 @@ def _causal(
     b, heads, t, _ = q.shape
     h, e = v.shape[1], v.shape[-1]
     dtype = before.s.dtype
-    level = top = None
+    scale = top = base = None
     phi_q, phi_k = q, k
     if inside is None:
-        phi_q, top = _map_queries(phi, q.to(dtype), normalize)
         phi_k = _map_keys(phi, k.to(dtype), live)
         if before.shift is not None:
-            level = torch.maximum(phi_k.detach().amax(-1).cummax(-1).values, before.shift.unsqueeze(-1))
-            phi_k = (phi_k - level.unsqueeze(-1)).exp()
+            # Each feature is on the level that the state or else the first key has (later keys must not matter); what
+            # exceeds it is taken up by a running maximum over features.
+            base = _first_level(phi_k.detach(), live, before)
+            phi_k = phi_k - base.unsqueeze(-2)
+            scale = phi_k.detach().amax(-1).cummax(-1).values.clamp(min=0)
+            phi_k = (phi_k - scale.unsqueeze(-1)).exp()
+        phi_q, top = _map_queries(phi, q.to(dtype), base, normalize)
     phi_q = phi_q.reshape(b, h, g, t, phi_q.shape[-1])
     if backend == "plain":
         values = v.to(dtype)
         values = values if live is None else torch.where(live, values, 0.0)
-        o, s, z = plain.causal(phi_q, phi_k, values, level, before, eps, normalize)
+        o, s, z = plain.causal(phi_q, phi_k, values, scale, before._replace(shift=None), eps, normalize)
     else:
-        start = before.z.new_zeros(b, h) if before.shift is None else before.shift
         o, s, z = causal_linear_attention(
-            phi_q, phi_k, v, live, level, before.s, before.z, start,
+            phi_q, phi_k, v, live, scale, before.s, before.z, before.z.new_zeros(b, h),
             activation=inside or "none", eps=eps, normalize=normalize,
         )  # fmt: skip
     o = o.reshape(b, heads, t, e)
-    if level is not None and top is not None and not normalize:
-        o = o.to(dtype) * (top + level.repeat_interleave(g, 1).unsqueeze(-1)).exp()
-    return o.to(v.dtype), State(s, z, None if level is None else level[..., -1])
+    if scale is None or top is None or base is None:
+        return o.to(v.dtype), State(s, z, None)
+    if not normalize:
+        o = o.to(dtype) * (top + scale.repeat_interleave(g, 1).unsqueeze(-1)).exp()
+    return o.to(v.dtype), State(s, z, base + scale[..., -1:])
+
+
+def _first_level(logs: Tensor, live: Tensor | None, before: State) -> Tensor:
+    """(B, H, M): the level of the state, or that of the first key that takes part where nothing was seen before."""
+    first = logs[:, :, 0]
+    if live is not None:
+        at = live.long().argmax(-2).unsqueeze(-1).expand(*logs.shape[:2], 1, logs.shape[-1])
+        first = logs.gather(-2, at).squeeze(-2)
+    first = first.clamp(min=_lowest(logs))
+    return first if before.shift is None else torch.where(before.z > 0, before.shift, first)

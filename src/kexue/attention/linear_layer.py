@@ -86,6 +86,8 @@ class LinearAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         check_int("kv_heads", kv_heads, 1)
         check_real("rope_base", rope_base, above=0.0)
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False; got {causal!r}")
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
         if heads % kv_heads:

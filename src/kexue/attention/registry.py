@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from typing import Any
 
 __all__ = ["register_attention"]
 
@@ -38,8 +40,34 @@ def register_attention() -> tuple[str, ...]:
     """
     from kexue._transformers import AttentionInterface, AttentionMaskInterface
 
+    _refuse_where_ignored()
     for name, path in _IMPLEMENTATIONS.items():
         module = importlib.import_module(path)
         AttentionInterface.register(name, module.attention_forward)
         AttentionMaskInterface.register(name, module.attention_mask)
     return tuple(_IMPLEMENTATIONS)
+
+
+def _refuse_where_ignored() -> None:
+    """Make transformers refuse our names for models that have attention code of their own, as it does for "sdpa".
+
+    Such a model would take our mask, which it does not understand, and compute something else without a word.
+    """
+    from kexue._transformers import PreTrainedModel
+
+    original = getattr(PreTrainedModel, "get_correct_attn_implementation", None)
+    if original is None or hasattr(original, "_kexue"):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+        exchangeable = getattr(self, "_can_set_attn_implementation", lambda: True)
+        if requested_attention in _IMPLEMENTATIONS and not exchangeable():
+            raise ValueError(
+                f"the attention of {type(self).__name__} cannot be exchanged: it does not use transformers' attention "
+                f"interface; got {requested_attention!r}"
+            )
+        return original(self, requested_attention, *args, **kwargs)
+
+    checked._kexue = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
