@@ -291,7 +291,8 @@ def test_bad_tensors_are_refused_at_the_door():
         ((True, 64), TypeError), ((-1, 64), ValueError), ((2.5, 64), TypeError), ((5, 0), ValueError),
         ((5, 64, 0.5), ValueError), ((5, 64, 512, 1), ValueError), ((5, 64, 512, 16, "inference"), ValueError),
         ((5, 64, 512, 16, "kappa", -1.0), ValueError), ((5, 64, 512, 16, "log512", 1.0), ValueError),
-        ((torch.tensor([True]), 64), TypeError),
+        ((torch.tensor([True]), 64), TypeError), ((torch.tensor([3, -1]), 64), ValueError),
+        ((torch.tensor([[3.0], [math.nan]]), 64), ValueError),
     ],
 )  # fmt: skip
 def test_bad_arguments_of_the_scale_are_refused(args, error):

@@ -123,7 +123,8 @@ def entropy_invariant_scale(
 
     Raises:
         TypeError: Wrong kind of argument.
-        ValueError: A value out of range or an unknown mode.
+        ValueError: A value out of range or an unknown mode; negative numbers or NaN in a tensor ``n`` (not looked for
+            under torch.compile).
 
     Reference:
         https://spaces.ac.cn/archives/9034
@@ -142,6 +143,9 @@ def entropy_invariant_scale(
     if isinstance(n, Tensor):
         if n.dtype == torch.bool or n.is_complex():
             raise TypeError(f"n must be a tensor of numbers of keys; got dtype {n.dtype}")
+        if not (torch.compiler.is_compiling() or n.is_meta or bool((n >= 0).all())):  # False for NaN, too
+            wrong = n[~(n >= 0)].flatten()[0].item()
+            raise ValueError(f"n must be a tensor of numbers of at least 0; got {wrong} among them")
         return factor_rows(n, d, options, compute_dtype(n)) / math.sqrt(d)
     check_int("n", n, 0)
     return factor_number(n, d, options) / math.sqrt(d)
