@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from kexue.attention import entropy_invariant_attention, entropy_invariant_scale
@@ -291,7 +292,8 @@ def test_bad_tensors_are_refused_at_the_door():
         ((True, 64), TypeError), ((-1, 64), ValueError), ((2.5, 64), TypeError), ((5, 0), ValueError),
         ((5, 64, 0.5), ValueError), ((5, 64, 512, 1), ValueError), ((5, 64, 512, 16, "inference"), ValueError),
         ((5, 64, 512, 16, "kappa", -1.0), ValueError), ((5, 64, 512, 16, "log512", 1.0), ValueError),
-        ((torch.tensor([True]), 64), TypeError),
+        ((torch.tensor([True]), 64), TypeError), ((torch.tensor([3, -1]), 64), ValueError),
+        ((torch.tensor([[3.0], [math.nan]]), 64), ValueError),
     ],
 )  # fmt: skip
 def test_bad_arguments_of_the_scale_are_refused(args, error):
@@ -312,3 +314,53 @@ def test_compiles_as_one_graph_with_lengths_that_change(causal, padded):
     for rows in (6, 9, 30, 50):
         inputs, mask = qkv(rows=rows), padding(2, rows)
         torch.testing.assert_close(compiled(*inputs, mask), function(*inputs, mask))
+
+
+def counted(function):
+    """The function compiled, and the list of graphs that this took."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=backend), graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_one_graph_serves_all_lengths_without_being_told_that_they_change(mode, causal, per_row):
+    def function(q, k, v):
+        return entropy_invariant_attention(q, k, v, causal, base=24, mode=mode, per_row=per_row)
+
+    compiled, graphs = counted(function)
+    for rows in (20, 21, 40, *range(2, 16)):  # around base and min_length
+        inputs = qkv(rows=rows)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    assert len(graphs) == 2  # of the first length, and of any
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_exports_for_any_length(mode, causal):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return entropy_invariant_attention(q, k, v, causal, base=24, mode=mode)
+
+    length = torch.export.Dim("length", min=2)
+    exported = torch.export.export(Module(), qkv(rows=20), dynamic_shapes=({2: length},) * 3).module()
+    for rows in (2, 16, 17, 50):
+        torch.testing.assert_close(exported(*qkv(rows=rows)), Module()(*qkv(rows=rows)))
+
+
+@pytest.mark.slow
+def test_compiled_factors_of_low_precision_are_not_rounded():
+    inputs = qkv(rows=37, width=64, dtype=torch.bfloat16)
+    compiled, _ = counted(entropy_invariant_attention)
+    exact = entropy_invariant_attention(*(x.double() for x in inputs))
+    errors = [(f(*inputs).double() - exact).norm() for f in (compiled, entropy_invariant_attention)]
+    assert errors[0] < 1.5 * errors[1]

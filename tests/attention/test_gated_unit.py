@@ -30,6 +30,18 @@ def test_the_unit_compiles_as_one_graph(options, dynamic):
         torch.testing.assert_close(results(compiled, x, mask), results(unit, x, mask))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_compiled_unit_takes_any_length(normalization):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    unit = GatedAttentionUnit(6, key_size=4, normalization=normalization)
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager")
+    for length in range(20, 32):  # more than torch.compile compiles anew
+        x = normal(2, length, 6, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), unit(x))
+
+
 @pytest.mark.parametrize("options", [
     {}, {"bias": True}, {"offset": False}, {"causal": True}, {"rope": False, "key_size": 3},
     {"normalization": "relu2_n"}, {"expansion": 1.5, "normalization": "relu2_const", "norm_length": 4},

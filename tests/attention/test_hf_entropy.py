@@ -217,6 +217,22 @@ def test_decoders_without_rotary_positions_are_causal(build):
     torch.testing.assert_close(output(model, ids)[:, :8], output(model, other)[:, :8])
 
 
+@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_models_take_any_length(build, padded):
+    torch.compiler.reset()
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    options = {} if build is bert else {"use_cache": False}
+    for length in range(20, 34):  # more than torch.compile compiles anew
+        ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
+        mask[1, -3:] = 0
+        options["attention_mask"] = mask if padded else None
+        with torch.no_grad():
+            out, expected = (f(input_ids=ids, **options).logits for f in (compiled, model))
+        torch.testing.assert_close(out, expected)
+
+
 def test_training_uses_dropout_and_sends_gradients_everywhere():
     torch.manual_seed(0)
     config = LlamaConfig(num_key_value_heads=2, attention_dropout=0.5, **SIZES)

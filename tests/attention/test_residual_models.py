@@ -157,6 +157,31 @@ def test_options_that_change_the_scores_are_refused():
         model(input_ids=ids, attention_mask=torch.zeros(2, 1, 7, 7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["Albert", "DistilBert"])
+def test_models_without_numbers_of_their_layers_are_refused(name):
+    sizes = SIZES if name == "Albert" else {"dim": 16, "n_heads": 4, "n_layers": 3, "hidden_dim": 24, "vocab_size": 30}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    ids, mask = batch()
+    with use_residual_attention(model), pytest.raises(ValueError, match="this model: its layers are not numbered"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_caches_of_windowed_layers_beside_others_are_refused_with_the_reason():
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    )
+    assert set(config.layer_types) == {"full_attention", "sliding_attention"}
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ids, mask = batch(padded=0)
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    with use_residual_attention(model):
+        with pytest.raises(ValueError, match=r"layer 1 .* got 4, .* before 8\. .*sliding window.*use_cache=False"):
+            model.generate(ids, **options)
+        assert model.generate(ids, **options, use_cache=False).shape == (2, 10)
+
+
 def test_only_transformers_models_are_accepted():
     with pytest.raises(TypeError, match="PreTrainedModel; got Linear"), use_residual_attention(torch.nn.Linear(2, 2)):
         pass

@@ -19,6 +19,19 @@ def test_step_returns_the_sum_of_scores_without_the_mask():
         torch.testing.assert_close(scores, sums[n])
 
 
+def test_numbers_in_padded_keys_stay_in_the_scores_that_are_handed_on_and_nan_becomes_zero():
+    qs, ks, vs = layers()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    plain = qs[0] @ ks[0].mT / 2
+    with torch.no_grad():
+        ks[0][:, :, 4] = torch.nan
+    _, scores = residual_attention_step(qs[0], ks[0], vs[0], key_padding_mask=mask)
+    torch.testing.assert_close(scores[..., :4], plain[..., :4])
+    assert (scores[..., 4] == 0).all()
+    assert torch.isnan(ks[0][:, :, 4]).all()  # the caller's tensor is left alone
+
+
 def test_scores_may_be_used_in_the_loss_and_start_from_a_tensor_with_gradient():
     qs, ks, vs = layers()
     start = normal(2, 2, 5, 5, seed=9).requires_grad_()

@@ -177,6 +177,8 @@ def test_bad_options_are_named(form):
         form(2, scale="1")
     with pytest.raises(TypeError, match="normalize_inputs"):
         form(2, normalize_inputs=1)
+    with pytest.raises(ValueError, match="dim must be at least 1; got 0"):
+        form(2).num_features(0)
     for value in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="r must be"):
             form(2).error_bound(value)

@@ -8,6 +8,7 @@ import torch
 
 from kexue.attention import (
     ExpPowerFeatures,
+    LinearAttention,
     LinearAttentionState,
     TaylorFeatures,
     _series_kernel,
@@ -265,6 +266,21 @@ def test_empty_and_single(shape, causal, chunks):
     assert all(torch.isfinite(x).all() for x in (out, *grads))
     torch.testing.assert_close(out, linear_attention(q, k, v, TaylorFeatures(2), causal=causal, backend="plain"))
     assert linear_attention(q, k, v, TaylorFeatures(2), causal=causal).shape == out.shape
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_of_causal_attention_leaves_the_state_as_it_was(given):
+    q, k, v = inputs()
+    before = linear_attention(q, k, v, TaylorFeatures(2), causal=True, return_state=True)[1] if given else None
+    q, k, v = inputs(t=0, s=0)
+    options = {"causal": True, "initial_state": before}
+    out, after = linear_attention(q, k, v, TaylorFeatures(2), return_state=True, **options)
+    assert out.shape == linear_attention(q, k, v, TaylorFeatures(2), **options).shape == (2, 4, 0, 4)
+    expected = before or (torch.zeros(2, 2, 10, 4, dtype=q.dtype), torch.zeros(2, 2, 10, dtype=q.dtype))
+    torch.testing.assert_close(tuple(after[:2]), tuple(expected[:2]))
+    assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+    layer = LinearAttention(32, 4, TaylorFeatures(2), causal=True)
+    assert layer(torch.randn(2, 0, 32)).shape == (2, 0, 32)
 
 
 def test_bidirectional_without_keys_gives_zero(chunks):

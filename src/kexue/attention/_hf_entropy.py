@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue._tensors import compute_dtype
-from kexue.attention.entropy import Options, attend, causal_factor, factor_number, factor_rows
+from kexue.attention.entropy import Options, attend, causal_factor, factor_rows, factor_shared
 
 __all__ = ["attention_forward", "attention_mask"]
 
@@ -108,7 +108,7 @@ def attention_forward(
             key, value = key[:, :, :rows], value[:, :, :rows]
             factor = causal_factor(1, rows, query, options)
         else:
-            factor = factor_number(key.shape[2], d, options)
+            factor = factor_shared(key.shape[2], d, options, query)
     out = attend(
         query, key, value, mask=attention_mask, seen=seen, causal=causal, factor=factor, scale=scaling,
         dropout_p=dropout,

@@ -74,8 +74,22 @@ def _checkpoint_frame() -> FrameType | None:
 def _layer(module: nn.Module) -> int:
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise ValueError(f"{NAME} needs the number of the layer; {type(module).__name__}.layer_idx is None")
+        raise ValueError(
+            f"{NAME} cannot run in this model: its layers are not numbered ({type(module).__name__}.layer_idx is "
+            "None), so that it cannot be told which layer is called and whose scores to add to"
+        )
     return int(layer)
+
+
+def _check_keys(module: nn.Module, layer: int, scores: ResidualScores, keys: int) -> None:
+    """Raise if the layers before have another number of keys."""
+    before = scores.keys
+    if before is not None and keys != before:
+        raise ValueError(
+            f"{NAME} needs the same keys in all layers; layer {layer} ({type(module).__name__}) got {keys}, the layers "
+            f"before {before}. The cache of a layer with a sliding window keeps fewer keys than that of a layer "
+            "without: call such a model with use_cache=False"
+        )
 
 
 def _out_of_order(module: nn.Module, layer: int, expected: str) -> RuntimeError:
@@ -147,6 +161,7 @@ def _attend_traced(module: nn.Module, layer: int, *args: Any) -> Tensor:
     scores = _traced.get(kind)
     if scores is None or len(scores) != layer:
         raise _out_of_order(module, layer, "layer 0" if scores is None else f"layer {len(scores)}")
+    _check_keys(module, layer, scores, args[1].shape[2])
     out = scores.attend(*args)
     if _is_last(module, layer):
         del _traced[kind]
@@ -182,7 +197,8 @@ def attention_forward(
 
     Raises:
         TypeError: The mask is not bool.
-        ValueError: An option that changes the scores, or a module without ``layer_idx``.
+        ValueError: An option that changes the scores, a module without ``layer_idx``, or another number of keys than
+            in the layers before.
         RuntimeError: Layers out of order, or activation checkpointing of single layers.
     """
     for name in _UNSUPPORTED:
@@ -214,6 +230,7 @@ def attention_forward(
             f"{NAME} cannot work with activation checkpointing of single layers: layer {layer} would be computed again "
             "with a finished sum of scores. Call model.gradient_checkpointing_disable(), or checkpoint the whole model"
         )
+    _check_keys(module, layer, stream.scores, key.shape[2])
     out = stream.scores.attend(*args)
     stream.next = layer + 1
     if _is_last(module, layer):

@@ -192,7 +192,7 @@ def chunk_length(t: Any, s: Any, d: int, e: int, degree: int, causal: bool, init
         return 1 if tiles < (t + s) * token else 0
     one = t * (s - t / 2) * pair
     parts = t * (chunk / 2 * pair + token) + (s - chunk) * token
-    if one <= parts:
+    if one <= parts or not s:
         return max(s, 1)
     n = -(-s // chunk)
     return -(-s // n)

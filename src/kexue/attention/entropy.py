@@ -97,6 +97,17 @@ def factor_rows(n: Tensor, d: int, options: Options, dtype: torch.dtype) -> Tens
     return _relative_tensor(n.clamp(min=float(options.min_length)), d, options)
 
 
+def factor_shared(n: int, d: int, options: Options, like: Tensor) -> float | Tensor:
+    """The same where all rows see ``n`` keys: a number, or while a graph is traced a tensor with one element.
+
+    Under torch.compile and torch.export ``n`` may stand for any length, and a number made of it would fix it.
+    """
+    if not torch.compiler.is_compiling():
+        return factor_number(n, d, options)
+    dtype = compute_dtype(like)
+    return factor_rows(torch.full((1,), n, dtype=dtype, device=like.device), d, options, dtype)
+
+
 def entropy_invariant_scale(
     n: int | Tensor,
     d: int,
@@ -123,7 +134,8 @@ def entropy_invariant_scale(
 
     Raises:
         TypeError: Wrong kind of argument.
-        ValueError: A value out of range or an unknown mode.
+        ValueError: A value out of range or an unknown mode; negative numbers or NaN in a tensor ``n`` (not looked for
+            under torch.compile).
 
     Reference:
         https://spaces.ac.cn/archives/9034
@@ -142,6 +154,9 @@ def entropy_invariant_scale(
     if isinstance(n, Tensor):
         if n.dtype == torch.bool or n.is_complex():
             raise TypeError(f"n must be a tensor of numbers of keys; got dtype {n.dtype}")
+        if not (torch.compiler.is_compiling() or n.is_meta or bool((n >= 0).all())):  # False for NaN, too
+            wrong = n[~(n >= 0)].flatten()[0].item()
+            raise ValueError(f"n must be a tensor of numbers of at least 0; got {wrong} among them")
         return factor_rows(n, d, options, compute_dtype(n)) / math.sqrt(d)
     check_int("n", n, 0)
     return factor_number(n, d, options) / math.sqrt(d)
@@ -240,8 +255,10 @@ def _check_shapes(q: Any, k: Any, v: Any, mask: Any) -> None:
 def causal_factor(first: int, rows: int, q: Tensor, options: Options) -> float | Tensor:
     """Factor of ``rows`` rows that see ``first``, ``first + 1``, ... keys; a number where they all have the same."""
     last, d = first + rows - 1, q.shape[-1]
+    if not options.per_row or rows == 1:
+        return factor_shared(last, d, options, q)
     floor = options.base if options.mode == "inference" else options.min_length
-    if not options.per_row or rows == 1 or last <= floor:
+    if not torch.compiler.is_compiling() and last <= floor:  # a comparison would be a condition on the lengths
         return factor_number(last, d, options)
     n = torch.arange(first, first + rows, dtype=compute_dtype(q), device=q.device)
     return factor_rows(n, d, options, n.dtype)[:, None]
@@ -330,7 +347,7 @@ def entropy_invariant_attention(
         if causal:
             factor = causal_factor(start + 1, rows, q, options)
         else:
-            factor = factor_number(keys, d, options)
+            factor = factor_shared(keys, d, options, q)
     else:
         k, v = _without_padding(k, v, key_padding_mask)
         mask = key_padding_mask[:, None, None, :]

@@ -34,7 +34,7 @@ from kexue._tensors import check_float, compute_dtype
 from kexue.attention._flash import chunked_attention
 from kexue.attention._gated_kernel import attend
 from kexue.attention._rotary import rotate
-from kexue.attention.entropy import Options, factor_number, factor_rows
+from kexue.attention.entropy import Options, factor_rows, factor_shared
 
 __all__ = ["NORMALIZATIONS", "GatedAttentionUnit", "gated_attention", "gated_attention_weights"]
 
@@ -82,9 +82,9 @@ def _visible(mask: Tensor | None, causal: bool, length: int, device: torch.devic
 
 
 def _row_factor(
-    n: Tensor | int, normalization: str, dtype: torch.dtype, base: float, min_length: int, norm_length: float
+    n: Tensor | int, normalization: str, like: Tensor, base: float, min_length: int, norm_length: float
 ) -> Tensor | float:
-    """What q is multiplied by beside 1 / sqrt(s); relu2 forms square it."""
+    """What q is multiplied by beside 1 / sqrt(s); relu2 forms square it. Of the dtype and device of ``like``."""
     if normalization == "relu2_const":
         return norm_length**-0.5
     if normalization in ("softmax", "relu2_sum"):
@@ -92,9 +92,9 @@ def _row_factor(
     options = Options(base, min_length)
     if isinstance(n, Tensor):
         if normalization == "relu2_n":
-            return n.clamp(min=1).to(dtype).rsqrt()[..., None]
-        return factor_rows(n, 1, options, dtype)[..., None]
-    return max(n, 1) ** -0.5 if normalization == "relu2_n" else factor_number(n, 1, options)
+            return n.clamp(min=1).to(like.dtype).rsqrt()[..., None]
+        return factor_rows(n, 1, options, like.dtype)[..., None]
+    return max(n, 1) ** -0.5 if normalization == "relu2_n" else factor_shared(n, 1, options, like)
 
 
 def _prepare(
@@ -109,8 +109,9 @@ def _prepare(
         mask = check_padding_mask("key_padding_mask", mask, (k.shape[0], k.shape[1]))
     dtype = compute_dtype(q, k)
     n = _visible(mask, causal, k.shape[1], k.device)
-    factor = _row_factor(n, normalization, dtype, base, min_length, norm_length)
-    return q.to(dtype) * (q.shape[2] ** -0.5) * factor, mask
+    width, q = q.shape[2], q.to(dtype)
+    factor = _row_factor(n, normalization, q, base, min_length, norm_length)
+    return q * width**-0.5 * factor, mask
 
 
 def gated_attention(

@@ -105,6 +105,14 @@ def _without_padding(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else torch.where(keep.transpose(2, 3), x, 0.0)
 
 
+def _finite_padding(k: Tensor, keep: Tensor | None) -> Tensor:
+    """Zero for NaN and infinity in padded keys, which would reach the gradient of q as 0 times these numbers.
+
+    Finite numbers stay: the scores that are handed on are not masked.
+    """
+    return k if keep is None else torch.where(keep.transpose(2, 3), k, torch.nan_to_num(k, 0.0, 0.0, 0.0))
+
+
 def residual_attention(
     qs: Sequence[Tensor],
     ks: Sequence[Tensor],
@@ -259,7 +267,8 @@ def residual_attention_step(
         k: Keys, (B, H, S, D).
         v: Values, (B, H, S, E).
         prev_scores: (B, H, T, S), what the step of the layer before returned; None starts.
-        key_padding_mask: (B, S) bool, True = takes part. Applied to a copy, never part of the returned scores.
+        key_padding_mask: (B, S) bool, True = takes part. Applied to a copy, never part of the returned scores; only NaN
+            and infinity in padded keys count as 0 there.
         causal: Query i sees the keys up to i + S - T.
         scale: Factor on q·k; None is 1/sqrt(D).
         mean_over: The softmax is taken of the scores divided by this; the number of layers so far gives their mean.
@@ -295,7 +304,7 @@ def residual_attention_step(
         shape = (*q.shape[:3], k.shape[2])
         if tuple(prev_scores.shape) != shape:
             raise ValueError(f"prev_scores must have shape (B, H, T, S) = {shape}; got {tuple(prev_scores.shape)}")
-    v = _without_padding(v, keep)
+    k, v = _finite_padding(k, keep), _without_padding(v, keep)
     options = (causal, factor, mean_over, float(dropout))
     if torch.compiler.is_compiling():
         prev = prev_scores.detach() if prev_scores is not None and detach_scores else prev_scores
@@ -379,6 +388,11 @@ class ResidualScores:
     def __len__(self) -> int:
         return self._layers
 
+    @property
+    def keys(self) -> int | None:
+        """Number of keys of the layers so far; None before the first."""
+        return self._shapes[1][2] if self._layers else None
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Attention of the next layer.
 
@@ -399,7 +413,7 @@ class ResidualScores:
         _check_heads(q, k, v)
         factor = _check_options(q, k, self.causal, self.scale)
         keep = _check_mask("key_padding_mask", key_padding_mask, k.shape[0], k.shape[2])
-        v = _without_padding(v, keep)
+        k, v = _finite_padding(k, keep), _without_padding(v, keep)
         return self.attend(q, k, v, keep, self.causal, factor, self.dropout, whole=not self.causal)
 
     def attend(

@@ -152,6 +152,7 @@ class PolynomialFeatures(FeatureMap):
 
     def num_features(self, dim: int) -> int:
         """C(dim + p, p): the monomials of up to degree p."""
+        check_int("dim", dim, 1)
         return poly.num_monomials(dim, self.degree)
 
     def query(self, q: Tensor) -> Tensor:
