@@ -21,6 +21,7 @@ Shapes: B batch, H heads of k and v, G query heads for each of them, T time, M f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -65,13 +66,13 @@ def _features(x: Tensor, mask: Tensor | None, activation: str, dtype: torch.dtyp
     return x.contiguous()
 
 
-def _times_slope(grad: Tensor, x: Tensor, phi: Tensor, activation: str, groups: int) -> Tensor:
+def _times_slope(grad: Tensor, x: Tensor, phi: Tensor, activation: str, count: int) -> Tensor:
     """The gradient of the features times phi'(x), in place; overwrites phi."""
     if activation == "elu1":  # phi' = min(phi, 1); a masked key has phi = 0
         return grad.mul_(phi.clamp_(max=1))
     if activation == "none":
         return grad
-    x = _rows_of(x.to(phi.dtype), len(phi), groups)
+    x = _chunks(x, count).to(phi.dtype)
     return grad.mul_(x > 0) if activation == "relu" else grad.mul_(x.clamp(min=0).mul_(2))
 
 
@@ -101,24 +102,60 @@ def _inverse(den: Tensor) -> Tensor:
     return den.clamp_(min=tiny).reciprocal_().mul_(seen)
 
 
-def _parts(x: Tensor | None, chunk: int, n: int) -> Sequence[Any]:
-    """Chunks of the axis before the last."""
-    return (None,) * n if x is None else x.split(chunk, -2)
-
-
 def _per_head(x: Tensor, rows: int) -> Tensor:
     """(B, H, T, .) or (B, H, G, T, .) with B and H in one axis, and without G = 1: fewer calls for every chunk."""
     x = x.reshape(rows, *x.shape[2:])
     return x.squeeze(1) if x.dim() == 4 and x.shape[1] == 1 else x
 
 
-def _mask_per_head(mask: Tensor | None, b: int, h: int) -> Tensor | None:
-    return None if mask is None else mask.expand(b, h, -1, -1).reshape(b * h, -1, 1)
+def _stretches(t: int, chunk: int, together: int) -> list[int]:
+    """Numbers of chunks that are taken together; the last stretch may be one shorter chunk."""
+    full, rest = divmod(t, chunk)
+    counts = [min(together, full - i) for i in range(0, full, together)]
+    return counts + [1] * (rest > 0)
 
 
-def _rows_of(x: Tensor, rows: int, groups: int) -> Tensor:
-    """A chunk of queries (rows, G, c, .) with its groups among the rows: (rows, G * c, .)."""
-    return x if groups == 1 else x.reshape(rows, -1, x.shape[-1])
+class _Pieces:
+    """The tensors of all heads of a block, (rows, T, .) or (rows, G, T, .), cut into stretches of chunks."""
+
+    def __init__(self, b: int, h: int, t: int, chunk: int, together: int) -> None:
+        self.b, self.h, self.rows = b, h, b * h
+        self.counts = _stretches(t, chunk, together)
+        self.lengths = [min(count * chunk, t - i * chunk) for i, count in zip(self.starts(), self.counts, strict=True)]
+
+    def starts(self) -> list[int]:
+        """Numbers of the first chunks."""
+        return list(itertools.accumulate([0, *self.counts[:-1]]))
+
+    def along_time(self, x: Tensor | None) -> Sequence[Any]:
+        """Stretches of (B, H, T, .) or (B, H, G, T, .)."""
+        return [None] * len(self.counts) if x is None else _per_head(x, self.rows).split(self.lengths, -2)
+
+    def mask(self, x: Tensor | None) -> Sequence[Any]:
+        """Stretches of (B, 1 or H, T, 1)."""
+        return self.along_time(None if x is None else x.expand(self.b, self.h, -1, -1))
+
+    def by_chunk(self, x: Tensor | None) -> Sequence[Any]:
+        """Stretches of (B, H, n, ., .), one matrix for each chunk."""
+        if x is None:
+            return [None] * len(self.counts)
+        return x.view(self.rows, *x.shape[2:]).split(self.counts, 1)
+
+
+def _chunks(x: Tensor, count: int) -> Tensor:
+    """(rows, count * c, d) or (rows, G, count * c, d) -> (rows * count, G * c, d)."""
+    if x.dim() == 4:
+        x = x.unflatten(2, (count, -1)).transpose(1, 2)
+    return x.reshape(len(x) * count, -1, x.shape[-1])
+
+
+def _put(out: Tensor, x: Tensor, count: int) -> None:
+    """The inverse of ``_chunks``, into ``out``."""
+    if out.dim() == 3:
+        out.copy_(x.view(out.shape))
+        return
+    target = out.unflatten(2, (count, -1)).transpose(1, 2)
+    target.copy_(x.view(target.shape))
 
 
 def _cut(x: Tensor, groups: int) -> Tensor:
@@ -127,83 +164,96 @@ def _cut(x: Tensor, groups: int) -> Tensor:
     return x
 
 
-def forward_loop(tensors: Sequence[Any], activation: str, eps: float, normalize: bool, chunk: int) -> None:
+def _falls(level: Tensor | None, start: Tensor, count: int, groups: int) -> tuple[_Falls | None, Tensor]:
+    """Factors of the chunks of a stretch, and the level at its end."""
+    if level is None:
+        return None, start
+    chunks = _chunks(level, count)
+    ends = chunks[:, -1:].view(len(level), count, 1)
+    starts = torch.cat([start, ends[:, :-1]], 1).view(-1, 1, 1)
+    return _Falls(chunks, starts, groups), ends[:, -1:]
+
+
+def forward_loop(
+    tensors: Sequence[Any], activation: str, eps: float, normalize: bool, chunk: int, together: int
+) -> None:
     """Fill o, inverse, states and sums; turn s and z into the state after the last key."""
     q, k, v, mask, log_scale, s, z, start, o, inverse, states, sums = tensors
     b, h, g, t, m = q.shape
-    dtype, rows, n = s.dtype, b * h, -(-t // chunk)
-    s, z = s.view(rows, m, -1), z.view(rows, 1, m)
+    dtype, rows, e = s.dtype, b * h, v.shape[-1]
+    s, z = s.view(rows, m, e), z.view(rows, 1, m)
     start = start.reshape(rows, 1, 1)
-    levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
+    cut = _Pieces(b, h, t, chunk, together)
     pieces = zip(
-        *(_parts(_per_head(x, rows), chunk, n) for x in (q, k, v, o)), _parts(_mask_per_head(mask, b, h), chunk, n),
-        _parts(levels, chunk, n), _parts(None if inverse is None else _per_head(inverse, rows), chunk, n),
-        (None,) * n if states is None else states.unbind(), (None,) * n if sums is None else sums.unbind(),
-        strict=True,
+        cut.counts, *(cut.along_time(x) for x in (q, k, v, o)), cut.mask(mask),
+        cut.along_time(None if log_scale is None else log_scale.unsqueeze(-1)), cut.along_time(inverse),
+        cut.by_chunk(states), cut.by_chunk(sums), strict=True,
     )  # fmt: skip
-    for qc, kc, vc, oc, live, level, inverse_c, state, total in pieces:
-        qc = _rows_of(_features(qc, None, activation, dtype), rows, g)
-        kc, vc = _features(kc, live, activation, dtype), _values(vc, live, dtype)
-        if state is not None:
-            state.view(s.shape).copy_(s)
-            total.view(z.shape).copy_(z)
+    for count, qc, kc, vc, oc, live, level, inverse_c, kept_s, kept_z in pieces:
+        qc = _chunks(_features(qc, None, activation, dtype), count)
+        kc = _chunks(_features(kc, live, activation, dtype), count)
+        vc = _chunks(_values(vc, live, dtype), count)
+        falls, start = _falls(level, start, count, g)
         scores = torch.bmm(qc, kc.mT)
-        if level is not None:
-            falls = _Falls(level, start, g)
+        if falls is not None:
             scores.mul_(falls.pairs)
             qc, kc = qc * falls.carry, kc * falls.adds
         _cut(scores, g)
-        out = torch.bmm(scores, vc).baddbmm_(qc, s)
-        inv: Any = 1.0
+        # what each chunk adds to the state, and the state before each
+        more_s, more_z = torch.bmm(kc.mT, vc).view(rows, count, m, e), kc.sum(1, keepdim=True).view(rows, count, 1, m)
+        before_s, before_z = torch.empty_like(more_s), torch.empty_like(more_z)
+        for i in range(count):
+            before_s[:, i], before_z[:, i] = s, z
+            if falls is not None:
+                keep = falls.keep.view(rows, count, 1, 1)[:, i]
+                s.mul_(keep)
+                z.mul_(keep)
+            s.add_(more_s[:, i])
+            z.add_(more_z[:, i])
+        if kept_s is not None:
+            kept_s.copy_(before_s)
+            kept_z.copy_(before_z)
+        before_s, before_z = before_s.view(-1, m, e), before_z.view(-1, 1, m)
+        out = torch.bmm(scores, vc).baddbmm_(qc, before_s)
         if normalize:
-            den = scores.sum(-1, keepdim=True).add_((qc * z).sum(-1, keepdim=True))
+            den = scores.sum(-1, keepdim=True).add_((qc * before_z).sum(-1, keepdim=True))
             inv = _inverse(den.add_(eps) if eps else den)
+            out.mul_(inv)
             if inverse_c is not None:
-                inverse_c.copy_(inv.view(inverse_c.shape))
-        if g == 1:
-            torch.mul(out, inv, out=oc)
-        else:
-            oc.copy_(out.mul_(inv).view(oc.shape))
-        if level is not None:
-            s.mul_(falls.keep)
-            z.mul_(falls.keep)
-            start = level[:, -1:]
-        s.baddbmm_(kc.mT, vc)
-        z.add_(kc.sum(1, keepdim=True))
+                _put(inverse_c, inv, count)
+        _put(oc, out, count)
 
 
-def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
+def backward_loop(tensors: Sequence[Any], activation: str, chunk: int, together: int) -> None:
     """Fill dq, dk and dv; turn later_s and later_z, gradients of the last state, into those of the first."""
     grad, later_s, later_z, q, k, v, mask, log_scale, start, o, inverse, states, sums, dq, dk, dv = tensors
     b, h, g, t, m = q.shape
-    dtype, rows, n = states.dtype, b * h, -(-t // chunk)
-    u, w = later_s.view(rows, m, -1), later_z.view(rows, 1, m)
+    dtype, rows, e = states.dtype, b * h, v.shape[-1]
+    u, w = later_s.view(rows, m, e), later_z.view(rows, 1, m)
     start = start.reshape(rows, 1, 1)
-    levels = None if log_scale is None else log_scale.reshape(rows, t, 1)
+    cut = _Pieces(b, h, t, chunk, together)
+    levels = cut.along_time(None if log_scale is None else log_scale.unsqueeze(-1))
+    starts = [start] + [None if level is None else level[:, -1:] for level in levels[:-1]]
     pieces = list(
         zip(
-            *(_parts(_per_head(x, rows), chunk, n) for x in (q, k, v, grad, o, dq, dk, dv)),
-            _parts(_mask_per_head(mask, b, h), chunk, n), _parts(levels, chunk, n),
-            _parts(None if inverse is None else _per_head(inverse, rows), chunk, n), states.unbind(), sums.unbind(),
-            strict=True,
+            cut.counts, *(cut.along_time(x) for x in (q, k, v, grad, o, dq, dk, dv)), cut.mask(mask), levels, starts,
+            cut.along_time(inverse), cut.by_chunk(states), cut.by_chunk(sums), strict=True,
         )
     )  # fmt: skip
-    for i in reversed(range(n)):
-        qc, kc, vc, gc, oc, dqc, dkc, dvc, live, level, inv, s, z = pieces[i]
-        s, z = s.reshape(u.shape), z.reshape(w.shape)
-        qc = phi_q = _rows_of(_features(qc, None, activation, dtype), rows, g)
-        kc = phi_k = _features(kc, live, activation, dtype)
-        vc = _values(vc, live, dtype)
+    for count, qx, kx, vc, gc, oc, dqc, dkc, dvc, live, level, first, inv, s, z in reversed(pieces):
+        s, z = s.reshape(-1, m, e), z.reshape(-1, 1, m)
+        qc = phi_q = _chunks(_features(qx, None, activation, dtype), count)
+        kc = phi_k = _chunks(_features(kx, live, activation, dtype), count)
+        vc = _chunks(_values(vc, live, dtype), count)
+        rounded, r = False, None
         if inv is not None:
             gc = gc * inv  # in the dtype of the computation: inv is
             rounded = oc.dtype != dtype
-            r = None if rounded else _rows_of((gc * oc).sum(-1, keepdim=True).neg_(), rows, g)
-        else:
-            r, rounded = None, False
-        gc = _rows_of(gc if gc.dtype == dtype else gc.to(dtype), rows, g)
+            r = None if rounded else _chunks((gc * oc).sum(-1, keepdim=True).neg_(), count)
+        gc = _chunks(gc if gc.dtype == dtype else gc.to(dtype), count)
+        falls, _ = _falls(level, first, count, g)
         scores = torch.bmm(qc, kc.mT)
-        if level is not None:
-            falls = _Falls(level, start if i == 0 else pieces[i - 1][9][:, -1:], g)
+        if falls is not None:
             scores.mul_(falls.pairs)
             phi_q, phi_k = qc * falls.carry, kc * falls.adds
         _cut(scores, g)
@@ -212,35 +262,52 @@ def backward_loop(tensors: Sequence[Any], activation: str, chunk: int) -> None:
         pairs = torch.bmm(gc, vc.mT) if r is None else torch.baddbmm(r, gc, vc.mT)
         if rounded:  # the output is, too: r comes from what it was made of
             r = (scores * pairs).sum(-1, keepdim=True).add_((to_q * phi_q).sum(-1, keepdim=True))
-            r = r.mul_(_rows_of(inv, rows, g)).neg_()
+            r = r.mul_(_chunks(inv, count)).neg_()
             pairs.add_(r)
-        if level is not None:
+        if falls is not None:
             pairs.mul_(falls.pairs)
         _cut(pairs, g)
         if r is not None:
             to_q.addcmul_(r, z)
-        if level is not None:
+        if falls is not None:
             to_q.mul_(falls.carry)
         to_q.baddbmm_(pairs, kc)
+        # what each chunk sends back to the state before it, and what the state after each gets
+        more_u = torch.bmm(phi_q.mT, gc).view(rows, count, m, e)
+        more_w = None if r is None else (phi_q * r).sum(1, keepdim=True).view(rows, count, 1, m)
+        after_u, after_w = torch.empty_like(more_u), u.new_empty(rows, count, 1, m)
+        for i in reversed(range(count)):
+            after_u[:, i], after_w[:, i] = u, w
+            if falls is not None:
+                keep = falls.keep.view(rows, count, 1, 1)[:, i]
+                u.mul_(keep)
+                w.mul_(keep)
+            u.add_(more_u[:, i])
+            if more_w is not None:
+                w.add_(more_w[:, i])
+        after_u, after_w = after_u.view(-1, m, e), after_w.view(-1, 1, m)
         # keys and values: what the later chunks read from them, and what the chunk reads
-        to_k = torch.baddbmm(w, vc, u.mT)
-        to_v = torch.bmm(phi_k, u)
-        if level is not None:
+        to_k = torch.baddbmm(after_w, vc, after_u.mT)
+        to_v = torch.bmm(phi_k, after_u)
+        if falls is not None:
             to_k.mul_(falls.adds)
         to_k.baddbmm_(pairs.mT, qc)
         to_v.baddbmm_(scores.mT, gc)
-        if level is not None:
-            u.mul_(falls.keep)
-            w.mul_(falls.keep)
-        u.baddbmm_(phi_q.mT, gc)
-        if r is not None:
-            w.add_((phi_q * r).sum(1, keepdim=True))
-        to_q, to_k = (
-            _times_slope(to_q, pieces[i][0], qc, activation, g), _times_slope(to_k, pieces[i][1], kc, activation, 1)
-        )  # fmt: skip
-        dqc.copy_(to_q.view(dqc.shape))
-        dkc.copy_(to_k if live is None else torch.where(live, to_k, 0.0))
-        dvc.copy_(to_v if live is None else torch.where(live, to_v, 0.0))
+        to_q = _times_slope(to_q, qx, qc, activation, count)
+        to_k = _times_slope(to_k, kx, kc, activation, count)
+        if live is not None:
+            keep = _chunks(live, count)
+            to_k, to_v = torch.where(keep, to_k, 0.0), torch.where(keep, to_v, 0.0)
+        _put(dqc, to_q, count)
+        _put(dkc, to_k, count)
+        _put(dvc, to_v, count)
+
+
+def _together(q: Tensor, chunk: int) -> int:
+    """Chunks per call: operations large enough that threads do not wait for each other, small enough for the cache."""
+    if q.device.type != "cpu":
+        return 16
+    return max(1, (512 if torch.get_num_threads() > 1 else 128) // chunk)
 
 
 def _blocks(q: Tensor, v: Tensor) -> Sequence[tuple[slice, slice]]:
@@ -256,10 +323,6 @@ def _of(block: tuple[slice, slice], *tensors: Tensor | None) -> list[Any]:
     """The part of tensors (B, H or 1, ...) that belongs to a block of heads."""
     batch, heads = block
     return [None if x is None else x[batch, heads if x.shape[1] > 1 else slice(None)] for x in tensors]
-
-
-def _states_of(block: tuple[slice, slice], *tensors: Tensor) -> list[Any]:
-    return [x[:, block[0], block[1]] for x in tensors]
 
 
 def run_forward(
@@ -282,14 +345,14 @@ def run_forward(
     s, z = s.clone(memory_format=torch.contiguous_format), z.clone(memory_format=torch.contiguous_format)
     o = v.new_empty(b, h, g, t, e)
     inverse = s.new_empty(b, h, g, t if normalize and save else 0, 1)
-    states = s.new_empty(n if save else 0, b, h, m, e)
-    sums = s.new_empty(n if save else 0, b, h, 1, m)
-    blocks = _blocks(q, v)
+    states = s.new_empty(b, h, n if save else 0, m, e)
+    sums = s.new_empty(b, h, n if save else 0, 1, m)
+    blocks, together = _blocks(q, v), _together(q, chunk)
 
     def part(i: int) -> None:
         tensors = _of(blocks[i], q, k, v, mask, log_scale, s, z, start, o, inverse if normalize and save else None)
-        tensors += _states_of(blocks[i], states, sums) if save else [None, None]
-        forward_loop(tensors, activation, eps, normalize, chunk)
+        tensors += _of(blocks[i], states, sums) if save else [None, None]
+        forward_loop(tensors, activation, eps, normalize, chunk, together)
 
     run_parts(part, len(blocks), t * m * e >= 2**18)
     return o, inverse, states, sums, s, z
@@ -315,12 +378,12 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     ds, dz = (x.to(states.dtype).clone(memory_format=torch.contiguous_format) for x in (grad_s, grad_z))
-    blocks = _blocks(q, v)
+    blocks, together = _blocks(q, v), _together(q, chunk)
 
     def part(i: int) -> None:
         tensors = _of(blocks[i], grad, ds, dz, q, k, v, mask, log_scale, start, o, inverse if normalize else None)
-        tensors += _states_of(blocks[i], states, sums) + _of(blocks[i], dq, dk, dv)
-        backward_loop(tensors, activation, chunk)
+        tensors += _of(blocks[i], states, sums, dq, dk, dv)
+        backward_loop(tensors, activation, chunk, together)
 
     run_parts(part, len(blocks), q.shape[3] * q.shape[-1] * v.shape[-1] >= 2**18)
     return dq, dk, dv, ds, dz

@@ -57,8 +57,8 @@ def _(
     return (
         q.new_empty(b, h, g, t, e, dtype=v.dtype),
         s.new_empty(b, h, g, t if normalize and save else 0, 1),
-        s.new_empty(n if save else 0, b, h, m, e),
-        s.new_empty(n if save else 0, b, h, 1, m),
+        s.new_empty(b, h, n if save else 0, m, e),
+        s.new_empty(b, h, n if save else 0, 1, m),
         s.new_empty(b, h, m, e),
         z.new_empty(b, h, m),
     )

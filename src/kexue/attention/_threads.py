@@ -25,14 +25,15 @@ def _workers(threads: int) -> ThreadPoolExecutor:
             ready = threading.Barrier(threads + 1)
 
             def start() -> None:
-                torch.set_num_threads(1)  # holds for this thread, and for threads that start later
+                torch.get_num_threads()  # a thread takes over the common number when it is first asked for
+                torch.set_num_threads(1)  # holds for this thread, and is the common number from now on
                 ready.wait()
 
             pool = ThreadPoolExecutor(threads, "kexue-attention")
             for _ in range(threads):
                 pool.submit(start)
             ready.wait()
-            torch.set_num_threads(threads)  # what it was, for threads that start later
+            torch.set_num_threads(threads)  # the common number is what it was
             _pool = (os.getpid(), threads, pool)
         return _pool[2]
 
