@@ -30,16 +30,12 @@ class State(NamedTuple):
     shift: Tensor | None
 
 
-def safe_inverse(den: Tensor) -> Tensor:
-    """1 / den, and 0 where nothing was seen (den = 0) or nothing is left of it (den below the normal numbers)."""
-    seen = den.abs() > torch.finfo(den.dtype).tiny
-    return torch.where(seen, torch.where(seen, den, 1.0).reciprocal(), 0.0)
-
-
 def safe_divide(x: Tensor, den: Tensor) -> Tensor:
-    """Quotient, 0 where :func:`safe_inverse` is 0; its gradient never squares a denominator, which would overflow."""
-    seen = den.abs() > torch.finfo(den.dtype).tiny
-    return torch.where(seen, x / torch.where(seen, den, 1.0), 0.0)
+    """Quotient, 0 where nothing was seen (den = 0) or nothing is left of it (den below the normal numbers).
+
+    Its gradient never squares a denominator, which would overflow.
+    """
+    return x / torch.where(den.abs() > torch.finfo(den.dtype).tiny, den, torch.inf)
 
 
 def bidirectional(
