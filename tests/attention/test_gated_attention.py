@@ -120,11 +120,15 @@ def test_memory_grows_with_the_length_and_not_with_its_square(causal):
 def test_the_operator_is_registered_correctly(kind, masked):
     q, k, v, _ = operands(2, 5, 5, torch.float32)
     mask = padding("holes", 2, 5) if masked else None
-    torch.library.opcheck(torch.ops.kexue.gated_attention, (q, k, v, mask, torch.tensor(3), kind, True, 0.2))
+    assert set(
+        torch.library.opcheck(
+            torch.ops.kexue.gated_attention, (q, k, v, mask, torch.tensor(3), kind, True, 0.2)
+        ).values()
+    ) == {"SUCCESS"}
     stat = torch.ones(2, 5) if kind != "relu2" else torch.ones(0)
     grad = torch.ones(2, 5, 5)
     args = (grad, *(x.detach() for x in (q, k, v)), mask, None, stat, kind, False, 0.0)
-    torch.library.opcheck(torch.ops.kexue.gated_attention_backward, args)
+    assert set(torch.library.opcheck(torch.ops.kexue.gated_attention_backward, args).values()) == {"SUCCESS"}
 
 
 def test_differentiating_twice_is_an_error():

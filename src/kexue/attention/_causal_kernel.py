@@ -340,6 +340,7 @@ def run_forward(
     chunk: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator, forward: o, inverse denominators, states before the chunks, S and z after the last key."""
     b, h, g, t, m = q.shape
     e, n = v.shape[-1], -(-t // chunk)
     s, z = s.clone(memory_format=torch.contiguous_format), z.clone(memory_format=torch.contiguous_format)
@@ -376,6 +377,7 @@ def run_backward(
     normalize: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator, backward: gradients of q, k, v and of the state before."""
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     ds, dz = (x.to(states.dtype).clone(memory_format=torch.contiguous_format) for x in (grad_s, grad_z))
     blocks, together = _blocks(q, v), _together(q, chunk)

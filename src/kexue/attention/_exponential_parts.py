@@ -19,7 +19,8 @@ WORKING_SET = 2**18  # features of one chunk of all heads, where the chunk is fr
 
 
 def lowest(x: Tensor) -> float:
-    return torch.finfo(x.dtype).min / 4  # finite: differences of two of them are 0, not NaN
+    """A finite logarithm of nothing: differences of two of them are 0, not NaN."""
+    return torch.finfo(x.dtype).min / 4
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -34,6 +35,7 @@ def inverse_of(den: Tensor) -> Tensor:
 
 
 def chunks(t: int, chunk: int) -> list[slice]:
+    """Slices of at most ``chunk`` tokens."""
     return [slice(i, min(i + chunk, t)) for i in range(0, t, chunk)]
 
 
@@ -69,6 +71,7 @@ def map_keys(
 
 
 def values_of(v: Tensor, mask: Tensor | None, at: slice, rows: int) -> Tensor:
+    """Values (rows, c, E) of a chunk; masked ones are 0."""
     x = v[:, :, at]
     if mask is not None:
         x = torch.where(mask[:, :, at], x, 0.0)
@@ -102,6 +105,7 @@ def write(out: Tensor, at: slice, x: Tensor, mask: Tensor | None) -> None:
 def absorb(
     k: Tensor, v: Tensor, mask: Tensor | None, weight: Tensor, s: Tensor, z: Tensor, level: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Take keys and values into the state: S, z and the level after them."""
     b, h, m, e = s.shape
     rows = b * h
     s, z, level = s.reshape(rows, m, e).clone(), z.reshape(rows, 1, m).clone(), level.reshape(rows, 1, m).clone()
@@ -175,6 +179,7 @@ def _absorb_gradients(ctx: Any, grad_s: Tensor, grad_z: Tensor, _: Any) -> tuple
 
 @torch.library.custom_op("kexue::exponential_read", mutates_args=())
 def read(q: Tensor, weight: Tensor, s: Tensor, z: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries read from a state: o and the inverse denominators."""
     b, h, g, t, _ = q.shape
     m, e = s.shape[2:]
     rows = b * h
@@ -252,6 +257,7 @@ def _read_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def no_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Refuse a second derivative."""
     raise RuntimeError(
         "attention with exponential features is differentiable once: its gradient cannot be differentiated again; "
         "use backend='plain' for second derivatives"

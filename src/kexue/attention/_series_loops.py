@@ -349,6 +349,7 @@ def forward_loop(
     wanted: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fill the output and the saved states; turn the state before into that after the last key."""
     work = _Work(q, v, kind, degree, scale)
     steps = _Steps(work.t, work.s, causal, chunk, s is not None, wanted)
     b, h, g, t, e, m, rows = work.b, work.h, work.g, work.t, work.e, work.m, work.rows
@@ -417,6 +418,7 @@ def backward_loop(
     initial: bool,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fill the gradients of q, k and v; turn those of the last state into those of the first."""
     work = _Work(q, v, kind, degree, scale)
     steps = _Steps(work.t, work.s, causal, chunk, initial, wanted)
     b, h, g, d, e, m, rows = work.b, work.h, work.g, work.d, work.e, work.m, work.rows
