@@ -134,14 +134,13 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, mask, log_scale, s, z, start, activation, _, normalize, chunk, save = inputs
+    q, k, v, mask, log_scale, _, _, start, activation, _, normalize, chunk, save = inputs
     o, inverse, states, sums, _, _ = output
     if not save:
         raise RuntimeError("causal_linear_attention: save must be True where a gradient is wanted")
     ctx.save_for_backward(q, k, v, mask, log_scale, start, o, inverse, states, sums)
     ctx.mark_non_differentiable(inverse, states, sums)
     ctx.options = (activation, normalize, chunk)
-    ctx.dtypes = (s.dtype, z.dtype)
 
 
 def _gradients(ctx: Any, grad: Tensor, _i: Any, _s: Any, _z: Any, grad_s: Tensor, grad_z: Tensor) -> tuple[Any, ...]:

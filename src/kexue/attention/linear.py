@@ -32,6 +32,7 @@ from kexue.attention import _contraction as plain
 from kexue.attention._causal_operator import causal_linear_attention
 from kexue.attention._contraction import State
 from kexue.attention._exponential_kernel import exponential_attention
+from kexue.attention._exponential_parts import lowest
 from kexue.attention._series_kernel import series_attention
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap, feature_map_of
 from kexue.attention.series import PolynomialFeatures
@@ -130,10 +131,6 @@ def _name(phi: FeatureMap) -> str:
     return f"feature_map {named[0] if named else type(phi).__name__}"
 
 
-def _lowest(x: Tensor) -> float:
-    return torch.finfo(x.dtype).min / 4  # finite: differences of two of them are 0, not NaN
-
-
 def _open_state(state: Any, shape: tuple[int, int, int, int], dtype: torch.dtype, log_space: bool) -> State:
     """A checked state as the contraction wants it: sums, in log space with the logarithms they were divided by."""
     if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
@@ -147,14 +144,14 @@ def _open_state(state: Any, shape: tuple[int, int, int, int], dtype: torch.dtype
     s, z = (x.to(dtype) for x in state)
     if not log_space:
         return State(s, z, None)
-    level = z.detach().clamp(min=_lowest(z))
+    level = z.detach().clamp(min=lowest(z))
     z = (z - level).exp()  # 1, or 0 without any key; the gradient goes through it
     return State(s * z.unsqueeze(-1), z, level)
 
 
 def _no_state(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, log_space: bool) -> State:
     zero = like.new_zeros((), dtype=dtype)
-    level = like.new_full(shape[:3], _lowest(zero), dtype=dtype) if log_space else None
+    level = like.new_full(shape[:3], lowest(zero), dtype=dtype) if log_space else None
     return State(zero.expand(shape), zero.expand(shape[:3]), level)
 
 
@@ -430,5 +427,5 @@ def _first_level(logs: Tensor, live: Tensor | None, before: State) -> Tensor:
     if live is not None:
         at = live.long().argmax(-2).unsqueeze(-1).expand(*logs.shape[:2], 1, logs.shape[-1])
         first = logs.gather(-2, at).squeeze(-2)
-    first = first.clamp(min=_lowest(logs))
+    first = first.clamp(min=lowest(logs))
     return first if before.shift is None else torch.where(before.z > 0, before.shift, first)
