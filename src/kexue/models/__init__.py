@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.growth import GrowthPlan, grow, plan_growth
     from kexue.models.growth_check import GrowthReport, verify_growth
+    from kexue.models.growth_files import grow_checkpoint
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "HierarchicalPositionEmbedding",
     "extend_positions",
     "grow",
+    "grow_checkpoint",
     "hierarchical_positions",
     "plan_growth",
     "tie_positions",
@@ -39,6 +41,7 @@ _MODULES = {
     "HierarchicalPositionEmbedding": "positions",
     "extend_positions": "extension",
     "grow": "growth",
+    "grow_checkpoint": "growth_files",
     "hierarchical_positions": "positions",
     "plan_growth": "growth",
     "tie_positions": "extension",

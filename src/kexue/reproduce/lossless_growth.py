@@ -6,7 +6,7 @@
 2. The article's own table on BERT with GELU: the FFN bias "times 1/2" that it prints, and the extra division of the
    last LayerNorm that it asks for, against the table without them.
 3. Rotary positions. A character model (Llama, width 64, heads of 16) of the standard library's help texts
-   (``pydoc_data.topics``) is trained for 400 steps; its heads and widths are doubled by repeating pairs, as the article
+   (``pydoc_data.topics``) is trained for 300 steps; its heads and widths are doubled by repeating pairs, as the article
    does, and by the stride; held-out loss at once and after further steps.
 4. Training on. The grown model with and without symmetry breaking, and a model of the same size from random weights,
    150 steps each on the same batches.
@@ -21,6 +21,7 @@ at least one more; otherwise "not reproduced".
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ CLAIM = (
     "A trained Transformer can be made wider by a fixed rule without changing its outputs; with rotary positions "
     "exactness is out of reach, but the loss is small and soon trained away."
 )
-LENGTH, BATCH, SMALL_STEPS, STEPS, SHOWN = 64, 16, 400, 150, (0, 10, 25, 50, 100, 150)
+LENGTH, BATCH, SMALL_STEPS, STEPS, SHOWN = 64, 16, 300, 150, (0, 10, 25, 50, 100, 150)
 
 
 def _random(family: str, tied: bool, dtype: torch.dtype, **options: Any) -> Any:
@@ -49,11 +50,12 @@ def _random(family: str, tied: bool, dtype: torch.dtype, **options: Any) -> Any:
     )
 
     sizes: dict[str, Any] = {"vocab_size": 97, "tie_word_embeddings": tied, **options}
+    no_ids = {"bos_token_id": None, "eos_token_id": None}  # the defaults lie outside this small vocabulary
     usual = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
     if family == "BERT":
         model = BertForMaskedLM(BertConfig(intermediate_size=64, **usual, **sizes))
     elif family == "GPT-2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **sizes))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **no_ids, **sizes))
     else:
         model = LlamaForCausalLM(LlamaConfig(intermediate_size=48, num_key_value_heads=2, **usual, **sizes))
     g = torch.Generator().manual_seed(0)
@@ -119,7 +121,6 @@ def _article() -> tuple[dict[str, list[Any]], bool]:
         norm = large.cls.predictions.transform.LayerNorm
         norm.weight.mul_(2**-0.5)
         norm.bias.mul_(2**-0.5)
-        large.cls.predictions.bias.mul_(1.0)
     _, same = note("last LayerNorm divided once more", large)
     return table, plain < 1e-9 and same == 1.0
 
@@ -214,8 +215,10 @@ def measure(quick: bool, seed: int) -> Measurement:
     seeds = [seed] if quick else [seed, seed + 1, seed + 2]
     shown = (0, 10) if quick else SHOWN
     exactness, exact = _exactness((2,) if quick else (2, 3))
-    recipe, recipe_right = _article()
-    runs = [_growing(s, 20 if quick else SMALL_STEPS, shown[-1], shown) for s in seeds]
+    with warnings.catch_warnings():  # growth warns where a rule is not exact, which is what is measured here
+        warnings.simplefilter("ignore", UserWarning)
+        recipe, recipe_right = _article()
+        runs = [_growing(s, 20 if quick else SMALL_STEPS, shown[-1], shown) for s in seeds]
     names = list(runs[0])
     mean = {name: np.mean([r[name] for r in runs], 0) for name in names}
 
