@@ -81,9 +81,9 @@ def grow_checkpoint(
     with replaced_folder(target, RECORD, "model that was grown before") as place:
         _write(model, plan, place, torch.Generator().manual_seed(seed), progress)
         for file in sorted(source.iterdir()):
-            if file.suffix in _COPIED and not file.name.endswith(".index.json") and file.name not in _NOT_COPIED:
-                if file.is_file():
-                    shutil.copyfile(file, place / file.name)
+            wanted = file.suffix in _COPIED and file.name not in _NOT_COPIED
+            if wanted and not file.name.endswith(".index.json") and file.is_file():
+                shutil.copyfile(file, place / file.name)
         if verify:
             report = _verify(model, place)
             if plan.growth.options.exact and not plan.notes and not (report.max_rel <= 1e-9 or report.dtype_limited):
@@ -101,12 +101,12 @@ def _load(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     name = next(iter(config.architectures or ()), None)
-    found = None if name is None else find_class(name) or getattr(own, name, None)
+    found: Any = None if name is None else find_class(name) or getattr(own, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"{folder / 'config.json'} must name a model class in architectures; got {config.architectures}"
         )
-    model, report = found.from_pretrained(  # type: ignore[attr-defined]
+    model, report = found.from_pretrained(
         folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
     )
     if missing := sorted(report["missing_keys"]):  # random values would be grown as if they were trained
