@@ -92,8 +92,8 @@ def _check_options(
     check_real("noise", noise, minimum=0.0)
     if not isinstance(exact, bool):
         raise TypeError(f"exact must be True or False; got {exact!r}")
-    sizes = (None if value is None else int(value) for value in (width, hidden_size, intermediate_size, depth))
-    return Options(*sizes, heads, exact, convention, rope)
+    sizes = [None if value is None else int(value) for value in (width, hidden_size, intermediate_size, depth)]
+    return Options(sizes[0], sizes[1], sizes[2], sizes[3], heads, exact, convention, rope)
 
 
 def _family(config: Any) -> Family:
@@ -135,10 +135,12 @@ def _check_names(model: Any, parameters: dict[str, Any], aliases: dict[str, str]
                              "model and load it, which unties them")  # fmt: skip
     wanted, shared = _names(expected)
     extra, missing = sorted(set(parameters) - set(wanted)), sorted(set(wanted) - set(parameters))
-    if aliases != shared and not (extra or missing) or set(extra) <= set(shared) and set(missing) <= set(aliases):
-        if aliases != shared:
-            raise ValueError(f"shared parameters must be those of the configuration, {shared or 'none'}; got "
-                             f"{aliases or 'none'} (is tie_word_embeddings right?)")  # fmt: skip
+    renamed = set(extra) <= set(shared) and set(missing) <= set(aliases)  # shared here and not there, or the reverse
+    if aliases != shared and renamed:
+        raise ValueError(
+            f"shared parameters must be those of the configuration, {shared or 'none'}; got {aliases or 'none'} (is "
+            "tie_word_embeddings right?)"
+        )
     if extra or missing:
         raise ValueError(
             f"{type(model).__name__} must have the parameters that its configuration describes; "
@@ -218,8 +220,10 @@ def plan_growth(
 
     table = _strip(next(iter(parameters)), family)
     tied = any(_strip(target, family) == table and name.endswith("weight") for name, target in aliases.items())
-    pooled = any(_strip(name, family) == "pooler.dense.weight" for name in parameters)
-    growth = measure(family, config, options, tied, pooled)
+    names = {_strip(name, family) for name in parameters}
+    pooled = "pooler.dense.weight" in names
+    predicts = any(name.startswith(("cls.predictions.", "lm_head.")) for name in names)
+    growth = measure(family, config, options, tied, pooled, predicts)
     _check_structure(model, growth)
     family.build(growth)
     big = _build(type(model), growth.config)
@@ -267,9 +271,10 @@ def _check_frequencies(model: Any, growth: Growth) -> None:
     module = type(_rotary(model)[1])
     with torch.device("cpu"):
         old, new = (module(config=copy.deepcopy(config)) for config in (model.config, growth.config))
-    same = new.inv_freq[:: growth.head_dim[1] // growth.head_dim[0]]
+    before, after = torch.as_tensor(old.inv_freq), torch.as_tensor(new.inv_freq)
+    same = after[:: growth.head_dim[1] // growth.head_dim[0]]
     if kind in ("dynamic", "longrope") or not (
-        torch.allclose(same, old.inv_freq, rtol=1e-6, atol=0) and new.attention_scaling == old.attention_scaling
+        torch.allclose(same, before, rtol=1e-6, atol=0) and new.attention_scaling == old.attention_scaling
     ):
         raise ValueError(f"heads='wider' is not exact with rotary positions of type {kind!r}, whose frequencies depend "
                          "on the width of a head in another way; take heads='more'")  # fmt: skip
@@ -381,8 +386,8 @@ def grow(
     absent = [name for name, parameter in parameters.items() if parameter.is_meta]
     if absent:
         raise ValueError(f"the model has no values on the meta device: {', '.join(absent[:4])}; load it first")
-    for note in plan.notes:
-        warnings.warn(f"growth of {plan.model_class.__name__}: {note}", stacklevel=2)
+    if plan.growth.eps_error > 1e-9:
+        warnings.warn(f"growth of {plan.model_class.__name__}: {'; '.join(plan.notes)}", stacklevel=2)
     big = plan.build()
     _drop_absent(model, big)
     aliases: dict[str, list[str]] = {}
@@ -423,5 +428,5 @@ def _restore_state(model: Any, big: Any, growth: Growth) -> None:
         module.training = modules[_source_name(growth, f"{name}.")[0].removesuffix(".")].training
     if getattr(model, "generation_config", None) is not None:
         big.generation_config = copy.deepcopy(model.generation_config)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         big.gradient_checkpointing_enable()

@@ -37,7 +37,8 @@ class GrowthReport:
     outputs: tuple[str, ...]
 
     def __str__(self) -> str:
-        text = f"{', '.join(self.outputs)}: largest difference {self.max_abs:.2e} ({self.max_rel:.2e} of the largest value)"
+        names = ", ".join(self.outputs)
+        text = f"{names}: largest difference {self.max_abs:.2e}, {self.max_rel:.2e} of the largest value"
         if self.dtype_limited:
             text += f"; the models' own casts to float32 cause it, {self.max_abs_uncast:.2e} without them"
         elif not self.max_rel <= EXACT:
