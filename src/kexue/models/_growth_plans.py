@@ -15,7 +15,7 @@ from typing import Any
 
 from kexue.models._growth_rules import Axis, Factor, Recipe, fills, keep, repeat, stride, tile
 
-__all__ = ["FAMILIES", "Family", "Growth", "Options", "Rule"]
+__all__ = ["FAMILIES", "Family", "Growth", "Options", "Parts", "Rule", "measure"]
 
 
 Pair = tuple[int, int]  # in the small model and in the grown one
@@ -36,6 +36,23 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a model has.
+
+    Attributes:
+        prefix: Of the names of the base model in a model with a head, with its dot.
+        tied: The output layer is the table of word embeddings.
+        pooled: There is a pooler, which classifiers read then.
+        predicts: There is an output layer over tokens.
+    """
+
+    prefix: str
+    tied: bool
+    pooled: bool
+    predicts: bool
+
+
+@dataclass(frozen=True)
 class Rule:
     """Axes (None: an axis that stays as it is), factor, and the axis that is read."""
 
@@ -51,15 +68,13 @@ class Growth:
     family: Family
     config: Any
     options: Options
+    parts: Parts
     hidden: Pair
     inner: Pair
     layers: Pair
     heads: Pair = (1, 1)
     groups: Pair = (1, 1)
     head_dim: Pair = (1, 1)
-    tied: bool = False
-    pooled: bool = False
-    predicts: bool = False
     notes: list[str] = field(default_factory=list)
     eps_error: float = 0.0  # largest change of an eps that the configuration cannot follow
     rules: dict[str, Rule] = field(default_factory=dict)
@@ -146,7 +161,7 @@ class Growth:
 
     def final_scale(self) -> float:
         """Scale nu of the norm before a tied head: the embedding is c R E, so that k c nu must be 1."""
-        return 1 / (self.copies * self.stream_scale) if self.tied else self.norm_scale
+        return 1 / (self.copies * self.stream_scale) if self.parts.tied else self.norm_scale
 
     def scale_eps(self, factor: float) -> None:
         """Let the norms add eps to a mean square that is ``factor`` times the old one."""
@@ -186,22 +201,25 @@ class Family:
     """How the configuration names things, and what adds the rules.
 
     Attributes:
-        hidden, inner, layers, heads, groups, eps: Keys of the configuration; None: there is none.
-        prefix: Of the base model in a model with a head.
-        layer: Where the layers stand.
-        fill: What fills are: the mean (LayerNorm), or 0 (RMSNorm).
+        hidden: Key of the configuration, as the next three and ``activation``.
+        inner: Width of the feed-forward layers.
+        layers: Their number.
+        eps: Of all norms.
+        layer: Where the layers stand in the base model.
+        fill: What fills are: the "mean" (LayerNorm), or a "value", 0 (RMSNorm).
         build: Adds the rules.
-        outputs: Layers whose output is added to the stream, by their name in a layer.
-        pre_norm: An identity block can be inserted.
-        rotary: Queries and keys are turned by pairs.
-        embedding, head: Names of the word embeddings and of the output layer.
+        outputs: Layers whose output is added to the stream, by their name in a layer: those that are 0 if inserted.
+        activation: Name of the activation.
+        heads: Number of heads; None: one head of keys, whose width stays.
+        groups: Number of heads of keys and values; None: as many as of queries, and their width follows.
+        pre_norm: A layer whose outputs are 0 is the identity.
+        rotary: Queries and keys are turned by pairs, half-split.
     """
 
     hidden: str
     inner: str
     layers: str
     eps: str
-    prefix: str
     layer: str
     fill: str
     build: Callable[[Growth], None]
@@ -243,9 +261,9 @@ def _bert(g: Growth, roberta: bool = False) -> None:
 
     pooled = Axis.of(repeat(*g.hidden))
     g.reader("pooler.dense", pooled)
-    for name in ("qa_outputs", *(() if g.pooled else ("classifier",))):
+    for name in ("qa_outputs", *(() if g.parts.pooled else ("classifier",))):
         g.reader(name, None)
-    for name in ("cls.seq_relationship", *(("classifier",) if g.pooled else ())):
+    for name in ("cls.seq_relationship", *(("classifier",) if g.parts.pooled else ())):
         g.linear(name, None, pooled)
     if roberta:
         g.reader("classifier.dense", pooled)
@@ -259,7 +277,7 @@ def _bert(g: Growth, roberta: bool = False) -> None:
     g.norm(norm, g.final_scale(), ("value", 0.0))
     g.linear(decoder, None, g.stream, 1.0, g.final_scale())
     g.rules[bias] = Rule((None,))
-    if g.predicts:
+    if g.parts.predicts:
         text = "the norm of the prediction head keeps the scale of its input, but eps is one value for all norms"
         g.note_eps((g.stream_scale * g.ratio) ** -2, text)
 
@@ -319,7 +337,7 @@ def _gau(g: Growth) -> None:
     # A norm without gain divides by s what has fills: the stream is R x / s from the first norm on.
     g.stream_scale = g.norm_scale = 1 / g.ratio
     # logits = (R x / s) . (e R E) must be x . E
-    table = g.ratio / g.copies if g.tied else 1 / g.ratio
+    table = g.ratio / g.copies if g.parts.tied else 1 / g.ratio
     g.scale_eps((table * g.ratio) ** 2)
     g.note_eps((table * g.ratio) ** -2, "the embeddings shrink and eps with them, but eps is one value for all norms")
     g.embedding("embeddings.word_embeddings", table)
@@ -341,32 +359,30 @@ _BERT = {
     "heads": "num_attention_heads", "layer": "encoder.layer", "fill": "mean", "activation": "hidden_act",
     "outputs": (), "pre_norm": False,
 }  # fmt: skip
-_ROBERTA = Family(**_BERT, prefix="roberta", build=_roberta)  # type: ignore[arg-type]
+_ROBERTA = Family(**_BERT, build=_roberta)  # type: ignore[arg-type]
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(**_BERT, prefix="bert", build=_bert),  # type: ignore[arg-type]
+    "bert": Family(**_BERT, build=_bert),  # type: ignore[arg-type]
     "roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "gpt2": Family(
-        hidden="n_embd", inner="n_inner", layers="n_layer", eps="layer_norm_epsilon", heads="n_head",
-        prefix="transformer", layer="h", fill="mean", build=_gpt2, outputs=("attn.c_proj", "mlp.c_proj"),
-        activation="activation_function",
+        hidden="n_embd", inner="n_inner", layers="n_layer", eps="layer_norm_epsilon", heads="n_head", layer="h",
+        fill="mean", build=_gpt2, outputs=("attn.c_proj", "mlp.c_proj"), activation="activation_function",
     ),
     "llama": Family(
         hidden="hidden_size", inner="intermediate_size", layers="num_hidden_layers", eps="rms_norm_eps",
-        heads="num_attention_heads", groups="num_key_value_heads", prefix="model", layer="layers", fill="value",
+        heads="num_attention_heads", groups="num_key_value_heads", layer="layers", fill="value",
         build=_llama, outputs=("self_attn.o_proj", "mlp.down_proj"), activation="hidden_act", rotary=True,
     ),
     "gau_alpha": Family(
         hidden="hidden_size", inner="intermediate_size", layers="num_hidden_layers", eps="layer_norm_eps",
-        prefix="gau_alpha", layer="encoder.layer", fill="value", build=_gau, outputs=("gau.o_dense",),
-        activation="hidden_act",
+        layer="encoder.layer", fill="value", build=_gau, outputs=("gau.o_dense",), activation="hidden_act",
     ),
 }  # fmt: skip
 
 
-def measure(family: Family, config: Any, options: Options, tied: bool, pooled: bool, predicts: bool) -> Growth:
+def measure(family: Family, config: Any, options: Options, parts: Parts) -> Growth:
     """Sizes of the grown model; ``config`` is copied.
 
     Raises:
@@ -396,7 +412,7 @@ def measure(family: Family, config: Any, options: Options, tied: bool, pooled: b
                          "already; give width=2, hidden_size, intermediate_size or depth")  # fmt: skip
     one: Pair = (1, 1)
     sizes = (one, one, one) if family.heads is None else _heads(family, config, options, d, big)
-    growth = Growth(family, config, options, (d, big), (f, inner), (layers, depth), *sizes, tied, pooled, predicts)
+    growth = Growth(family, config, options, parts, (d, big), (f, inner), (layers, depth), *sizes)
     if family.inner != "n_inner" or config.n_inner is not None or inner != 4 * big:
         setattr(config, family.inner, inner)
     setattr(config, family.hidden, big)
