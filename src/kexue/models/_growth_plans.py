@@ -15,7 +15,10 @@ from typing import Any
 
 from kexue.models._growth_rules import Axis, Factor, Recipe, fills, keep, repeat, stride, tile
 
-__all__ = ["FAMILIES", "Family", "Growth", "Options", "Rule"]
+__all__ = ["FAMILIES", "Family", "Growth", "Options", "Parts", "Rule", "measure"]
+
+
+Pair = tuple[int, int]  # in the small model and in the grown one
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,23 @@ class Options:
     exact: bool
     convention: str
     rope: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model has.
+
+    Attributes:
+        prefix: Of the names of the base model in a model with a head, with its dot.
+        tied: The output layer is the table of word embeddings.
+        pooled: There is a pooler, which classifiers read then.
+        predicts: There is an output layer over tokens.
+    """
+
+    prefix: str
+    tied: bool
+    pooled: bool
+    predicts: bool
 
 
 @dataclass(frozen=True)
@@ -48,15 +68,15 @@ class Growth:
     family: Family
     config: Any
     options: Options
-    hidden: tuple[int, int]
-    inner: tuple[int, int]
-    layers: tuple[int, int]
-    heads: tuple[int, int] = (1, 1)
-    groups: tuple[int, int] = (1, 1)
-    head_dim: tuple[int, int] = (1, 1)
-    tied: bool = False
-    pooled: bool = False
+    parts: Parts
+    hidden: Pair
+    inner: Pair
+    layers: Pair
+    heads: Pair = (1, 1)
+    groups: Pair = (1, 1)
+    head_dim: Pair = (1, 1)
     notes: list[str] = field(default_factory=list)
+    eps_error: float = 0.0  # largest change of an eps that the configuration cannot follow
     rules: dict[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,14 +160,21 @@ class Growth:
     # The output
 
     def final_scale(self) -> float:
-        """nu of the norm before a tied head: the embedding is c R E, so that k c nu must be 1."""
-        return 1 / (self.copies * self.stream_scale) if self.tied else self.norm_scale
+        """Scale nu of the norm before a tied head: the embedding is c R E, so that k c nu must be 1."""
+        return 1 / (self.copies * self.stream_scale) if self.parts.tied else self.norm_scale
 
     def scale_eps(self, factor: float) -> None:
         """Let the norms add eps to a mean square that is ``factor`` times the old one."""
         key = self.family.eps
         if factor != 1:
             setattr(self.config, key, getattr(self.config, key) * factor)
+
+    def note_eps(self, factor: float, text: str) -> None:
+        """A norm whose eps should be another, by ``factor``, than the one of the grown configuration."""
+        gap = abs(factor - 1) * float(getattr(self.config, self.family.eps))
+        if gap > 0:
+            self.eps_error = max(self.eps_error, gap)
+            self.notes.append(f"{text}, so the outputs differ by O({gap:.1e})")
 
     def layer_map(self) -> list[tuple[int, bool]]:
         """Source of every layer, and whether it is inserted as the identity: spread evenly, after its source."""
@@ -174,22 +201,25 @@ class Family:
     """How the configuration names things, and what adds the rules.
 
     Attributes:
-        hidden, inner, layers, heads, groups, eps: Keys of the configuration; None: there is none.
-        prefix: Of the base model in a model with a head.
-        layer: Where the layers stand.
-        fill: What fills are: the mean (LayerNorm), or 0 (RMSNorm).
+        hidden: Key of the configuration, as the next three and ``activation``.
+        inner: Width of the feed-forward layers.
+        layers: Their number.
+        eps: Of all norms.
+        layer: Where the layers stand in the base model.
+        fill: What fills are: the "mean" (LayerNorm), or a "value", 0 (RMSNorm).
         build: Adds the rules.
-        outputs: Layers whose output is added to the stream, by their name in a layer.
-        pre_norm: An identity block can be inserted.
-        rotary: Queries and keys are turned by pairs.
-        embedding, head: Names of the word embeddings and of the output layer.
+        outputs: Layers whose output is added to the stream, by their name in a layer: those that are 0 if inserted.
+        activation: Name of the activation.
+        heads: Number of heads; None: one head of keys, whose width stays.
+        groups: Number of heads of keys and values; None: as many as of queries, and their width follows.
+        pre_norm: A layer whose outputs are 0 is the identity.
+        rotary: Queries and keys are turned by pairs, half-split.
     """
 
     hidden: str
     inner: str
     layers: str
     eps: str
-    prefix: str
     layer: str
     fill: str
     build: Callable[[Growth], None]
@@ -231,9 +261,9 @@ def _bert(g: Growth, roberta: bool = False) -> None:
 
     pooled = Axis.of(repeat(*g.hidden))
     g.reader("pooler.dense", pooled)
-    for name in ("qa_outputs", *(() if g.pooled else ("classifier",))):
+    for name in ("qa_outputs", *(() if g.parts.pooled else ("classifier",))):
         g.reader(name, None)
-    for name in ("cls.seq_relationship", *(("classifier",) if g.pooled else ())):
+    for name in ("cls.seq_relationship", *(("classifier",) if g.parts.pooled else ())):
         g.linear(name, None, pooled)
     if roberta:
         g.reader("classifier.dense", pooled)
@@ -247,8 +277,9 @@ def _bert(g: Growth, roberta: bool = False) -> None:
     g.norm(norm, g.final_scale(), ("value", 0.0))
     g.linear(decoder, None, g.stream, 1.0, g.final_scale())
     g.rules[bias] = Rule((None,))
-    if g.stream_scale * g.ratio != 1:
-        g.notes.append("the norm of a prediction head keeps the scale of its input, but eps is one value for all norms")
+    if g.parts.predicts:
+        text = "the norm of the prediction head keeps the scale of its input, but eps is one value for all norms"
+        g.note_eps((g.stream_scale * g.ratio) ** -2, text)
 
 
 def _roberta(g: Growth) -> None:
@@ -306,10 +337,9 @@ def _gau(g: Growth) -> None:
     # A norm without gain divides by s what has fills: the stream is R x / s from the first norm on.
     g.stream_scale = g.norm_scale = 1 / g.ratio
     # logits = (R x / s) . (e R E) must be x . E
-    table = g.ratio / g.copies if g.tied else 1 / g.ratio
+    table = g.ratio / g.copies if g.parts.tied else 1 / g.ratio
     g.scale_eps((table * g.ratio) ** 2)
-    if g.tied and table * g.ratio != 1:
-        g.notes.append("the embeddings shrink and eps with them, but eps is one value for all norms")
+    g.note_eps((table * g.ratio) ** -2, "the embeddings shrink and eps with them, but eps is one value for all norms")
     g.embedding("embeddings.word_embeddings", table)
     g.embedding("embeddings.token_type_embeddings", table)
     layer = "encoder.layer.*.gau"
@@ -320,7 +350,8 @@ def _gau(g: Growth) -> None:
     g.writer(f"{layer}.o_dense", g.neurons)
     g.reader("cls.predictions.decoder", None)
     if g.layers[1] > g.layers[0]:
-        g.notes.append("an inserted layer normalises once more what has length 1 up to eps")
+        # x / sqrt(mean x^2 + eps) has a mean square of 1 - eps / mean x^2, and is divided by its root again
+        g.note_eps(2.0, "an inserted layer normalises once more what has length 1 up to eps")
 
 
 _BERT = {
@@ -328,32 +359,30 @@ _BERT = {
     "heads": "num_attention_heads", "layer": "encoder.layer", "fill": "mean", "activation": "hidden_act",
     "outputs": (), "pre_norm": False,
 }  # fmt: skip
-_ROBERTA = Family(**_BERT, prefix="roberta", build=_roberta)  # type: ignore[arg-type]
+_ROBERTA = Family(**_BERT, build=_roberta)  # type: ignore[arg-type]
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(**_BERT, prefix="bert", build=_bert),  # type: ignore[arg-type]
+    "bert": Family(**_BERT, build=_bert),  # type: ignore[arg-type]
     "roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "gpt2": Family(
-        hidden="n_embd", inner="n_inner", layers="n_layer", eps="layer_norm_epsilon", heads="n_head",
-        prefix="transformer", layer="h", fill="mean", build=_gpt2, outputs=("attn.c_proj", "mlp.c_proj"),
-        activation="activation_function",
+        hidden="n_embd", inner="n_inner", layers="n_layer", eps="layer_norm_epsilon", heads="n_head", layer="h",
+        fill="mean", build=_gpt2, outputs=("attn.c_proj", "mlp.c_proj"), activation="activation_function",
     ),
     "llama": Family(
         hidden="hidden_size", inner="intermediate_size", layers="num_hidden_layers", eps="rms_norm_eps",
-        heads="num_attention_heads", groups="num_key_value_heads", prefix="model", layer="layers", fill="value",
+        heads="num_attention_heads", groups="num_key_value_heads", layer="layers", fill="value",
         build=_llama, outputs=("self_attn.o_proj", "mlp.down_proj"), activation="hidden_act", rotary=True,
     ),
     "gau_alpha": Family(
         hidden="hidden_size", inner="intermediate_size", layers="num_hidden_layers", eps="layer_norm_eps",
-        prefix="gau_alpha", layer="encoder.layer", fill="value", build=_gau, outputs=("gau.o_dense",),
-        activation="hidden_act",
+        layer="encoder.layer", fill="value", build=_gau, outputs=("gau.o_dense",), activation="hidden_act",
     ),
 }  # fmt: skip
 
 
-def measure(family: Family, config: Any, options: Options, tied: bool, pooled: bool) -> Growth:
+def measure(family: Family, config: Any, options: Options, parts: Parts) -> Growth:
     """Sizes of the grown model; ``config`` is copied.
 
     Raises:
@@ -381,10 +410,9 @@ def measure(family: Family, config: Any, options: Options, tied: bool, pooled: b
     if (d, f, layers) == (big, inner, depth):
         raise ValueError(f"nothing to grow: the model has hidden_size {d}, intermediate_size {f} and {layers} layers "
                          "already; give width=2, hidden_size, intermediate_size or depth")  # fmt: skip
-    sizes: dict[str, tuple[int, int]] = {}
-    if family.heads is not None:
-        sizes = _heads(family, config, options, d, big)
-    growth = Growth(family, config, options, (d, big), (f, inner), (layers, depth), tied=tied, pooled=pooled, **sizes)
+    one: Pair = (1, 1)
+    sizes = (one, one, one) if family.heads is None else _heads(family, config, options, d, big)
+    growth = Growth(family, config, options, parts, (d, big), (f, inner), (layers, depth), *sizes)
     if family.inner != "n_inner" or config.n_inner is not None or inner != 4 * big:
         setattr(config, family.inner, inner)
     setattr(config, family.hidden, big)
@@ -399,7 +427,8 @@ def measure(family: Family, config: Any, options: Options, tied: bool, pooled: b
     return growth
 
 
-def _heads(family: Family, config: Any, options: Options, d: int, big: int) -> dict[str, tuple[int, int]]:
+def _heads(family: Family, config: Any, options: Options, d: int, big: int) -> tuple[Pair, Pair, Pair]:
+    """Numbers of heads, of heads of keys, and width of a head: before and after."""
     heads = int(getattr(config, family.heads))  # type: ignore[arg-type]
     groups = heads if family.groups is None else int(getattr(config, family.groups))
     free = family.groups is not None  # the width of a head does not follow from the others
@@ -410,14 +439,18 @@ def _heads(family: Family, config: Any, options: Options, d: int, big: int) -> d
             raise ValueError(
                 f"hidden_size {big} cannot be shared by whole copies of the {heads} heads of width {head_dim}"
                 + (f", {groups} of keys" if groups != heads else "")
-                + ("" if free else "; take a multiple of the head's width, or heads='wider'")
+                + (
+                    f"; take a multiple of {d // math.gcd(d, groups)}"
+                    if free
+                    else f"; take a multiple of {head_dim}, or heads='wider'"
+                )
             )
         new = wanted[0] // wanted[1]
-        return {"heads": (heads, new * (heads // groups)), "groups": (groups, new), "head_dim": (head_dim, head_dim)}
+        return (heads, new * (heads // groups)), (groups, new), (head_dim, head_dim)
     if big % (d if family.rotary else heads):
         raise ValueError(
             f"heads='wider' keeps {heads} heads, so hidden_size must be a multiple of "
             f"{f'{d}, for rotary frequencies to recur' if family.rotary else heads}; got {big}"
         )
     wide = head_dim * (big // d) if family.rotary else big // heads
-    return {"heads": (heads, heads), "groups": (groups, groups), "head_dim": (head_dim, wide)}
+    return (heads, heads), (groups, groups), (head_dim, wide)

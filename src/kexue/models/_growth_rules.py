@@ -1,10 +1,11 @@
 """Writing a grown tensor: where every entry of the small one goes, and with what factor.
 
 An axis of a tensor is a concatenation of *parts* (queries, keys, values of a fused layer; mostly one), a part is a
-product of *factors* (heads x entries of a head; mostly one), and a factor is cut into *blocks*: runs of entries that are
-copied the same number of times. Entry ``first + i`` of the small factor stands at ``start + i * step + t * period`` of
-the large one for every copy t, so that repetition (a, a, b, b), tiling (a, b, a, b) and stride (a, 0, b, 0) are one
-thing: a strided view of the target. Nothing else is ever allocated, and every entry is written once.
+product of *factors* (heads x entries of a head; mostly one), and a factor is cut into *blocks*: runs of entries that
+are copied the same number of times. Entry ``first + i`` of the small factor stands at
+``start + i * step + t * period`` of the large one for every copy t, so that repetition (a, a, b, b), tiling
+(a, b, a, b) and stride (a, 0, b, 0) are one thing: a strided view of the target. Nothing of the size of a tensor is
+ever allocated, and every entry is written once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["Axis", "Block", "Factor", "Recipe", "fills", "keep", "repeat", "stride", "tile"]
 
-_CHUNK = 1 << 17  # entries of the target written at a time: what is copied again is still in the cache then
+_CHUNK = 1 << 18  # entries of the target written at a time: what is copied again is still in the cache then
 _NOISE_CHUNK = 1 << 20
 
 
@@ -274,6 +275,9 @@ class Recipe:
         if not out.is_contiguous():
             raise ValueError(f"out of {self.source} must be contiguous; got strides {out.stride()}")
         source, out = source.detach(), out.detach()
+        if self.scale == 0:
+            out.zero_()
+            return
         for pieces in itertools.product(*(axis.pieces() for axis in self.axes)):
             self._write(source, out, pieces)
         if self.noisy:

@@ -38,7 +38,7 @@ from torch import nn
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._transformers import PretrainedConfig, PreTrainedModel
-from kexue.models._growth_plans import FAMILIES, Family, Growth, Options, Rule, measure
+from kexue.models._growth_plans import FAMILIES, Family, Growth, Options, Parts, Rule, measure
 from kexue.models._growth_rules import Recipe
 from kexue.models.extension import RECORD
 from kexue.models.positions import HierarchicalPositionEmbedding
@@ -92,8 +92,8 @@ def _check_options(
     check_real("noise", noise, minimum=0.0)
     if not isinstance(exact, bool):
         raise TypeError(f"exact must be True or False; got {exact!r}")
-    sizes = (None if value is None else int(value) for value in (width, hidden_size, intermediate_size, depth))
-    return Options(*sizes, heads, exact, convention, rope)
+    sizes = [None if value is None else int(value) for value in (width, hidden_size, intermediate_size, depth)]
+    return Options(sizes[0], sizes[1], sizes[2], sizes[3], heads, exact, convention, rope)
 
 
 def _family(config: Any) -> Family:
@@ -125,7 +125,7 @@ def _names(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
 def _check_names(model: Any, parameters: dict[str, Any], aliases: dict[str, str], expected: Any) -> None:
     """The model must be what its configuration describes."""
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point():
+        if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"quantised weights cannot be grown: {name} is {parameter.dtype}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError("a quantised model cannot be grown; load it without quantization_config")
@@ -135,10 +135,12 @@ def _check_names(model: Any, parameters: dict[str, Any], aliases: dict[str, str]
                              "model and load it, which unties them")  # fmt: skip
     wanted, shared = _names(expected)
     extra, missing = sorted(set(parameters) - set(wanted)), sorted(set(wanted) - set(parameters))
-    if aliases != shared and not (extra or missing) or set(extra) <= set(shared) and set(missing) <= set(aliases):
-        if aliases != shared:
-            raise ValueError(f"shared parameters must be those of the configuration, {shared or 'none'}; got "
-                             f"{aliases or 'none'} (is tie_word_embeddings right?)")  # fmt: skip
+    renamed = set(extra) <= set(shared) and set(missing) <= set(aliases)  # shared here and not there, or the reverse
+    if aliases != shared and renamed:
+        raise ValueError(
+            f"shared parameters must be those of the configuration, {shared or 'none'}; got {aliases or 'none'} (is "
+            "tie_word_embeddings right?)"
+        )
     if extra or missing:
         raise ValueError(
             f"{type(model).__name__} must have the parameters that its configuration describes; "
@@ -153,10 +155,12 @@ def _check_names(model: Any, parameters: dict[str, Any], aliases: dict[str, str]
 
 def _drop_absent(model: Any, big: Any) -> None:
     """Parts that this instance was built without, such as the pooler of ``BertModel(add_pooling_layer=False)``."""
+    others = dict(big.named_modules())
     for name, module in model.named_modules():
-        for child, value in module._modules.items():
-            if value is None:
-                setattr(big.get_submodule(name), child, None)
+        other = others.get(name)
+        for child in () if other is None else list(other._modules):
+            if getattr(module, child, other) is None:
+                setattr(other, child, None)
 
 
 def plan_growth(
@@ -216,10 +220,13 @@ def plan_growth(
     _drop_absent(model, expected)
     _check_names(model, parameters, aliases, expected)
 
-    table = _strip(next(iter(parameters)), family)
-    tied = any(_strip(target, family) == table and name.endswith("weight") for name, target in aliases.items())
-    pooled = any(_strip(name, family) == "pooler.dense.weight" for name in parameters)
-    growth = measure(family, config, options, tied, pooled)
+    prefix = f"{model.base_model_prefix}."
+    table = next(iter(parameters))  # the word embeddings come first in all families
+    tied = any(target == table for target in aliases.values())
+    names = {name.removeprefix(prefix) for name in parameters}
+    predicts = any(name.startswith(("cls.predictions.", "lm_head.")) for name in names)
+    parts = Parts(prefix, tied, "pooler.dense.weight" in names, predicts)
+    growth = measure(family, config, options, parts)
     _check_structure(model, growth)
     family.build(growth)
     big = _build(type(model), growth.config)
@@ -252,10 +259,6 @@ def _check_structure(model: Any, growth: Growth) -> None:
         _check_frequencies(model, growth)
 
 
-def _rotary(model: Any) -> tuple[str, nn.Module]:
-    return next((name, m) for name, m in model.named_modules() if hasattr(m, "inv_freq"))
-
-
 def _check_frequencies(model: Any, growth: Growth) -> None:
     """Pair i of a head must be turned as pair k i of the wider one."""
     if growth.head_dim[0] % 2:
@@ -264,27 +267,27 @@ def _check_frequencies(model: Any, growth: Growth) -> None:
     if growth.options.rope == "pair":
         growth.notes.append("pairs are turned with other frequencies than before: the function changes")
         return
-    module = type(_rotary(model)[1])
-    with torch.device("cpu"):
-        old, new = (module(config=copy.deepcopy(config)) for config in (model.config, growth.config))
-    same = new.inv_freq[:: growth.head_dim[1] // growth.head_dim[0]]
-    if kind in ("dynamic", "longrope") or not (
-        torch.allclose(same, old.inv_freq, rtol=1e-6, atol=0) and new.attention_scaling == old.attention_scaling
-    ):
-        raise ValueError(f"heads='wider' is not exact with rotary positions of type {kind!r}, whose frequencies depend "
-                         "on the width of a head in another way; take heads='more'")  # fmt: skip
-
-
-def _strip(name: str, family: Family) -> str:
-    return name.removeprefix(f"{family.prefix}.")
+    same = kind not in ("dynamic", "longrope")  # these depend on the length of the text, and on the width otherwise
+    if same:
+        module: Any = next(type(m) for m in model.modules() if hasattr(m, "inv_freq"))
+        with torch.device("cpu"):
+            old, new = (module(config=copy.deepcopy(config)) for config in (model.config, growth.config))
+        turned = new.inv_freq[:: growth.head_dim[1] // growth.head_dim[0]]
+        same = torch.allclose(turned, old.inv_freq, rtol=1e-6, atol=0)
+        same = same and new.attention_scaling == old.attention_scaling
+    if not same:
+        raise ValueError(
+            f"heads='wider' is not exact with rotary positions of type {kind!r}, whose frequencies depend on the width "
+            "of a head in another way; take heads='more'"
+        )
 
 
 def _source_name(growth: Growth, name: str) -> tuple[str, str, bool]:
     """Of a name in the grown model: its source, the name under which rules know it, whether its layer is inserted."""
     family = growth.family
-    match = re.match(rf"((?:{family.prefix}\.)?{re.escape(family.layer)}\.)(\d+)(\..*)$", name)
+    match = re.match(rf"((?:{re.escape(growth.parts.prefix)})?{re.escape(family.layer)}\.)(\d+)(\..*)$", name)
     if match is None:
-        return name, _strip(name, family), False
+        return name, name.removeprefix(growth.parts.prefix), False
     layer = int(match[2])
     if family.pre_norm:
         source, inserted = growth.layer_map()[layer]
@@ -299,7 +302,7 @@ def _recipes(growth: Growth, parameters: dict[str, Any], big: Any, noise: float)
     made: dict[str, Recipe] = {}
     for name, parameter in _names(big)[0].items():
         source, key, inserted = _source_name(growth, name)
-        rule: Rule | None = rules.get(_strip(name, family)) or rules.get(key)
+        rule: Rule | None = rules.get(name.removeprefix(growth.parts.prefix)) or rules.get(key)
         if rule is None or source not in parameters:
             raise ValueError(f"there is no rule for the parameter {name} of {type(big).__name__}")
         zero = inserted and any(key.startswith(f"{family.layer}.*.{part}.") for part in family.outputs)
@@ -381,8 +384,8 @@ def grow(
     absent = [name for name, parameter in parameters.items() if parameter.is_meta]
     if absent:
         raise ValueError(f"the model has no values on the meta device: {', '.join(absent[:4])}; load it first")
-    for note in plan.notes:
-        warnings.warn(f"growth of {plan.model_class.__name__}: {note}", stacklevel=2)
+    if plan.growth.eps_error > 1e-9:
+        warnings.warn(f"growth of {plan.model_class.__name__}: {'; '.join(plan.notes)}", stacklevel=2)
     big = plan.build()
     _drop_absent(model, big)
     aliases: dict[str, list[str]] = {}
@@ -423,5 +426,5 @@ def _restore_state(model: Any, big: Any, growth: Growth) -> None:
         module.training = modules[_source_name(growth, f"{name}.")[0].removesuffix(".")].training
     if getattr(model, "generation_config", None) is not None:
         big.generation_config = copy.deepcopy(model.generation_config)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         big.gradient_checkpointing_enable()
