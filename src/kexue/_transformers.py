@@ -5,6 +5,9 @@ Importing this module imports transformers (seconds): do it inside a function, o
 
 from __future__ import annotations
 
+from typing import Any
+
+import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -32,5 +35,18 @@ __all__ = [
     "PretrainedConfig",
     "bidirectional_mask_function",
     "causal_mask_function",
+    "find_class",
     "sdpa_mask",
+    "show_loading",
 ]
+
+
+def find_class(name: str) -> Any:
+    """A class of transformers by its name, or None."""
+    return getattr(transformers, name, None)
+
+
+def show_loading(shown: bool) -> None:
+    """Whether transformers draws a bar while it loads weights."""
+    logging = transformers.utils.logging
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()

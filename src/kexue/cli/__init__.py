@@ -31,6 +31,7 @@ from kexue.cli.common import (
     print_json,
     print_table,
 )
+from kexue.cli.growth import grow
 from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app = typer.Typer(
     help="Turn your own text into small, fast, explainable language models on your own machine.",
 )
 app.add_typer(words_app, name="words")
+app.command()(grow)
 
 
 @app.command()

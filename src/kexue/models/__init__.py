@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
     from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
+    from kexue.models.growth import GrowthPlan, grow, plan_growth
+    from kexue.models.growth_check import GrowthReport, verify_growth
+    from kexue.models.growth_files import grow_checkpoint
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
 
 __all__ = [
@@ -16,10 +19,16 @@ __all__ = [
     "GAUAlphaConfig",
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
+    "GrowthPlan",
+    "GrowthReport",
     "HierarchicalPositionEmbedding",
     "extend_positions",
+    "grow",
+    "grow_checkpoint",
     "hierarchical_positions",
+    "plan_growth",
     "tie_positions",
+    "verify_growth",
 ]
 
 _MODULES = {
@@ -27,10 +36,16 @@ _MODULES = {
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
+    "GrowthPlan": "growth",
+    "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
     "extend_positions": "extension",
+    "grow": "growth",
+    "grow_checkpoint": "growth_files",
     "hierarchical_positions": "positions",
+    "plan_growth": "growth",
     "tie_positions": "extension",
+    "verify_growth": "growth_check",
 }
 
 
