@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
     from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
+    from kexue.models.gradient_size import gradient_norms
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
+    from kexue.models.probing import ProbeReport, probe
+    from kexue.models.skip_path import norm_gains, skip_gain
 
 __all__ = [
     "BagEncoder",
@@ -17,8 +20,13 @@ __all__ = [
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
     "HierarchicalPositionEmbedding",
+    "ProbeReport",
     "extend_positions",
+    "gradient_norms",
     "hierarchical_positions",
+    "norm_gains",
+    "probe",
+    "skip_gain",
     "tie_positions",
 ]
 
@@ -28,8 +36,13 @@ _MODULES = {
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
     "HierarchicalPositionEmbedding": "positions",
+    "ProbeReport": "probing",
     "extend_positions": "extension",
+    "gradient_norms": "gradient_size",
     "hierarchical_positions": "positions",
+    "norm_gains": "skip_path",
+    "probe": "probing",
+    "skip_gain": "skip_path",
     "tie_positions": "extension",
 }
 
