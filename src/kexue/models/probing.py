@@ -150,8 +150,8 @@ def _copied(value: Any, memo: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in memo:
             first = value.is_floating_point() and not any(x.is_floating_point() for x in memo.values())
-            # not a leaf, which the model might want to write to
-            memo[id(value)] = value.detach().requires_grad_(first).clone()
+            copy = value.detach().clone()
+            memo[id(value)] = copy.requires_grad_().clone() if first else copy  # no leaf: the model may write to it
         return memo[id(value)]
     if isinstance(value, Mapping):
         return {key: _copied(item, memo) for key, item in value.items()}
@@ -204,7 +204,6 @@ def _target(output: Any, loss: Callable[[Any], Tensor] | None, mask: Tensor | No
     direction = torch.randn(main.shape, generator=torch.Generator().manual_seed(seed))
     if mask is not None and main.dim() == 3 and mask.shape == main.shape[:2] and bool(mask.any()):
         direction = direction.masked_fill(~mask.cpu()[..., None], 0.0)
-        direction *= (mask.numel() / mask.sum().cpu()) ** 0.5
     direction /= rms(direction) or 1.0
     return main, direction.to(main.device, main.dtype)
 

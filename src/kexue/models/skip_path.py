@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from kexue._checks import check_int, check_real
 from kexue._tensors import compute_dtype
+from kexue.models.probing import probe
 
 __all__ = ["norm_gains", "skip_gain"]
 
@@ -121,7 +122,7 @@ def _counts_from_one(module: nn.Module, weight: Tensor) -> bool:
     return bool((error - x).abs().sum() < error.abs().sum())
 
 
-def norm_gains(model: nn.Module) -> list[dict[str, Any]]:
+def norm_gains(model: nn.Module, *, batch: Any = None) -> list[dict[str, Any]]:
     """Mean absolute gain |gamma| of every normalization of a model.
 
     Known: torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm and InstanceNorm, and modules without submodules whose class
@@ -130,14 +131,16 @@ def norm_gains(model: nn.Module) -> list[dict[str, Any]]:
 
     Args:
         model: Any module.
+        batch: One as for :func:`kexue.models.probe`: list the norms in the order in which they are computed (for the
+            last time). None: in the order in which the model holds them, which is the same in most models (not in
+            ALBERT's).
 
     Returns:
-        One dict for each, in the order in which the model holds them: name, gain (None if it has none), last (True for
-        the last of the list only; in models of transformers that is the last one to be computed).
+        One dict for each: name, gain (None if it has none), last (True for the last of the list only).
 
     Raises:
         TypeError: Not a module.
-        ValueError: A model without any normalization.
+        ValueError: A model without any normalization, or, with a batch, one that computes none.
 
     Reference:
         https://spaces.ac.cn/archives/8747
@@ -148,9 +151,12 @@ def norm_gains(model: nn.Module) -> list[dict[str, Any]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    found = [(name, module) for name, module in model.named_modules() if _is_norm(module)]
+    found = {name: module for name, module in model.named_modules() if _is_norm(module)}
+    if batch is not None and found:
+        called = [row["name"].partition("#")[0] for row in probe(model, batch).rows]
+        order = {name: n for n, name in enumerate(called)}  # of the last call
+        found = {name: found[name] for name in sorted(found.keys() & order.keys(), key=order.__getitem__)}
     if not found:
         raise ValueError(f"the model must have a normalization; got {type(model).__name__} without any")
-    return [
-        {"name": name, "gain": _gain(module), "last": n == len(found) - 1} for n, (name, module) in enumerate(found)
-    ]
+    last = next(reversed(found))
+    return [{"name": name, "gain": _gain(module), "last": name == last} for name, module in found.items()]
