@@ -16,15 +16,14 @@ from reference import bert_initial_std as reference
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
 MODELS = {
     "bert": lambda: t.BertForMaskedLM(t.BertConfig(initializer_range=0.7, **SIZES)),
     "roberta": lambda: t.RobertaModel(t.RobertaConfig(initializer_range=0.7, **SIZES)),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(initializer_range=0.7, **GROUPED)),
-    "gpt2": lambda: t.GPT2LMHeadModel(
-        t.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, initializer_range=0.7, bos_token_id=1, eos_token_id=1)
-    ),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(initializer_range=0.7, **GPT2)),
     "albert": lambda: t.AlbertModel(t.AlbertConfig(embedding_size=8, initializer_range=0.7, **SIZES)),
-}  # fmt: skip
+}
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
