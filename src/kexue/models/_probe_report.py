@@ -120,9 +120,11 @@ class ProbeReport:
         axes = figure.subplots()
         values = [self.rows[n][column] for n in chosen]
         heights = [v if _drawable(v) else math.nan for v in values]
-        if kind != "entropy" and any(h > 0 for h in heights):
-            axes.set_yscale("log")
+        if kind == "entropy":
+            axes.set_ylim(0, 1.1 * max(h for h in heights if h >= 0) or 1.0)
+        elif any(h > 0 for h in heights):
             heights = [h if h > 0 else math.nan for h in heights]
+            _logarithmic(axes, [h for h in heights if h > 0])
         names = [self.stacks[n] for n in chosen]
         for start, stop in _runs(names):
             axes.plot(range(start, stop), heights[start:stop], marker="o", markersize=4, label=names[start] or "others")
@@ -131,7 +133,10 @@ class ProbeReport:
         step = max(1, math.ceil(len(chosen) / 40))
         ticks = list(range(0, len(chosen), step))
         axes.set_xticks(ticks, [_short(self.rows[chosen[n]]["name"] or self.title) for n in ticks])
-        axes.tick_params(axis="x", labelrotation=60 if len(chosen) > 6 else 0, labelsize=7)
+        if len(chosen) > 6:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", labelsize=7)
         axes.set(ylabel=_TITLES[kind], title=f"{self.title}: {_TITLES[kind]}")
         axes.title.set_fontsize(10)
         return figure
@@ -151,6 +156,21 @@ def _cell(value: float | None) -> str:
 
 def _drawable(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _logarithmic(axes: Any, heights: list[float]) -> None:
+    """A logarithmic scale over a factor of 4 at least, so that rounding does not fill the figure."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    low, high = min(heights), max(heights)
+    axes.set_yscale("log")
+    spread = max(2.0, 1.3 * (high / low) ** 0.5)
+    centre = low**0.5 * high**0.5
+    if centre / spread > 0:
+        axes.set_ylim(centre / spread, centre * spread)
+    plain = FuncFormatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if spread < 3.5 else NullFormatter())
 
 
 def _short(name: str) -> str:

@@ -18,11 +18,6 @@ from kexue._tensors import compute_dtype
 __all__ = ["gradient_norms"]
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    gradient = gradient.detach()
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
 def gradient_norms(model: nn.Module, ord: float = 2.0) -> dict[str, float]:
     """Norm of the gradient of each parameter, as ``backward`` has left it.
 
@@ -50,14 +45,22 @@ def gradient_norms(model: nn.Module, ord: float = 2.0) -> dict[str, float]:
         raise TypeError(f"ord must be a number; got {ord!r} of type {type(ord).__name__}")
     if math.isnan(ord) or ord <= 0:
         raise ValueError(f"ord must be positive; got {ord!r}")
-    held = {name: _dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    norms = dict.fromkeys(held, 0.0)  # in order; what is empty has norm 0
-    groups: dict[Any, list[str]] = {}
-    for name, gradient in held.items():
+    norms: dict[str, float] = {}
+    groups: dict[Any, tuple[list[str], list[Tensor]]] = {}
+    for name, p in model.named_parameters():
+        gradient = p.grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            gradient = gradient.detach().coalesce().values()
+        norms[name] = 0.0  # in order; what is empty has norm 0
         if gradient.numel():
-            groups.setdefault((gradient.device, gradient.dtype), []).append(name)
-    for names in groups.values():
-        gradients = [held[name] for name in names]
-        found = torch._foreach_norm(gradients, ord, dtype=compute_dtype(gradients[0]))
-        norms.update(zip(names, torch.stack(list(found)).tolist(), strict=True))
+            names, gradients = groups.setdefault((gradient.device, gradient.dtype), ([], []))
+            names.append(name)
+            gradients.append(gradient)
+    with torch.no_grad():
+        for (_, dtype), (names, gradients) in groups.items():
+            wide = compute_dtype(gradients[0])
+            found = torch._foreach_norm(gradients, ord, dtype=None if dtype == wide else wide)
+            norms.update(zip(names, torch.stack(list(found)).tolist(), strict=True))
     return norms
