@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,9 @@ def hooked(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, list[f
                 rows.setdefault(name, []).append(grads[0].square().mean().sqrt().item())
 
         handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
-    bare(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's hooks warn of outputs that are no tensors
+        bare(model, batch)
     for handle in handles:
         handle.remove()
     return rows

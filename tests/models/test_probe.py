@@ -325,8 +325,25 @@ def test_figures_show_the_column(kind, tmp_path):
     line = figure.axes[0].lines[0]
     assert list(line.get_ydata()) == pytest.approx([row[column] for row in report.rows])
     assert figure.axes[0].get_yscale() == "log"
+    assert list(report.plot(column).axes[0].lines[0].get_ydata()) == list(line.get_ydata())
     figure.savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_figures_of_zeros_huge_ranges_and_gaps():
+    class Times(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return self.factor * x
+
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for factors in ((0.0, 0.0), (1e200, 1e-300, 1e50), (math.inf, 1.0), (1.0, 0.0, 1.0), (1e-320, 1.0)):
+        report = probe(nn.Sequential(nn.Identity(), *map(Times, factors)), x)
+        for kind in ("out", "grad", "gain"):
+            report.plot(kind).canvas.draw()
 
 
 def test_figures_use_no_global_state():

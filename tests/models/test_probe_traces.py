@@ -362,3 +362,30 @@ def test_a_functional_head_beside_modules():
             return F.linear(self.layer(x), self.weight)
 
     assert probe(Head(), torch.ones(2, 4)).rows[0]["rms_grad"] == pytest.approx(3)
+
+
+def test_torchscript_inside_a_model_has_no_rows_and_keeps_its_state():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train())
+    before = {name: value.clone() for name, value in scripted.state_dict().items()}
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Tanh())
+    rows = probe(model, torch.randn(5, 4)).rows
+    assert [row["name"] for row in rows] == ["0", "2"]
+    assert rows[0]["rms_grad"] > 0
+    assert_same(before, dict(scripted.state_dict()))
+    with pytest.raises(TypeError, match="TorchScript"):
+        probe(scripted, torch.ones(2, 4))
+
+
+@pytest.mark.slow
+def test_outputs_and_caches_of_models_can_be_in_the_batch():
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = t.T5ForConditionalGeneration(t.T5Config(decoder_start_token_id=0, **sizes)).eval()
+    encoded = model.encoder(ids())
+    rows = probe(model, {"encoder_outputs": encoded, "decoder_input_ids": ids()}).rows
+    assert rows[0]["name"].startswith("decoder")
+    assert encoded.last_hidden_state.grad_fn is not None
+    gpt = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
+    cache = gpt.eval()(ids(), use_cache=True).past_key_values
+    rows = probe(gpt, {"input_ids": ids()[:, :1], "past_key_values": cache}).rows
+    assert cache.get_seq_length() == 6
+    assert max(row["attention_entropy"] or 0 for row in rows) == pytest.approx(math.log(7), rel=1e-3)

@@ -59,10 +59,11 @@ class _Attributes:
                 value.update(content)
 
 
-def _renormalised(module: nn.Module) -> list[Tensor]:
-    """Tables that the forward pass itself rewrites in place."""
-    tables = [m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
-    return [m.weight for m in tables]
+def _rewritten(modules: list[nn.Module]) -> list[Tensor]:
+    """Tables that the forward pass itself rewrites in place, and buffers that cannot be exchanged."""
+    tables = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+    scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
+    return [*(m.weight for m in tables), *(b for m in scripted for b in m.buffers(recurse=False))]
 
 
 @contextlib.contextmanager
@@ -76,10 +77,11 @@ def as_found(model: nn.Module, training: bool | None = None) -> Iterator[None]:
     flags = [(m, m.training) for m in modules]
     checkpointed = [m for m in modules if vars(m).get("gradient_checkpointing") is True]
     wanted = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and not p.is_inference()]
-    tables = [(w, w.detach().clone()) for w in _renormalised(model)]
+    contents = [(w, w.detach().clone()) for w in _rewritten(modules)]
     copies: dict[int, Tensor] = {}  # a tensor that is registered twice stays one
-    buffers = [(m, dict(m._buffers)) for m in modules]
-    attributes = [_Attributes(m) for m in modules]
+    plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    buffers = [(m, dict(m._buffers)) for m in plain]
+    attributes = [_Attributes(m) for m in plain]
     try:
         for attribute in attributes:
             attribute.lend(copies)
@@ -107,8 +109,8 @@ def as_found(model: nn.Module, training: bool | None = None) -> Iterator[None]:
         for module, flag in flags:
             module.training = flag
         with torch.no_grad():
-            for weight, content in tables:
-                weight.copy_(content)
+            for tensor, content in contents:
+                tensor.copy_(content)
 
 
 @contextlib.contextmanager

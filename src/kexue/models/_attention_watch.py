@@ -142,7 +142,7 @@ class AttentionWatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and not any(getattr(x, "is_nested", False) for x in args):
             self._found(*sdpa_entropy(*args, **kwargs))
         elif func is F.multi_head_attention_forward:
             self._found(*_mha_entropy(args, kwargs))

@@ -123,6 +123,8 @@ class Recorder:
         names = dict(self._model.named_modules())
         try:
             for name, module in names.items():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks
                 parent = names.get(name.rpartition(".")[0]) if name else None
                 stack = name.rpartition(".")[0] if isinstance(parent, _BLOCKS) else None
                 handles.append(module.register_forward_pre_hook(self._enter(name, stack), with_kwargs=True))

@@ -90,7 +90,7 @@ class ProbeReport:
         that of the entropy.
 
         Args:
-            kind: "out", "grad", "gain" or "entropy".
+            kind: "out", "grad", "gain" or "entropy", or the key of the rows ("rms_out", ...).
 
         Returns:
             A matplotlib figure: ``figure.savefig("grad.png")``.
@@ -106,6 +106,7 @@ class ProbeReport:
             >>> figure.axes[0].get_ylabel()
             'rms of the gradient of the output'
         """
+        kind = next((short for short, column in _COLUMNS.items() if column == kind), kind)
         check_choice("kind", kind, tuple(_COLUMNS))
         column = _COLUMNS[kind]
         chosen = self._drawn(kind)

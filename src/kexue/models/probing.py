@@ -18,7 +18,9 @@ to the last bit.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,7 +82,8 @@ def probe(
         A :class:`ProbeReport`.
 
     Raises:
-        TypeError: Not a module, a loss that is not callable or gives no floating tensor.
+        TypeError: Not a module, or one of TorchScript, which takes no hooks (inside a model it has no row); a loss that
+            is not callable or gives no floating tensor.
         ValueError: A batch without tensors or with an empty one, lazy or meta parameters, no floating output, a loss
             that is no scalar, checkpoints with use_reentrant=True inside the model.
 
@@ -103,6 +106,8 @@ def probe(
         raise TypeError(f"training must be True, False or None; got {training!r}")
     check_int("seed", seed, 0)
     model = _unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must take hooks, which compiled TorchScript does not; got {type(model).__name__}")
     _check_parameters(model)
     _check_batch(batch)
     held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
@@ -145,16 +150,26 @@ def _check_batch(batch: Any) -> None:
             raise ValueError(f"batch must not be empty; got a tensor of shape {tuple(x.shape)}")
 
 
+def _copied_cache(cache: Any) -> Any:
+    """A copy of a cache of transformers, whose tensors may belong to a graph."""
+    layers = [layer for part in (cache, *vars(cache).values()) for layer in getattr(part, "layers", ())]
+    held = [x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)]
+    return copy.deepcopy(cache, {id(x): x.detach().clone() for x in held})
+
+
 def _copied(value: Any, memo: dict[int, Tensor]) -> Any:
     """The batch with copies of its tensors, the first floating one with a gradient; equal objects stay equal."""
     if isinstance(value, Tensor):
         if id(value) not in memo:
             first = value.is_floating_point() and not any(x.is_floating_point() for x in memo.values())
-            copy = value.detach().clone()
-            memo[id(value)] = copy.requires_grad_().clone() if first else copy  # no leaf: the model may write to it
+            twin = value.detach().clone()
+            memo[id(value)] = twin.requires_grad_().clone() if first else twin  # no leaf: the model may write to it
         return memo[id(value)]
     if isinstance(value, Mapping):
-        return {key: _copied(item, memo) for key, item in value.items()}
+        items = {key: _copied(item, memo) for key, item in value.items()}
+        return items if isinstance(value, dict | UserDict) and not hasattr(value, "to_tuple") else type(value)(**items)
+    if hasattr(value, "get_seq_length"):  # a cache of keys and values, which the model extends
+        return _copied_cache(value)
     if type(value) in (tuple, list):
         return type(value)(_copied(item, memo) for item in value)
     return value
