@@ -14,8 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
     PretrainedConfig,
     PreTrainedModel,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
@@ -28,11 +32,15 @@ __all__ = [
     "AutoModel",
     "AutoModelForMaskedLM",
     "BaseModelOutput",
+    "BertConfig",
+    "BertForMaskedLM",
     "Cache",
     "CacheLayerMixin",
     "MaskedLMOutput",
     "PreTrainedModel",
     "PretrainedConfig",
+    "RobertaPreLayerNormConfig",
+    "RobertaPreLayerNormForMaskedLM",
     "bidirectional_mask_function",
     "causal_mask_function",
     "find_class",

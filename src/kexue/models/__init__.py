@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
     from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
+    from kexue.models.gradient_size import gradient_norms
     from kexue.models.growth import GrowthPlan, grow, plan_growth
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
+    from kexue.models.probing import ProbeReport, probe
+    from kexue.models.skip_path import norm_gains, skip_gain
 
 __all__ = [
     "BagEncoder",
@@ -22,11 +25,16 @@ __all__ = [
     "GrowthPlan",
     "GrowthReport",
     "HierarchicalPositionEmbedding",
+    "ProbeReport",
     "extend_positions",
+    "gradient_norms",
     "grow",
     "grow_checkpoint",
     "hierarchical_positions",
+    "norm_gains",
     "plan_growth",
+    "probe",
+    "skip_gain",
     "tie_positions",
     "verify_growth",
 ]
@@ -39,11 +47,16 @@ _MODULES = {
     "GrowthPlan": "growth",
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
+    "ProbeReport": "probing",
     "extend_positions": "extension",
+    "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
     "hierarchical_positions": "positions",
+    "norm_gains": "skip_path",
     "plan_growth": "growth",
+    "probe": "probing",
+    "skip_gain": "skip_path",
     "tie_positions": "extension",
     "verify_growth": "growth_check",
 }
