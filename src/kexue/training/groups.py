@@ -1,8 +1,8 @@
 """Layerwise learning rates (分层的学习率) by parameter groups, for any optimizer of torch.
 
-Source: 科学空间 6418, "让Keras更酷一些!":分层的学习率和自由的梯度. The article multiplies weights so that a layer learns
-at another rate (``scaled_rates.py`` has this); torch gives each group of parameters its own rate, which is exact for
-every optimizer. So the groups are what is made here:
+Source: 科学空间 6418, "让Keras更酷一些!":分层的学习率和自由的梯度. The article rescales weights so that a layer
+learns at another rate (``scaled_rates.py`` has this); torch gives each group of parameters its own rate, which is exact
+for every optimizer. So the groups are what is made here:
 
     rate = lr * layer_decay^(depth of the head - depth of the layer) * (product of the rules that match)
 
@@ -48,8 +48,6 @@ def _check(lr: Any, layer_decay: Any, rules: Any, weight_decay: Any, no_decay: A
     for pattern, multiplier in rules.items():
         check_pattern("rules", pattern, names)
         check_real(f"the multiplier of {pattern!r}", multiplier, minimum=0.0)
-    if isinstance(no_decay, str) or not isinstance(no_decay, Iterable):
-        raise TypeError(f"no_decay must be a list of patterns; got {no_decay!r}")
     for pattern in no_decay:
         check_pattern("no_decay", pattern, names)
 
@@ -116,7 +114,10 @@ def param_groups(
     if where is not None and not callable(where):
         raise TypeError(f"where must be a function of name and parameter; got {where!r}")
     rules = {} if rules is None else rules
-    no_decay = [] if no_decay is None else no_decay if isinstance(no_decay, str) else list(no_decay)
+    no_decay = [] if no_decay is None else no_decay
+    if isinstance(no_decay, str) or not isinstance(no_decay, Iterable):
+        raise TypeError(f"no_decay must be a list of patterns; got {no_decay!r}")
+    no_decay = list(no_decay)
     names = parameter_names(model)
     _check(lr, layer_decay, rules, weight_decay, no_decay, [name for every in names.values() for name in every])
     depths = None if layer_decay is None else layer_depths(model)
@@ -137,8 +138,6 @@ def param_groups(
         group = groups.setdefault((f"{rate:.12e}", decay), {"params": [], "lr": rate, "weight_decay": decay})
         group["params"].append((name, p))
     if not groups:
-        kind = type(model).__name__
-        raise ValueError(
-            f"the model has no parameter that requires a gradient{' in where' if where else ''}; got {kind}"
-        )
+        chosen = "" if where is None else " and for which where is true"
+        raise ValueError(f"the model has no parameter that requires a gradient{chosen}; got {type(model).__name__}")
     return list(groups.values())

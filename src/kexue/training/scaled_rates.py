@@ -1,7 +1,8 @@
 """Layerwise learning rates by rescaled parameters (参数缩放), for optimizers that have one rate for everything.
 
-Source: 科学空间 6418, "让Keras更酷一些!":分层的学习率和自由的梯度. A weight is stored as phi and used as theta = lam * phi, with
-phi = theta / lam at the start. Then a step with rate alpha on phi changes theta as a step with another rate would:
+Source: 科学空间 6418, "让Keras更酷一些!":分层的学习率和自由的梯度. A weight is stored as phi and used as
+theta = lam * phi, with phi = theta / lam at the start. Then a step with rate alpha on phi changes theta as a step with
+another rate would:
 
     SGD, with momentum or Nesterov     alpha * lam^2      so lam = sqrt(a) gives the rate a * alpha
     Adam, AdamW, RMSprop, Lion         alpha * lam        so lam = a
@@ -74,9 +75,18 @@ class _Scale(nn.Module):
             self.multiplier = float(saved)
 
 
+def _fits(p: Tensor, lam: float) -> bool:
+    """Whether p / lam neither overflows nor loses digits to underflow."""
+    with torch.no_grad():
+        if not p.is_floating_point() or not p.numel():
+            return p.is_floating_point()
+        lost = (p / lam * lam - p).abs().max()
+        return not bool(lost > 4 * torch.finfo(p.dtype).eps * p.abs().max())
+
+
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter, _Scale | None]]:
     """Every use of a parameter: its module and name there, the tensor, and the scale that it has."""
-    found = []
+    found: list[tuple[nn.Module, str, nn.Parameter, _Scale | None]] = []
     for owner in module.modules():
         if isinstance(owner, parametrize.ParametrizationList):
             continue
@@ -98,15 +108,15 @@ def scale_lr_(module: nn.Module, multiplier: float, optimizer: str = "adam") -> 
     The module computes the same function as before, up to rounding. Its parameters appear as
     ``parametrizations.<name>.original`` (phi) in ``named_parameters()`` and the state_dict, beside
     ``parametrizations.<name>.0.multiplier``; ``module.<name>`` reads and writes theta. They are the same Parameter
-    objects as before. Call it before the optimizer takes a step: state it has from before belongs to theta. Weights with
-    the plain names load before this call, or after :func:`unscale_lr_`.
+    objects as before. Call it before the optimizer takes a step: state that it has belongs to theta. Weights with the
+    plain names load before this call, or after :func:`unscale_lr_`.
 
     Applied twice, the multipliers multiply. Frozen parameters and buffers are left alone. A tensor that is used in
     several places must have all of them inside ``module``; a use outside would see phi.
 
     Args:
         module: Module whose parameters, those of its submodules included, are rescaled.
-        multiplier: Rate relative to that of other parameters, above 0. (0 would be freezing: ``requires_grad_(False)``.)
+        multiplier: Rate relative to that of other parameters, above 0; for 0 use ``requires_grad_(False)``.
         optimizer: Kind of the optimizer: "sgd", "momentum" or "nesterov" (lam is the root of ``multiplier``); "adam",
             "adamw", "rmsprop" or "lion" (lam is ``multiplier``). For exactness pass it eps * lam and the weight decay
             that the head of this file names.
@@ -149,12 +159,8 @@ def scale_lr_(module: nn.Module, multiplier: float, optimizer: str = "adam") -> 
     for owner, name, p, known in places:
         if known is not None and known.power != power:
             raise ValueError(f"{name!r} of {type(owner).__name__} is scaled for another kind of optimizer already")
-        with torch.no_grad():
-            theta = p if known is None else known(p)
-            if not p.is_floating_point() or not bool(torch.isfinite(p / a**power).all() == torch.isfinite(p).all()):
-                raise ValueError(
-                    f"{name!r} of {type(owner).__name__} divided by {a**power:g} does not fit {theta.dtype}"
-                )
+        if not _fits(p, a**power):
+            raise ValueError(f"{name!r} of {type(owner).__name__} divided by {a**power:g} does not fit {p.dtype}")
     scales: dict[Tensor, _Scale] = {}
     for owner, name, p, known in places:
         if p in scales:
@@ -166,6 +172,7 @@ def scale_lr_(module: nn.Module, multiplier: float, optimizer: str = "adam") -> 
             scales[p].stored = True
         else:
             scales[p] = known
+            known.stored = True
             with torch.no_grad():
                 p.div_(a**power)
             known.multiplier *= a
