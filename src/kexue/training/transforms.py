@@ -67,6 +67,10 @@ class Transform:
         return self.text
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in _LOW else x.dtype
+
+
 def _alike(gradients: Sequence[Tensor]) -> list[list[int]]:
     """Numbers of the gradients that have one device and one dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -77,15 +81,13 @@ def _alike(gradients: Sequence[Tensor]) -> list[list[int]]:
 
 def _norms(gradients: list[Tensor], p: float) -> Tensor:
     """(N,) norms of tensors that are alike, float32 for low precision."""
-    dtype = torch.float32 if gradients[0].dtype in _LOW else None
-    # torch has no norm with p = inf of a tensor without entries; leaving them out is right for every p.
-    filled = [g for g in gradients if g.numel()]
+    dtype = _wide(gradients[0])
+    if not all(g.numel() for g in gradients):  # torch has no norm of order inf of a tensor without entries
+        nothing = gradients[0].new_zeros((), dtype=dtype)
+        return torch.stack([_norms([g], p)[0] if g.numel() else nothing for g in gradients])
     if p == math.inf and gradients[0].device.type == "cpu":  # a quarter of the time of the norm
-        found = iter([g.abs().max().to(dtype or g.dtype) for g in filled])
-    else:
-        found = iter(torch._foreach_norm(filled, p, dtype=dtype) if filled else ())
-    nothing = gradients[0].new_zeros((), dtype=dtype or gradients[0].dtype)
-    return torch.stack([next(found) if g.numel() else nothing for g in gradients])
+        return torch.stack([g.abs().max() for g in gradients]).to(dtype)
+    return torch.stack(list(torch._foreach_norm(gradients, p, dtype=dtype)))
 
 
 def _scaled(
@@ -103,10 +105,11 @@ def _scaled(
             total = torch.cat([x.to(norms[0].device, dtype) for x in norms])
         total = factor(torch.linalg.vector_norm(total, p), [n for part in parts for n in part])
     for part, values in zip(parts, norms, strict=True):
-        chosen = [gradients[n] for n in part]
-        by = list(factor(values, part).unbind()) if per_tensor else total.to(chosen[0].device)
-        changed = multiply(chosen, by) or chosen
-        for n, g in zip(part, changed, strict=True):
+        by = factor(values, part) if per_tensor else total.to(values.device)
+        if by.device.type == "cpu" and not torch.compiler.is_compiling() and bool((by == 1).all()):
+            continue  # nothing is to be scaled; looking costs nothing here, and on a GPU it would wait
+        changed = multiply([gradients[n] for n in part], list(by.unbind()) if per_tensor else by)
+        for n, g in zip(part, changed or (), strict=False):
             made[n] = g
     return made
 
@@ -343,10 +346,6 @@ def sign() -> Transform:
         return gradients
 
     return Transform(update, "sign()")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _LOW else x.dtype
 
 
 def _looked_up(role: str, given: Tensor | Mapping[str, Tensor], name: str, gradient: Tensor) -> Tensor:
