@@ -23,7 +23,7 @@ from kexue.training import (
     zero,
 )  # fmt: skip
 from reference import layerwise_learning_rates as plain
-from training.test_groups import Classifier, batches, chain
+from training.layered import Classifier, batches, chain
 
 
 def inputs(seed=1):
@@ -216,6 +216,19 @@ def test_an_optimizer_whose_step_takes_something_else_than_a_closure():
     optimizer.step(torch.tensor(0.5).double())
     assert torch.equal(model[0].weight, chain()[0].weight)
     assert not torch.equal(model[2].weight, chain()[2].weight)
+
+
+def test_views_and_swapped_gradients_are_read_before_they_are_written():
+    model = chain()
+    optimizer = sgd(model)
+    square = {"2.weight": lambda n, p, g: g.T, "[02].bias": joint(lambda names, parameters, gradients: gradients[::-1])}
+    gradient_transform(optimizer, square)
+    loss(model).backward()
+    before = gradients(model)
+    optimizer.step()
+    assert torch.equal(model[2].weight.grad, before["2.weight"].T)
+    assert torch.equal(model[0].bias.grad, before["2.bias"])
+    assert torch.equal(model[2].bias.grad, before["0.bias"])
 
 
 # -- names ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 
 from kexue.training import default_optimizers, fit, layer_depths, newest_checkpoint, param_groups
 from reference.layerwise_learning_rates import rate, train
+from training.layered import Block, Classifier, batches, chain
 
 SIZES = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
 
@@ -19,11 +20,6 @@ SIZES = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_attent
 def bert(layers=2, head=t.BertForSequenceClassification):
     torch.manual_seed(0)
     return head(t.BertConfig(**SIZES, num_hidden_layers=layers))
-
-
-def chain():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
 
 def rates(groups):
@@ -34,13 +30,6 @@ def rates(groups):
             assert name not in found
             found[name] = (group["lr"], group["weight_decay"])
     return found
-
-
-class Block(nn.Module):
-    def __init__(self, width, kind):
-        super().__init__()
-        self.linear = nn.Linear(width, width, bias=kind != 1)
-        self.norm = nn.LayerNorm(width) if kind else nn.RMSNorm(width)
 
 
 class Model(nn.Module):
@@ -283,28 +272,6 @@ def test_where_splits_a_model_between_two_optimizers(tmp_path):
 
     result = fit(WithLoss(), [{"x": torch.ones(4, 3).double()}], steps=20, out=tmp_path, optimizer=[muon, rest])
     assert result.loss < result.history[0]
-
-
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(20, 6)
-        self.dropout = nn.Dropout(0.3)
-        self.layers = nn.ModuleList([Block(6, 0), Block(6, 0)])
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids, labels):
-        x = self.dropout(self.table(ids).mean(1))
-        for layer in self.layers:
-            x = x + layer.norm(torch.tanh(layer.linear(x)))
-        return nn.functional.cross_entropy(self.head(x), labels)
-
-
-def batches(step):
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(20, (8, 5), generator=generator)
-    return {"ids": ids, "labels": ids.sum(1) % 3}
 
 
 def run(out, steps=12, stop=None, **options):

@@ -196,7 +196,7 @@ def layer_depths(model: nn.Module) -> LayerDepths:
         TypeError: ``model`` is not a Module.
 
     Example:
-        >>> layer = nn.TransformerEncoderLayer(8, 2, 16)
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = nn.ModuleDict(
         ...     {"embed": nn.Embedding(9, 8), "encoder": nn.TransformerEncoder(layer, 3), "out": nn.Linear(8, 2)}
         ... )

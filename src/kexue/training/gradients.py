@@ -249,13 +249,18 @@ def _apply(transform: Transform, members: Sequence[tuple[str, Tensor]]) -> None:
     if not isinstance(new, Sequence) or len(new) != len(names):
         got = f"{len(new)} of them" if isinstance(new, Sequence) else f"a {type(new).__name__}"
         raise TypeError(f"{transform!r} must return a list of {len(names)} gradients; got {got}")
+    changed = []
     for name, p, g, made in zip(names, parameters, gradients, new, strict=True):
-        if made is g:
-            continue
         if made is None:
             p.grad = None
-            continue
-        _check(transform, name, g, made)
+        elif made is not g:
+            _check(transform, name, g, made)
+            changed.append((g, made))
+    if changed:
+        memory = {g.untyped_storage().data_ptr() for g in gradients if g.layout is torch.strided}
+        # A view of a gradient (g.T), or the gradient of another parameter, must be read before it is written.
+        changed = [(g, m.clone() if m.untyped_storage().data_ptr() in memory else m) for g, m in changed]
+    for g, made in changed:
         g.copy_(made)
 
 

@@ -81,7 +81,7 @@ def param_groups(
         rules: Glob pattern of names (``*`` matches dots too) -> multiplier of the rate that ``layer_decay`` gives. The
             rules that match one parameter are multiplied. 0 keeps it where it is as long as the optimizer scales every
             change by the rate, as those of torch do. A tied tensor is matched under each of its names.
-        weight_decay: Decay of the matrices.
+        weight_decay: Decay of the matrices; as a setting of the groups it takes precedence over the optimizer's.
         no_decay: Patterns of further names without decay.
         where: Only the parameters for which ``where(name, parameter)`` is true; for optimizers of certain shapes, such
             as Muon, beside a second one for the rest.

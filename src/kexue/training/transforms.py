@@ -128,7 +128,8 @@ def clip_norm(c: float, p: float = 2.0, per_tensor: bool = False, error_if_nonfi
         p: Order of the norm: 1, 2, ``math.inf`` or any number from 1.
         per_tensor: True: the norm of each tensor. False: the joint norm of all tensors that the pattern matches.
         error_if_nonfinite: A norm that is NaN or infinite is an error (this waits for a GPU). Otherwise such a step
-            goes on, with NaN.
+            goes on: NaN makes everything NaN, an infinite norm makes finite entries 0. In float32 the norm of order 2
+            is infinite from 1.8e19 on, as in torch.
 
     Returns:
         The transform.
