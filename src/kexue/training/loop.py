@@ -105,7 +105,9 @@ def fit(
         seed: Seed of the noise.
         resume: True continues a run found in ``out``, False deletes its checkpoints and starts over.
         optimizer: None is AdamW without decay on biases, norms and embeddings, and SparseAdam for embeddings with
-            ``sparse=True``. Else an optimizer, a list of them, or a function from the parameters to one of these.
+            ``sparse=True``. Else an optimizer, a list of them, or a function from the parameters to one of these. Rates
+            per layer come from :func:`param_groups`; the schedule scales each group, and the metrics name the largest.
+            Transforms of :func:`gradient_transform` run after ``clip``.
         schedule: "constant", "linear" or "cosine", see :func:`lr_factor`.
         warmup: Steps of linear warm-up.
         weight_decay: Decay of the default AdamW.
@@ -211,7 +213,13 @@ def fit(
                 o.step()
             done += 1
             seconds = round(time.perf_counter() - began, 6)
-            record = {"step": done, "loss": loss, "lr": groups[0]["lr"], "grad_norm": norm, "items": items}
+            record = {
+                "step": done,
+                "loss": loss,
+                "lr": max(group["lr"] for group in groups),
+                "grad_norm": norm,
+                "items": items,
+            }
             log.write(record | {"seconds": seconds})
             stopped = on_step is not None and on_step(record | {"seconds": seconds}) is True
             display.update(record)

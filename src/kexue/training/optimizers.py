@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from kexue.training.depths import EMBEDDINGS, NORMS, owner
+
 __all__ = ["default_optimizers"]
 
 OptimizerSpec = Optimizer | Sequence[Optimizer] | Callable[[list[nn.Parameter]], Any]
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _DEFAULT_LR = 1e-3
 
 
@@ -24,6 +24,13 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     if not trained:
         raise ValueError(f"the model has no parameter that requires a gradient; got {type(model).__name__}")
     return trained
+
+
+def undecayed(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters without weight decay: biases and other vectors, norms and embeddings."""
+    kinds = dict(model.named_modules(remove_duplicate=False))
+    named = model.named_parameters(remove_duplicate=False)
+    return {p for name, p in named if p.ndim < 2 or isinstance(kinds[owner(name)], EMBEDDINGS + NORMS)}
 
 
 def default_optimizers(model: nn.Module, lr: float = _DEFAULT_LR, weight_decay: float = 0.01) -> list[Optimizer]:
@@ -51,20 +58,16 @@ def default_optimizers(model: nn.Module, lr: float = _DEFAULT_LR, weight_decay: 
         ['SparseAdam']
     """
     sparse: set[nn.Parameter] = set()
-    undecayed: set[nn.Parameter] = set()
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if isinstance(module, _EMBEDDINGS + _NORMS):
-            undecayed.update(own)
-        if isinstance(module, _EMBEDDINGS) and module.sparse:
-            sparse.update(own)
+        if isinstance(module, EMBEDDINGS) and module.sparse:
+            sparse.update(module.parameters(recurse=False))
     trained = _trained(model)
     tables = [p for p in trained if p in sparse]
     dense = [p for p in trained if p not in sparse]
-    decayed = [p for p in dense if p.ndim >= 2 and p not in undecayed]
+    spared = undecayed(model)
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in dense if p.ndim < 2 or p in undecayed], "weight_decay": 0.0},
+        {"params": [p for p in dense if p not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in dense if p in spared], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizers: list[Optimizer] = []
