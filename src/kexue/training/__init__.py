@@ -1,4 +1,4 @@
-"""The training loop: exact resume, atomic checkpoints, progress, metrics."""
+"""The training loop (exact resume, atomic checkpoints, progress, metrics), and optimizers as flows."""
 
 from kexue.training.checkpoint import (
     Checkpoint,
@@ -7,17 +7,23 @@ from kexue.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from kexue.training.flow import GradientFlow, Trajectory
 from kexue.training.interrupt import TrainingInterrupted
 from kexue.training.loop import FitResult, fit
 from kexue.training.optimizers import default_optimizers
 from kexue.training.order import batch_indices, numpy_generator, shuffled_batches, torch_generator
+from kexue.training.polyak import PolyakSGD
 from kexue.training.schedule import lr_factor
+from kexue.training.steepest import steepest_direction
 
 __all__ = [
     "Checkpoint",
     "DamagedCheckpointError",
     "FitResult",
+    "GradientFlow",
+    "PolyakSGD",
     "TrainingInterrupted",
+    "Trajectory",
     "batch_indices",
     "default_optimizers",
     "fit",
@@ -27,5 +33,6 @@ __all__ = [
     "numpy_generator",
     "save_checkpoint",
     "shuffled_batches",
+    "steepest_direction",
     "torch_generator",
 ]
