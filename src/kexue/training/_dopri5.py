@@ -7,12 +7,12 @@ Coefficients: Dormand and Prince 1980; the interpolant and the choice of the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Interpolant", "dopri5", "tolerances"]
+__all__ = ["Field", "State", "dopri5", "dopri5_at", "tolerances"]
 
 State = list[Tensor]
 Field = Callable[[State], State]  # may return NaN, where the step was too long; must return tensors of its own
@@ -131,6 +131,23 @@ def dopri5(
         f"dopri5 has tried {max_steps} steps and is at t = {now:g} of {t:g}: the loss is stiff or not smooth here; "
         "raise max_steps, loosen rtol and atol, or use a fixed-step method"
     )
+
+
+def dopri5_at(
+    field: Field, start: State, times: Iterable[float], t: float, rtol: float, atol: float, max_steps: int
+) -> Iterator[tuple[float, State]]:
+    """States at rising ``times`` in [0, t]; steps do not depend on them."""
+    wanted = iter(times)
+    time = next(wanted, None)
+    while time is not None and time <= 0:
+        yield time, start
+        time = next(wanted, None)
+    if time is None:
+        return
+    for _, end, state, between in dopri5(field, start, t, rtol, atol, max_steps):
+        while time is not None and time <= end:
+            yield time, state if time == end else between(time)
+            time = next(wanted, None)
 
 
 def _interpolant(begin: float, h: float, x: State, y: State, slopes: Sequence[State]) -> Interpolant:

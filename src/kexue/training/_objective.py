@@ -79,7 +79,7 @@ class Objective:
         self.moved = [not _frozen(p) for p in self.params]
         self.free = [p for p, moved in zip(self.params, self.moved, strict=True) if moved]
         self.x: list[Tensor] = []
-        self._low: list[tuple[Tensor, Tensor]] = []
+        self.low: list[tuple[Tensor, Tensor]] = []
         self.evaluations = 0
 
     @contextmanager
@@ -89,7 +89,7 @@ class Objective:
         start = [p.detach().clone() for p in self.free]
         views = [p.detach() for p in self.free]
         self.x = [v if v.dtype in (torch.float32, torch.float64) else v.float() for v in views]
-        self._low = [(v, x) for v, x in zip(views, self.x, strict=True) if v is not x]
+        self.low = [(v, x) for v, x in zip(views, self.x, strict=True) if v is not x]
         self.evaluations = 0
         autograd = self.grad_fn is None
         done = False
@@ -107,11 +107,17 @@ class Objective:
                         v.copy_(s)
                 for p, flag in zip(self.free, flags, strict=True):
                     p.requires_grad_(flag)
-            self.x, self._low = [], []
+            self.x, self.low = [], []
+
+    def select(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Those of ``values`` (one for each of params) that belong to tensors that move."""
+        if len(values) != len(self.params):
+            raise ValueError(f"expected one tensor for each of {len(self.params)} params; got {len(values)}")
+        return [v for v, moved in zip(values, self.moved, strict=True) if moved]
 
     def publish(self) -> None:
         """Round the state into parameters of half precision; the others are the state."""
-        for view, x in self._low:
+        for view, x in self.low:
             view.copy_(x)
 
     def set(self, values: Sequence[Tensor]) -> None:
@@ -139,7 +145,7 @@ class Objective:
         """Loss (None where a closed form gives the gradient) and gradient here, which nobody may write to."""
         self.evaluations += 1
         if self.grad_fn is not None:
-            return None, self._closed_form()
+            return None, self.as_gradient(self.grad_fn())
         loss = self._evaluate()
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on params: it has no gradient")
@@ -149,25 +155,24 @@ class Objective:
             if not grads:
                 raise ValueError("the loss does not depend on params: it has no gradient")
             grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.free, found, strict=True)]
-        return loss.detach(), self._dense(grads)
+        return loss.detach(), self._like_state(grads)
 
-    def _closed_form(self) -> list[Tensor]:
-        made = self.grad_fn()  # type: ignore[misc]  # callers know that it is there
+    def as_gradient(self, made: Any) -> list[Tensor]:
+        """What ``grad_fn`` returned, checked: one dense tensor for each that moves."""
         grads = [made] if isinstance(made, Tensor) else list(made)
         if len(grads) == len(self.params) != len(self.free):
-            grads = [g for g, moved in zip(grads, self.moved, strict=True) if moved]
+            grads = self.select(grads)
         if len(grads) != len(self.free):
             raise ValueError(f"grad_fn must return one tensor for each of {len(self.free)} params; got {len(grads)}")
-        for i, (p, g) in enumerate(zip(self.free, grads, strict=True)):
+        for p, g in zip(self.free, grads, strict=True):
             if not isinstance(g, Tensor) or g.shape != p.shape:
                 got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
-                raise ValueError(f"grad_fn must return a tensor of shape {tuple(p.shape)} for params[{i}]; got {got}")
-        return self._dense(grads)
+                raise ValueError(f"grad_fn must return tensors shaped like params, {tuple(p.shape)}; got {got}")
+        return self._like_state(grads)
 
-    def _dense(self, grads: list[Tensor]) -> list[Tensor]:
-        for i, g in enumerate(grads):
-            if g.layout != torch.strided:
-                grads[i] = g.to_dense()
-            if g.dtype != self.x[i].dtype:
-                grads[i] = grads[i].to(self.x[i].dtype)
+    def _like_state(self, grads: list[Tensor]) -> list[Tensor]:
+        """Dense, and in the dtype of the state."""
+        for i, (x, g) in enumerate(zip(self.x, grads, strict=True)):
+            if g.dtype is not x.dtype or g.is_sparse:
+                grads[i] = (g.to_dense() if g.is_sparse else g).to(x.dtype)
         return grads

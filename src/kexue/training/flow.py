@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import compute_dtype
-from kexue.training._dopri5 import dopri5, tolerances
+from kexue.training._dopri5 import dopri5, dopri5_at, tolerances
 from kexue.training._flow_steps import RULES, Rule, Settings
 from kexue.training._objective import GradientFunction, LossFunction, Objective
 
@@ -89,11 +90,11 @@ class Trajectory:
         return last[0] if self.single else last
 
 
-class _Recorder:
+class Recorder:
     """Collects points and losses: into memory of a known size, or a list."""
 
     def __init__(self, objective: Objective, size: int | None) -> None:
-        self._objective = objective
+        self.objective = objective
         self._size = size
         self._views = [p.detach() for p in objective.params]
         self._kept: list[list[Tensor]] = []
@@ -129,8 +130,8 @@ class _Recorder:
             torch.tensor(self._times, dtype=torch.float64),
             losses.to(compute_dtype(losses)),
             path,
-            self._objective.single,
-            self._objective.evaluations,
+            self.objective.single,
+            self.objective.evaluations,
         )
 
 
@@ -209,13 +210,13 @@ class GradientFlow:
         check_real("eps", eps, minimum=0.0)
         self.method = method
         self._rtol, self._atol = rtol, atol
-        self._settings = Settings(
+        self.settings = Settings(
             float(target), float(cap), float(friction), None if momentum is None else float(momentum), decay, eps
         )
-        self._objective = Objective(loss_fn, params, grad_fn)
+        self.objective = Objective(loss_fn, params, grad_fn)
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self._objective.params)
+        count = sum(p.numel() for p in self.objective.params)
         return f"GradientFlow({count} parameters, method={self.method!r})"
 
     def integrate(
@@ -263,14 +264,14 @@ class GradientFlow:
         elif self.method != "dopri5":
             raise TypeError(f"h must be a number, the length of a step of method {self.method!r}; got None")
         t, h = float(t), None if h is None else float(h)
-        if self.method in ("heavy_ball", "nesterov") and self._settings.momentum is None and h is not None:
-            b = 1 - self._settings.friction * h
+        if self.method in ("heavy_ball", "nesterov") and self.settings.momentum is None and h is not None:
+            b = 1 - self.settings.friction * h
             if not 0 <= b < 1:
                 raise ValueError(
                     "b = 1 - friction * h must be in [0, 1); "
-                    f"got {b:g} with friction={self._settings.friction:g}, h={h:g}"
+                    f"got {b:g} with friction={self.settings.friction:g}, h={h:g}"
                 )
-        with self._objective.session(keep=in_place):
+        with self.objective.session(keep=in_place):
             if self.method == "dopri5":
                 return self._adaptive(t, h, save_every, max_steps)
             return self._fixed(t, h or 0.0, save_every)
@@ -281,7 +282,7 @@ class GradientFlow:
             return max(steps, 1)
         if save_every is not None:
             return int(save_every)
-        size = sum(p.numel() * p.element_size() for p in self._objective.params) + 100
+        size = sum(p.numel() * p.element_size() for p in self.objective.params) + 100
         most = max(_MOST_BYTES // size - 1, 1)
         every = -(-steps // most)
         if every > 1:
@@ -293,12 +294,12 @@ class GradientFlow:
         return every
 
     def _fixed(self, t: float, h: float, save_every: int | None) -> Trajectory:
-        objective = self._objective
+        objective = self.objective
         whole, rest = split_steps(t, h)
         count = whole + (rest > 0)
         every = self._keep_every(count, save_every)
-        recorder = _Recorder(objective, -(-count // every) + 1)
-        rule = RULES[self.method](objective, self._settings, h)
+        recorder = Recorder(objective, -(-count // every) + 1)
+        rule = RULES[self.method](objective, self.settings, h)
         watch = _Watch(objective, rule, h)
 
         def look(time: float) -> None:
@@ -306,27 +307,30 @@ class GradientFlow:
             recorder.loss(loss)
             watch.add(loss, time)
 
-        for k in range(count):
+        k = 0
+        while k < count:
             keep = k % every == 0
             if keep:
                 recorder.point(k * h)
                 if not rule.gives_loss:
                     look(k * h)
-            loss = rule.step(h if k < whole else rest)
-            if loss is not None:
-                watch.add(loss, k * h)
-                if keep and rule.gives_loss:
-                    recorder.loss(loss)
-            if k % _BLOCK == _BLOCK - 1:
-                watch.check((k + 1) * h)
+            run = min(every - k % every, _BLOCK - k % _BLOCK, whole - k) if k < whole else 1
+            losses = rule.advance(run, h if k < whole else rest)
+            for i, loss in enumerate(losses):
+                watch.add(loss, (k + i) * h)
+            if keep and rule.gives_loss:
+                recorder.loss(losses[0])
+            k += run
+            if k % _BLOCK == 0:
+                watch.check(k * h)
         recorder.point(t)
         look(t)
         watch.check(t)
         return recorder.trajectory()
 
     def _adaptive(self, t: float, h: float | None, save_every: int | None, max_steps: int) -> Trajectory:
-        objective = self._objective
-        recorder = _Recorder(objective, None)
+        objective = self.objective
+        recorder = Recorder(objective, None)
 
         def keep(state: Sequence[Tensor], time: float) -> None:
             objective.set(state)
@@ -345,32 +349,25 @@ class GradientFlow:
         if t == 0:
             return recorder.trajectory()
         rtol, atol = tolerances(self._rtol, self._atol, start)
-        wanted = self._inner_times(t, h, save_every)
-        state, next_time = start, next(wanted, t)
-        for number, (_, end, state, between) in enumerate(dopri5(field, start, t, rtol, atol, max_steps), 1):
-            if h is None and end < t and save_every != 0 and number % (save_every or 1) == 0:
+        if h is not None:
+            whole, rest = split_steps(t, h)
+            count = whole + (rest > 0)
+            every = self._keep_every(count, save_every)
+            times = chain((k * h for k in range(every, count, every)), (t,))
+            for time, state in dopri5_at(field, start, times, t, rtol, atol, max_steps):
+                keep(state, time)
+            return recorder.trajectory()
+        for number, (_, end, state, _) in enumerate(dopri5(field, start, t, rtol, atol, max_steps), 1):
+            if end == t or (save_every != 0 and number % (save_every or 1) == 0):
                 keep(state, end)
-            while next_time < t and next_time <= end:
-                keep(between(next_time), next_time)
-                next_time = next(wanted, t)
-        keep(state, t)
         return recorder.trajectory()
-
-    def _inner_times(self, t: float, h: float | None, save_every: int | None) -> Iterator[float]:
-        """The multiples of h inside (0, t) at which points are kept."""
-        if h is None:
-            return iter(())
-        whole, rest = split_steps(t, h)
-        count = whole + (rest > 0)
-        every = self._keep_every(count, save_every)
-        return (k * h for k in range(every, count, every))
 
 
 class _Watch:
     """Raises when a loss or gradient is not finite; looks at the values of many steps at once."""
 
     def __init__(self, objective: Objective, rule: Rule, h: float) -> None:
-        self._objective, self._rule, self._h = objective, rule, h
+        self.objective, self._rule, self._h = objective, rule, h
         self._losses: list[Tensor] = []
         self._times: list[float] = []
 
@@ -389,7 +386,7 @@ class _Watch:
                 i = int(bad.nonzero()[0, 0])
                 raise FloatingPointError(f"the loss is {float(losses[i])} at t = {self._times[i]:g}{hint}")
         self._losses, self._times = [], []
-        for name, tensors in (("gradient", self._rule.gradients), ("state", self._objective.x)):
+        for name, tensors in (("gradient", self._rule.gradients), ("state", self.objective.x)):
             if not all(bool(x.isfinite().all()) for x in tensors):
                 raise FloatingPointError(f"the {name} is not finite at t = {now:g} or shortly before{hint}")
 
