@@ -105,7 +105,7 @@ def _check_metric(metric: Any, shape: torch.Size, count: int) -> Tensor:
             f"got {tuple(metric.shape)}"
         )
     metric = metric.to(compute_dtype(metric))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not count:
         return metric if matrix else metric.reshape(-1)
     if not bool(metric.isfinite().all()):
         raise ValueError("metric must be finite; got NaN or infinity")
