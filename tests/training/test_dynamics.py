@@ -77,9 +77,9 @@ def test_orders_on_a_loss_that_is_no_quadratic(method, order):
     def loss():
         return rough(torch.stack([x[0], x[1][0]]))()
 
-    report = measure_order(method, loss, (p for p in x), 1.0, [0.02, 0.01, 0.005])
+    report = measure_order(method, loss, (p for p in x), 1.0, [0.01, 0.005, 0.0025])
     assert report.order == pytest.approx(order, abs=0.1)
-    assert report.hs == [0.02, 0.01, 0.005]
+    assert report.hs == [0.01, 0.005, 0.0025]
     assert x[0] == 1.5
 
 
@@ -139,6 +139,7 @@ def test_distances_shrink_with_the_rate(make, flow, order):
     assert math.log2(distances[0] / distances[1]) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.slow
 def test_adam_without_memory_follows_the_sign_flow():
     x = draw(3, seed=4)
     found = compare_with_flow(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import nn
@@ -112,6 +112,7 @@ def test_dopri5_agrees_with_scipy_and_with_the_closed_form():
     assert len(GradientFlow(quadratic(x), x, "dopri5").integrate(2.0, save_every=0).times) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
 def test_dopri5_error_follows_its_tolerance(tolerance):
     x = start()
@@ -187,9 +188,11 @@ def test_the_example_of_the_article_leaves_the_local_minimum():
     assert y == 4
 
 
+@pytest.mark.slow
+@settings(max_examples=30)
 @given(
     curves=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4),
-    h=st.floats(0.001, 0.19),
+    h=st.floats(0.005, 0.19),
     t=st.floats(0.0, 2.0),
     method=st.sampled_from(["euler", "midpoint", "rk4", "dopri5"]),
 )
@@ -303,6 +306,7 @@ def test_inference_mode_and_a_used_graph_are_no_obstacle():
     found.final.add_(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", [*FIXED, "dopri5"])
 def test_half_precision_keeps_its_state_in_float32(method, dtype):
