@@ -53,6 +53,7 @@ class Rule:
 
     def gradient(self) -> Tensor | None:
         """Evaluate; the gradient is in ``gradients``."""
+        self.gradients = []  # their memory serves the new ones
         loss, self.gradients = self.objective.gradient()
         return loss
 
