@@ -123,4 +123,4 @@ class PolyakSGD(Optimizer):
             step_along_([params[i] for i in dense], [grads[i] for i in dense], norm, amount)
             for p, g in zip(params, grads, strict=True):
                 if g.is_sparse:
-                    p.add_(torch.sparse_coo_tensor(g.indices(), g.values() / norm, g.shape), alpha=-amount)
+                    p.add_(g / norm, alpha=-amount)
