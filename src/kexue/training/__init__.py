@@ -1,4 +1,4 @@
-"""The training loop (exact resume, atomic checkpoints, progress, metrics), rates per layer, gradient transforms."""
+"""The training loop, rates per layer, gradient transforms, and optimizers as flows."""
 
 from kexue.training.checkpoint import (
     Checkpoint,
@@ -8,14 +8,18 @@ from kexue.training.checkpoint import (
     save_checkpoint,
 )
 from kexue.training.depths import LayerDepths, layer_depths
+from kexue.training.dynamics import Comparison, OrderReport, compare_with_flow, measure_order, quadratic_flow
+from kexue.training.flow import GradientFlow, Trajectory
 from kexue.training.gradients import TransformHandle, gradient_transform
 from kexue.training.groups import param_groups
 from kexue.training.interrupt import TrainingInterrupted
 from kexue.training.loop import FitResult, fit
 from kexue.training.optimizers import default_optimizers
 from kexue.training.order import batch_indices, numpy_generator, shuffled_batches, torch_generator
+from kexue.training.polyak import PolyakSGD
 from kexue.training.scaled_rates import scale_lr_, unscale_lr_
 from kexue.training.schedule import lr_factor
+from kexue.training.steepest import steepest_direction
 from kexue.training.transforms import (
     Transform,
     add_noise,
@@ -34,10 +38,15 @@ from kexue.training.transforms import (
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
     "DamagedCheckpointError",
     "FitResult",
+    "GradientFlow",
     "LayerDepths",
+    "OrderReport",
+    "PolyakSGD",
     "TrainingInterrupted",
+    "Trajectory",
     "Transform",
     "TransformHandle",
     "add_noise",
@@ -46,6 +55,7 @@ __all__ = [
     "clip_norm",
     "clip_quantile",
     "clip_value",
+    "compare_with_flow",
     "default_optimizers",
     "fit",
     "freeze",
@@ -55,15 +65,18 @@ __all__ = [
     "load_checkpoint",
     "lr_factor",
     "mask",
+    "measure_order",
     "newest_checkpoint",
     "normalize",
     "numpy_generator",
     "param_groups",
     "project",
+    "quadratic_flow",
     "save_checkpoint",
     "scale_lr_",
     "shuffled_batches",
     "sign",
+    "steepest_direction",
     "torch_generator",
     "unscale_lr_",
     "zero",
