@@ -308,8 +308,14 @@ class Recipe:
         # Copies along the first axis are whole rows: they are made from the first copy, which the cache still holds.
         rows = max(1, _CHUNK // max(1, target[:1].numel()))
         for low in range(0, sizes[0], rows):
-            chunk = target[low : low + rows]
-            torch.mul(values[low : low + rows, :1], scale, out=chunk[:, :1])
+            chunk, read = target[low : low + rows], values[low : low + rows, :1]
+            if out.dtype.itemsize > 2 or out.dim() == 1:
+                torch.mul(read, scale, out=chunk[:, :1])
+            else:  # arithmetic on 2 bytes is fast on contiguous memory only
+                product = torch.empty(read[..., 0].shape, dtype=out.dtype, device=out.device)
+                torch.mul(read[..., 0], scale, out=product)
+                for t in range(sizes[-1]):
+                    chunk[:, :1, ..., t].copy_(product)
             if sizes[1] > 1:
                 chunk[:, 1:].copy_(chunk[:, :1].expand_as(chunk[:, 1:]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,12 @@ class GrowthReport:
     max_abs: float
     max_rel: float
     dtype_limited: bool
-    max_abs_uncast: float
-    rounding: float
-    outputs: tuple[str, ...]
+    max_abs_uncast: float = math.nan
+    rounding: float = 0.0
+    outputs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        names = ", ".join(self.outputs)
+        names = ", ".join(self.outputs) or "outputs"
         text = f"{names}: largest difference {self.max_abs:.2e}, {self.max_rel:.2e} of the largest value"
         if self.dtype_limited and self.rounding > 0:
             text += f"; rounding the weights explains it, which alone makes {self.rounding:.2e}"
