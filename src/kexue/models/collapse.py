@@ -71,10 +71,11 @@ class CollapseMeter:
     :meth:`measure` sees to that.
 
     The limits are conventions. std < .1 means that two rows have a cosine above .99 on average, if the columns spread
-    alike (the mean cosine is then 1 - std^2). The limit of the rank, 3.5, lies between the collapsed and the healthy
-    runs of ``kexue reproduce simsiam-dynamics`` (2.0 to 2.9 and 7 to 8, digits, D = 32): features that vary in fewer
-    directions cannot keep more than a handful of groups apart. Where few directions are possible, m = min(D, N - 1), it
-    is (1 + m) / 2 at most. Give limits of your own for data of a known structure.
+    alike (the mean cosine is then 1 - std^2). The limit of the rank, 3.5, lies between the runs without stop-gradient
+    or predictor of ``kexue reproduce simsiam-dynamics`` (2.0 to 2.6; digits, D = 32) and those with a slow or frozen
+    predictor (3.6 to 5.6; healthy ones: 7 to 9): features that vary in fewer directions cannot keep more than a handful
+    of groups apart. Where few directions are possible, m = min(D, N - 1), it is (1 + m) / 2 at most. Give limits of
+    your own for data of a known structure: two classes that are well apart need no more than one direction.
 
     Args:
         min_std: std below this is a collapse.
