@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -40,7 +41,7 @@ def _kernel(p, z, shift, weight, least, loss, gp, gz):  # type: ignore[no-untype
         k = (i + shift) % n
         a, b = 0.0, 0.0
         for d in range(width):
-            x, y = float(p[i, d]), float(z[k, d])
+            x, y = np.float64(p[i, d]), np.float64(z[k, d])  # float() would stay float32
             a += x * x
             b += y * y
         a, b = math.sqrt(a), math.sqrt(b)
@@ -51,7 +52,7 @@ def _kernel(p, z, shift, weight, least, loss, gp, gz):  # type: ignore[no-untype
         for d in range(width):
             t = p[i, d] * inverse_a - z[k, d] * inverse_b
             gap += t * t
-        cosine = ((one if known_a else none) + (one if known_b else none) - gap) * real(0.5)
+        cosine = one - gap * real(0.5) if known_a and known_b else none
         loss[i] = -cosine
         if len(gp):
             scale = real(-weight) * inverse_a
@@ -71,7 +72,7 @@ def _torch_rows(p: Tensor, z: Tensor, shift: int, weight: float, needs: list[boo
     inverse = torch.where(known, norms.reciprocal(), 0.0).to(p.dtype)
     u, v = p * inverse[0], z * inverse[1]
     gap = torch.linalg.vector_norm(u - v, 2, -1, True).square()
-    cosine = (known.sum(0).to(p.dtype) - gap) * 0.5
+    cosine = torch.where(known.all(0), 1 - gap * 0.5, 0.0)
     gp = (v - cosine * u) * (inverse[0] * -weight) if needs[0] else p[:0]
     gz = ((u - cosine * v) * (inverse[1] * -weight)).roll(shift, 0) if needs[1] else p[:0]
     return -cosine.squeeze(-1), gp, gz
