@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VIEWS", "joins", "run_both", "uses_batch_statistics"]
+__all__ = ["VIEWS", "joins", "run_both", "run_joined", "uses_batch_statistics"]
 
 VIEWS = ("auto", "apart", "split", "mixed")
 # Exact types, as a subclass may do anything. Not here: layers that draw random numbers or choose their batch axis.
@@ -81,11 +81,16 @@ def _split_statistics(part: nn.Module) -> Iterator[None]:
                 m.__dict__["forward"] = own
 
 
-def run_both(part: nn.Module, both: Tensor, views: str) -> Tensor:
-    """The part's output for rows (2 B, ...) that hold the first view and then the second, (2 B, ...)."""
-    if not joins(part, views):
-        return torch.cat([part(half) for half in both.chunk(2)])
+def run_joined(part: nn.Module, both: Tensor, views: str) -> Tensor:
+    """One pass over rows (2 B, ...) that hold the first view and then the second."""
     if views == "mixed":
         return part(both)
     with _split_statistics(part):
         return part(both)
+
+
+def run_both(part: nn.Module, both: Tensor, views: str) -> Tensor:
+    """The part's output for such rows, in one pass where :func:`joins` allows it, else in two."""
+    if joins(part, views):
+        return run_joined(part, both, views)
+    return torch.cat([part(half) for half in both.chunk(2)])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float
 from kexue.models._cosine import negative_cosines
-from kexue.models._views import VIEWS, joins, run_both, uses_batch_statistics
+from kexue.models._views import VIEWS, joins, run_both, run_joined, uses_batch_statistics
 
 __all__ = ["SimSiam", "simsiam_loss"]
 
@@ -220,7 +220,7 @@ class SimSiam(nn.Module):
             self._check_rows(rows)  # before anything has changed running statistics
             alike = x1.shape == x2.shape and x1.dtype == x2.dtype and x1.device == x2.device
             if alike and rows and joins(encoder, self.views):
-                return self._check_features(run_both(encoder, torch.cat([x1, x2]), self.views), 2 * rows)
+                return self._check_features(run_joined(encoder, torch.cat([x1, x2]), self.views), 2 * rows)
         first = self._check_features(encoder(x1), None)
         self._check_rows(first.shape[0])
         return torch.cat([first, self._check_features(encoder(x2), first.shape[0])])
