@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.byol import BYOL
+    from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.gradient_size import gradient_norms
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.simsiam import SimSiam, simsiam_loss
     from kexue.models.skip_path import norm_gains, skip_gain
 
 __all__ = [
+    "BYOL",
     "BagEncoder",
+    "CollapseMeter",
+    "CollapseReport",
     "GAUAlphaConfig",
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
@@ -26,6 +32,7 @@ __all__ = [
     "GrowthReport",
     "HierarchicalPositionEmbedding",
     "ProbeReport",
+    "SimSiam",
     "extend_positions",
     "gradient_norms",
     "grow",
@@ -34,13 +41,17 @@ __all__ = [
     "norm_gains",
     "plan_growth",
     "probe",
+    "simsiam_loss",
     "skip_gain",
     "tie_positions",
     "verify_growth",
 ]
 
 _MODULES = {
+    "BYOL": "byol",
     "BagEncoder": "bag_encoder",
+    "CollapseMeter": "collapse",
+    "CollapseReport": "collapse",
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
@@ -48,6 +59,7 @@ _MODULES = {
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
     "ProbeReport": "probing",
+    "SimSiam": "simsiam",
     "extend_positions": "extension",
     "gradient_norms": "gradient_size",
     "grow": "growth",
@@ -56,6 +68,7 @@ _MODULES = {
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "probe": "probing",
+    "simsiam_loss": "simsiam",
     "skip_gain": "skip_path",
     "tie_positions": "extension",
     "verify_growth": "growth_check",
