@@ -1,8 +1,9 @@
 """Activations by name, and their moments under a standard normal input: E[f(z)] and E[f(z)^2], z ~ N(0, 1).
 
 A Gauss-Hermite rule loses its precision at a kink (relu: 1e-3 with 100 nodes) and tables of constants cover only the
-functions that somebody thought of. Here Gauss-Legendre panels are halved until each agrees with its two halves, all
-open panels in one call of the function: 1e-12 for smooth functions and for kinks and jumps wherever they lie.
+functions that somebody thought of. Here panels are halved until each agrees with its two halves, all open panels in
+one call of the function: 1e-12 for smooth functions and for kinks and jumps wherever they lie. The rule is that of
+Gauss and Lobatto, which has nodes at both ends: a jump beside an end is seen, where Gauss-Legendre looks past it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "softsign": F.softsign,
 }
 EDGE = 16.0  # the normal weighs e^-128 there: room for functions that grow like e^z
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
+COUNT = 16
+_BASIS = np.polynomial.legendre.Legendre.basis(COUNT - 1)
+NODES = np.concatenate([[-1.0], np.sort(_BASIS.deriv().roots().real), [1.0]])
+WEIGHTS = 2 / (COUNT * (COUNT - 1) * _BASIS(NODES) ** 2)
 ROUNDS = 48  # halvings: a panel of 1 down to the spacing of doubles
 MOST_PANELS = 1 << 16
 

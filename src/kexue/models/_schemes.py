@@ -157,7 +157,7 @@ class _T5(Scheme):
         config = getattr(self.model, "config", None)
         self.factor = getattr(config, "initializer_factor", 1.0) if factor is None else factor
         check_real("factor", self.factor, above=0.0)
-        self.is_t5 = "t5" in str(getattr(config, "model_type", ""))
+        self.is_t5 = any(unscaled_head_size(Use("", "", m, m)) for m in self.model.modules())
 
     def matrix(self, use: Use, piece: Piece) -> Draw:
         std, rule = piece.fan_in**-0.5, "fan_in^(-1/2)"
@@ -175,6 +175,8 @@ class _T5(Scheme):
             config = getattr(self.model, "config", None)
             width: Any = getattr(use.parent, "d_model", None) or getattr(config, "hidden_size", 1)
             return Draw(self.factor * float(width) ** -0.5, "relative bias: d_model^(-1/2)")
+        if self.tied and not self.is_t5:  # T5 divides the hidden states before a tied head, others do not
+            return Draw(self.factor * use.width**-0.5, "embedding, head tied: width^(-1/2)")
         return Draw(self.factor, "embedding: 1")
 
 

@@ -199,7 +199,8 @@ def initialize_model(
         model: The model; its parameters must have memory (see ``torch.nn.Module.to_empty``).
         scheme: "lecun" 1/fan_in, "xavier" 2/(fan_in + fan_out), "he" 2/fan_in (in every matrix, whatever it reads):
             truncated normals of that variance, look-ups 1 (width^(-1/2) for all tables if one is tied to a head).
-            "t5": transformers' T5, see ``qk_split``; models whose attention divides by sqrt(d) keep q like k.
+            "t5": transformers' T5, see ``qk_split``. Models that divide scores by sqrt(d) keep q like k, and get
+            width^(-1/2) for tables if one is tied to a head, since only T5 divides the hidden states before it.
             "bert": cut at two std, std before truncation (.0176 comes out of .02). "gpt2": normal, output projections
             of residual branches times (branches)^(-1/2), the (2L)^(-1/2) of GPT-2.
             "deepnorm": Xavier-normal with gain beta (:func:`deepnorm_constants`) on v, o and the FFN, for Post-LN
