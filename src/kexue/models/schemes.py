@@ -44,6 +44,7 @@ class _Job(NamedTuple):
     parameter: nn.Parameter
     use: Use
     draws: list[tuple[Piece | None, Draw]]
+    padding: set[int]  # rows that stay 0, of every table that the parameter is
 
 
 def _key(p: Tensor) -> tuple[Any, ...]:
@@ -67,8 +68,9 @@ def _draws(scheme: Scheme, uses: list[Use]) -> tuple[Use, list[tuple[Piece | Non
     use = uses[0]
     if use.kind == "constant":
         return use, [(None, Draw(0.0, f"{use.constant:g}", constant=use.constant))]
-    pieces: list[Piece | None] = list(use.pieces)
-    return use, [(piece, scheme.matrix(use, piece)) for piece in pieces if piece is not None]
+    if scheme.converts:  # nothing depends on the fans: fused matrices in one go, as when they are NTK layers already
+        return use, [(None, scheme.matrix(use, use.pieces[0]))]
+    return use, [(piece, scheme.matrix(use, piece)) for piece in use.pieces]
 
 
 def _plan(
@@ -108,7 +110,8 @@ def _plan(
         for _, draw in draws:
             if draw.std:
                 check_distribution(draw.distribution, draw.std, 2.0, p.dtype)
-        jobs.append(_Job(p, use, draws))
+        padding = {use.padding for use in group if use.padding is not None}
+        jobs.append(_Job(p, use, draws, padding))
     return scheme, jobs
 
 
@@ -244,15 +247,15 @@ def initialize_model(
         "qk_split": qk_split, "post_norm": post_norm,
     }  # fmt: skip
     made, jobs = _plan(model, scheme, generator, unknown, options)
-    for parameter, use, draws in jobs:
+    for parameter, _, draws, padding in jobs:
         for piece, draw in draws:
             w = parameter.detach() if piece is None else piece.of(parameter.detach())
             if draw.std:
                 draw_(w, draw.std, draw.distribution, 2.0, generator)
             else:
                 w.fill_(draw.constant)
-        if use.padding is not None:
-            parameter[use.padding].zero_()
+        for row in padding:
+            parameter[row].zero_()
     return _converted(model) if made.converts else model
 
 
