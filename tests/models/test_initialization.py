@@ -125,6 +125,14 @@ def test_the_generator_moves_on_and_torchs_own_is_the_default():
         assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_default_device_does_not_matter():
+    expected = drawn(40, 30, dtype=torch.bfloat16)
+    w = torch.empty(40, 30, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        assert torch.equal(truncated_normal_(w, generator=g()), expected)
+        assert moments(torch.tanh)[1] == pytest.approx(0.394294, abs=1e-6)
+
+
 def test_parameters_scalars_and_means():
     weight = nn.Parameter(torch.zeros(40, 30))
     assert truncated_normal_(weight, generator=g()) is weight

@@ -8,9 +8,12 @@ import transformers as t
 from torch import nn
 
 from kexue.models import (
+    GAUAlphaConfig,
+    GAUAlphaForMaskedLM,
     NTKLinear,
     ScheduledResidual,
     deepnorm_constants,
+    extend_positions,
     initialization_plan,
     initialize_model,
     truncated_normal_,
@@ -441,6 +444,19 @@ def test_own_layers_keep_their_own_rules(scheme):
     assert float(model[1].alpha.detach()) == 0
     assert float(model[0].weight.detach().std()) == pytest.approx(1, rel=0.02)
     assert not model[0].bias.any()
+
+
+def test_models_of_this_package():
+    config = GAUAlphaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=FF, num_hidden_layers=2, attention_key_size=16
+    )
+    model = extend_positions(build("bert"), 500)
+    initialize_model(model, "bert", g())
+    table = model.bert.embeddings.position_embeddings.weight.detach()
+    assert float(table.std()) == pytest.approx(0.0175925, rel=0.06)
+    for scheme in ("lecun", "ntk"):
+        gau = initialize_model(GAUAlphaForMaskedLM(config), scheme, g()).eval()
+        assert torch.isfinite(gau(torch.arange(20)[None]).logits).all()
 
 
 def test_norms_that_add_one_to_their_gain_get_zero():

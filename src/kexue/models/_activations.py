@@ -98,17 +98,17 @@ def _panels(f: Activation, left: Tensor, width: Tensor) -> Tensor:
 
 
 def _integrate(f: Activation) -> tuple[float, float]:
-    left = torch.arange(-EDGE, EDGE, dtype=torch.float64)
+    left = torch.arange(-EDGE, EDGE, dtype=torch.float64, device="cpu")
     width = torch.ones_like(left)
     whole = _panels(f, left, width)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for _ in range(ROUNDS):
         half = width.repeat_interleave(2) / 2
         start = torch.stack([left, left + width / 2], 1).view(-1)
         parts = _panels(f, start, half)
         both = parts.view(-1, 2, 2).sum(1)
         second = float((total + both.sum(0))[1])
-        scale = torch.tensor([math.sqrt(second), second], dtype=torch.float64)  # the mean itself may be 0
+        scale = torch.tensor([math.sqrt(second), second], dtype=torch.float64, device="cpu")  # the mean itself may be 0
         done = ((both - whole).abs() <= 1e-15 * scale).all(1)
         total = total + both[done].sum(0)
         keep = (~done).repeat_interleave(2)

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from kexue.models.initialization import fans
 from kexue.models.parameterization import NTKLinear, ScheduledResidual, is_conv1d
+from kexue.models.positions import HierarchicalPositionEmbedding
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,17 @@ def _thirds(role: str, shape: tuple[int, ...], transposed: bool) -> tuple[Piece,
     return tuple(Piece(n, fan_in, fan_in, int(transposed), i * fan_in, fan_in) for i, n in enumerate(parts))
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm, or the scale and offset of a gated attention unit, whose gain starts at 1 too."""
+    return isinstance(module, NORMS) or any(word in type(module).__name__ for word in ("Norm", "ScaleOffset"))
+
+
 @torch.no_grad()
 def _neutral_gain(module: nn.Module, name: str, weight: Tensor) -> float:
     """The gain of a norm that changes nothing: 1, or 0 where the module computes (1 + weight) x (Gemma)."""
     if isinstance(module, NORMS) or weight.dim() != 1:
         return 1.0
-    x = torch.arange(-1.0, 1.0, 2 / len(weight)).to(weight)[None] + 1 / len(weight)
+    x = torch.linspace(-1, 1, len(weight), device=weight.device).to(weight.dtype)[None] + 0.01
     try:
         out = torch.func.functional_call(module, {name: torch.ones_like(weight)}, (x,))
         return 0.0 if 1.9 < float(out.float().square().mean().sqrt()) < 2.1 else 1.0
@@ -177,10 +183,10 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
         elif isinstance(module, _ConvNd) and name == "weight":
             both = fans(shape, module.groups, isinstance(module, _ConvTransposeNd))
             yield name, {"kind": "matrix", "pieces": (Piece("other", *both),)}
-        elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and name == "weight":
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag | HierarchicalPositionEmbedding) and name == "weight":
             relative = "relative" in leaf and "bias" in leaf
             yield name, {"kind": "table", "width": shape[1], "padding": module.padding_idx, "relative": relative}
-        elif (isinstance(module, NORMS) or "Norm" in type(module).__name__) and name in ("weight", "gamma", "scale"):
+        elif _is_norm(module) and name in ("weight", "gamma", "scale"):
             yield name, {"kind": "constant", "constant": _neutral_gain(module, name, p)}
         elif isinstance(module, ScheduledResidual) and name == "alpha":
             yield name, zero

@@ -90,7 +90,7 @@ def _uniform(w: Tensor, bound: float, generator: torch.Generator | None) -> Call
             part.uniform_(-bound, bound, generator=generator)
 
         return draw
-    key = torch.empty(2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    key = torch.empty(2, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     source = np.random.SFC64([int(k) & (2**64 - 1) for k in key])
 
     def draw_bits(part: Tensor) -> None:
@@ -108,9 +108,9 @@ def _inside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
     """The least and the largest number of ``dtype`` in [low, high]: what lies between cannot round out of it."""
     ends = []
     for end, sign in ((low, -1), (high, 1)):
-        x = torch.tensor(end, dtype=dtype)
+        x = torch.tensor(end, dtype=dtype, device="cpu")
         if sign * float(x) > sign * end:
-            x = torch.nextafter(x, torch.tensor(-sign * math.inf, dtype=dtype))
+            x = torch.nextafter(x, torch.full_like(x, -sign * math.inf))
         ends.append(float(x))
     return ends[0], ends[1]
 

@@ -115,7 +115,7 @@ def _train(
     """Training losses on all 1200 and test accuracies, one for each seed; the nets are trained side by side."""
     x, y, x_test, y_test = _digits()
     net = _Net(design, depth, max(steps // 2, 1), seeds, ntk)
-    optimizer = torch.optim.Adam(net.parameters(), rate, foreach=True)
+    optimizer = torch.optim.Adam(net.parameters(), rate, fused=True)
     batches = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
     for _ in range(steps):
         chosen = torch.stack([torch.randint(len(x), (BATCH,), generator=g) for g in batches])
@@ -201,6 +201,7 @@ def measure(quick: bool, seed: int) -> Measurement:
             right.plot(rates, mean[form], marker="o", label=form)
         right.set(xscale="log", yscale="log", xlabel="rate of Adam", ylabel="training loss, nats")
         right.set_title("Pre-Norm, depth 6")
+        left.set_ylim(top=10 * max(max(of) for of in losses.values()))  # room for the legend
         for axis in (left, right):
             axis.legend(fontsize=8)
 
