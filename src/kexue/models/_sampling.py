@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kexue._tensors import compute_dtype
 
-CHUNK = 1 << 16  # numbers in a piece: 256 KiB of float32. Even, so that pieces share no 64-bit draw
+CHUNK = 1 << 17  # numbers in a piece: 512 KiB of float32. Even, so that pieces share no 64-bit draw
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
