@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from kexue.models.growth import GrowthPlan, grow, plan_growth
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
+    from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.schemes import (
+        DeepNormConstants,
+        InitRow,
+        deepnorm_constants,
+        initialization_plan,
+        initialize_model,
+    )
     from kexue.models.simsiam import SimSiam, simsiam_loss
     from kexue.models.skip_path import norm_gains, skip_gain
 
@@ -25,25 +34,37 @@ __all__ = [
     "BagEncoder",
     "CollapseMeter",
     "CollapseReport",
+    "DeepNormConstants",
     "GAUAlphaConfig",
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
     "GrowthPlan",
     "GrowthReport",
     "HierarchicalPositionEmbedding",
+    "InitRow",
+    "NTKLinear",
     "ProbeReport",
+    "ScheduledResidual",
     "SimSiam",
+    "deepnorm_constants",
     "extend_positions",
+    "fan",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
     "hierarchical_positions",
+    "initialization_plan",
+    "initialize_model",
     "norm_gains",
     "plan_growth",
+    "predict_gain",
     "probe",
     "simsiam_loss",
     "skip_gain",
     "tie_positions",
+    "truncated_normal_",
+    "unit_activation",
+    "variance_scaling_",
     "verify_growth",
 ]
 
@@ -52,25 +73,37 @@ _MODULES = {
     "BagEncoder": "bag_encoder",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
+    "DeepNormConstants": "schemes",
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
     "GrowthPlan": "growth",
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
+    "InitRow": "schemes",
+    "NTKLinear": "parameterization",
     "ProbeReport": "probing",
+    "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "deepnorm_constants": "schemes",
     "extend_positions": "extension",
+    "fan": "initialization",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
     "hierarchical_positions": "positions",
+    "initialization_plan": "schemes",
+    "initialize_model": "schemes",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
+    "predict_gain": "initialization",
     "probe": "probing",
     "simsiam_loss": "simsiam",
     "skip_gain": "skip_path",
     "tie_positions": "extension",
+    "truncated_normal_": "initialization",
+    "unit_activation": "parameterization",
+    "variance_scaling_": "initialization",
     "verify_growth": "growth_check",
 }
 
