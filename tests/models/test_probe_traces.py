@@ -282,7 +282,7 @@ def test_checkpoints_do_not_matter():
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         assert probe(model, batch).rows == want
-        assert model.is_gradient_checkpointing
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def test_checkpoints_written_by_hand():

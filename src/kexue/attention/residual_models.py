@@ -67,7 +67,7 @@ def use_residual_attention(model: Any) -> Iterator[Any]:
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
     checkpointing = getattr(model, "is_activation_checkpointing", None)
     if checkpointing is None:  # an older transformers, with the older name
-        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if checkpointing:
         raise ValueError(
             "residual scores cannot work with gradient checkpointing of single layers; call "
