@@ -65,10 +65,7 @@ def use_residual_attention(model: Any) -> Iterator[Any]:
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
-    checkpointing = getattr(model, "is_activation_checkpointing", None)
-    if checkpointing is None:  # an older transformers, with the older name
-        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if checkpointing:
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ValueError(
             "residual scores cannot work with gradient checkpointing of single layers; call "
             "model.gradient_checkpointing_disable() first"
