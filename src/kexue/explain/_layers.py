@@ -1,0 +1,283 @@
+"""Per-example gradients of one layer, kept as inputs and output gradients instead of as a Jacobian.
+
+A layer that multiplies its input a (T positions, width i) by a weight leaves, for an example, the gradient
+sum_t d_t a_t^T, where d is the gradient with respect to the layer's output. Inner products of two examples then need no
+such matrix ("layered Gram"):
+
+    <sum_t d_t a_t^T, sum_u e_u b_u^T> = sum_tu (d_t . e_u) (a_t . b_u)
+
+and a bias adds 1 to a_t . b_u. Whether the matrix or the Gram is cheaper depends on the sizes; :func:`inner` counts.
+Letters: k steps of the path, q points of the quadrature on one step, R rows (examples), C output gradients per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Side:
+    """What the test points, or the training examples, left at one layer.
+
+    Attributes:
+        a: Inputs (k, q, R, T, i); of an embedding the ids (k, q, R, T); None where ``parts`` are given.
+        d: Output gradients (k, q, C, R, T, o), weighted by the quadrature.
+        constant: The inputs do not depend on the parameters: they are the same for all k and q.
+        parts: The gradients themselves, for parameters without a layer form.
+    """
+
+    a: Tensor | None
+    d: Tensor | None
+    constant: bool = False
+    parts: list[Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of gradients per step: C R."""
+        if self.parts is not None:
+            return self.parts[0].shape[1]
+        return self.d.shape[2] * self.d.shape[3]  # type: ignore[union-attr]
+
+    def averaged(self) -> Side:
+        """With constant inputs the quadrature is a sum of output gradients alone."""
+        if not self.constant or self.a is None or self.d is None or self.a.shape[1] == 1:
+            return self
+        return Side(self.a[:, :1], self.d.sum(1, keepdim=True), True)
+
+
+class Layer:
+    """A module whose parameters have a layer form; ``names`` are its trainable parameters, in the order of the parts."""
+
+    has_gram = False
+
+    def __init__(self, module: nn.Module, names: dict[str, str]) -> None:
+        self.module = module
+        self.weight, self.bias = "weight" in names, "bias" in names
+        self.names = [names[key] for key in ("weight", "bias") if key in names]
+
+    def accepts(self, a: Tensor, z: Tensor) -> bool:
+        """Whether the rows of input and output are the same and come first."""
+        return z.dim() > 1 and a.shape[:1] == z.shape[:1]
+
+    def inputs(self, a: Tensor) -> Tensor:
+        """(K, R, t, *rest) where the module got (R t, *rest) -> (K, R, T, i)."""
+        raise NotImplementedError
+
+    def outputs(self, d: Tensor) -> Tensor:
+        """(K, R, t, *rest) where the module returned (R t, *rest) -> (K, R, T, o)."""
+        raise NotImplementedError
+
+    def width(self, z: tuple[int, ...]) -> int:
+        """o, from the shape of an output behind the rows."""
+        return max(1, z[-1])
+
+    def weight_gradients(self, side: Side) -> Tensor:
+        """(k, C R, p): gradients of the weight, summed over positions and quadrature."""
+        raise NotImplementedError
+
+    def cross(self, a: Tensor, b: Tensor) -> Tensor:
+        """(k, P, i), (k, Q, i) -> (k, P, Q): inner products of inputs, with the bias."""
+        raise NotImplementedError
+
+    def gradients(self, side: Side) -> list[Tensor]:
+        """(k, C R, p) for each parameter."""
+        parts = [self.weight_gradients(side)] if self.weight else []
+        if self.bias:
+            k = side.d.shape[0]  # type: ignore[union-attr]
+            parts.append(side.d.sum((1, 4)).reshape(k, side.rows, -1))  # type: ignore[union-attr]
+        return parts
+
+
+class Dense(Layer):
+    """``nn.Linear``."""
+
+    has_gram = True
+
+    def inputs(self, a: Tensor) -> Tensor:
+        return a.reshape(*a.shape[:2], -1, a.shape[-1])
+
+    def outputs(self, d: Tensor) -> Tensor:
+        return d.reshape(*d.shape[:2], -1, d.shape[-1])
+
+    def weight_gradients(self, side: Side) -> Tensor:
+        a, d = side.a, side.d
+        k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
+        if c * o == 1 and t == 1:  # one output: the products themselves
+            return (a * d[:, :, 0]).sum(1)[:, :, 0]  # type: ignore[index, operator]
+        left = d.permute(0, 3, 2, 5, 1, 4).reshape(k * r, c * o, q * t)  # type: ignore[union-attr]
+        right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, -1)  # type: ignore[union-attr]
+        made = (left @ right).view(k, r, c, -1)
+        return made.transpose(1, 2).reshape(k, c * r, -1)
+
+    def cross(self, a: Tensor, b: Tensor) -> Tensor:
+        out = a @ b.mT
+        return out.add_(1) if self.bias else out
+
+
+class Convolution(Dense):
+    """``nn.Conv1d`` and ``nn.Conv2d`` of one group: a Linear on patches, one position per patch."""
+
+    def accepts(self, a: Tensor, z: Tensor) -> bool:
+        return super().accepts(a, z) and a.dim() == len(self.module.kernel_size) + 2  # type: ignore[arg-type]
+
+    def inputs(self, a: Tensor) -> Tensor:
+        conv = self.module
+        flat = a.reshape(-1, *a.shape[3:])
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        flat = F.pad(flat, conv._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
+        kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+        if flat.dim() == 3:
+            flat, one = flat[:, :, None], (1,)
+            kernel, stride, dilation = one + kernel, one + stride, one + dilation  # type: ignore[operator]
+        patches = F.unfold(flat, kernel, dilation, 0, stride).mT  # type: ignore[arg-type]
+        return patches.reshape(*a.shape[:2], -1, patches.shape[-1])
+
+    def outputs(self, d: Tensor) -> Tensor:
+        return d.flatten(4).mT.flatten(2, 3)
+
+    def width(self, z: tuple[int, ...]) -> int:
+        return max(1, z[0])
+
+
+class Table(Layer):
+    """``nn.Embedding``: a Linear on one-hot vectors that are never made."""
+
+    has_gram = True
+
+    def inputs(self, a: Tensor) -> Tensor:
+        return a.reshape(*a.shape[:2], -1)
+
+    def outputs(self, d: Tensor) -> Tensor:
+        return d.reshape(*d.shape[:2], -1, d.shape[-1])
+
+    def weight_gradients(self, side: Side) -> Tensor:
+        ids, d = side.a, side.d
+        k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
+        table = self.module
+        made = d.new_zeros(k * c * r, table.num_embeddings, o)  # type: ignore[union-attr]
+        place = ids[:, :, None].expand(k, q, c, r, t).permute(0, 2, 3, 1, 4).reshape(k * c * r, q * t, 1)  # type: ignore[index]
+        rows = d.permute(0, 2, 3, 1, 4, 5).reshape(k * c * r, q * t, o)  # type: ignore[union-attr]
+        made.scatter_add_(1, place.long().expand(-1, -1, o), rows)
+        if table.padding_idx is not None:
+            made[:, table.padding_idx] = 0
+        return made.view(k, c * r, -1)
+
+    def cross(self, a: Tensor, b: Tensor) -> Tensor:
+        same = a[:, :, None] == b[:, None]
+        if self.module.padding_idx is not None:
+            same &= (a != self.module.padding_idx)[:, :, None]
+        return same.to(self.module.weight.dtype)  # type: ignore[arg-type, union-attr]
+
+
+class Scale(Layer):
+    """``nn.LayerNorm`` and ``nn.GroupNorm``: normalised inputs times a weight, plus a bias."""
+
+    def inputs(self, a: Tensor) -> Tensor:
+        norm = self.module
+        flat = a.reshape(-1, *a.shape[3:])
+        if isinstance(norm, nn.GroupNorm):
+            flat = F.group_norm(flat, norm.num_groups, None, None, norm.eps)
+        else:
+            flat = F.layer_norm(flat, norm.normalized_shape, None, None, norm.eps)  # type: ignore[arg-type]
+        return self.outputs(flat.view(a.shape))
+
+    def outputs(self, d: Tensor) -> Tensor:
+        if isinstance(self.module, nn.GroupNorm):
+            return d.unsqueeze(-1).flatten(4).mT.flatten(2, 3)
+        width = 1
+        for size in self.module.normalized_shape:  # type: ignore[union-attr]
+            width *= size
+        return d.reshape(*d.shape[:2], -1, width)
+
+    def weight_gradients(self, side: Side) -> Tensor:
+        a, d = side.a, side.d
+        made = torch.einsum("kqrti,kqcrti->kcri", a, d)
+        return made.reshape(d.shape[0], side.rows, -1)  # type: ignore[union-attr]
+
+
+def layer_of(module: nn.Module, names: dict[str, str]) -> Layer | None:
+    """The layer form of a module, or None.
+
+    Args:
+        module: Any module; only exact types count, as a subclass may compute something else.
+        names: Attribute -> full name of its trainable parameters.
+    """
+    if set(module._parameters) - {"weight", "bias"} or not names:  # parametrised in some other way
+        return None
+    kind = type(module)
+    if kind is nn.Linear:
+        return Dense(module, names)
+    if kind in (nn.Conv1d, nn.Conv2d) and module.groups == 1:
+        return Convolution(module, names)
+    if kind is nn.Embedding and not (module.scale_grad_by_freq or module.max_norm is not None):
+        return Table(module, names)
+    if kind in (nn.LayerNorm, nn.GroupNorm):
+        return Scale(module, names)
+    return None
+
+
+def inner(layer: Layer | None, test: Side, train: Side, total: bool) -> Tensor:
+    """Inner products of the gradients of all test points with those of all training examples at one layer.
+
+    Args:
+        layer: The layer; None where the sides hold gradients.
+        test: Of k steps and q points.
+        train: Of the same k steps, q = 1.
+        total: Sum over the steps (the training examples are the same in each).
+
+    Returns:
+        (C M, C' N) if total, else (k, C M, C' N).
+    """
+    if layer is None or test.a is None or train.a is None or test.d is None or train.d is None:
+        return _pairs(test.parts or [], train.parts or [], total)
+    test = test.averaged()
+    k, q, c, m, t, o = test.d.shape  # type: ignore[union-attr]
+    c2, n, u = train.d.shape[2:5]
+    fixed = total and test.constant and train.constant
+    if not layer.weight or not layer.has_gram or _matrix_is_cheaper(layer, test, train, fixed):
+        return _pairs(layer.gradients(test), layer.gradients(train), total)
+    last = 1 if fixed else k  # with constant inputs one matrix of their products serves all steps
+    d, e = test.d.reshape(k, -1, o), train.d.reshape(k, -1, o)  # type: ignore[union-attr]
+    cross = layer.cross(
+        test.a[:last].reshape(last, q * m * t, *test.a.shape[4:]),  # type: ignore[index, union-attr]
+        train.a[:last].reshape(last, n * u, *train.a.shape[4:]),
+    )
+    products = torch.addbmm(d.new_zeros(()), d, e.mT) if fixed else d @ e.mT
+    products = products.view(last, q, c, m, t, c2, n, u)
+    products.mul_(cross.view(last, q, 1, m, t, 1, n, u))
+    summed = [dim for dim, size in ((1, q), (4, t), (7, u)) if size > 1]
+    if total and last > 1:
+        summed.insert(0, 0)
+    if summed:
+        products = products.sum(summed, keepdim=True)
+    return products.reshape(c * m, c2 * n) if total else products.reshape(k, c * m, c2 * n)
+
+
+def _matrix_is_cheaper(layer: Layer, test: Side, train: Side, fixed: bool) -> bool:
+    """Whether gradients as matrices need fewer operations than the layered Gram."""
+    _, q, c, m, t, o = test.d.shape  # type: ignore[union-attr]
+    c2, n, u = train.d.shape[2:5]  # type: ignore[union-attr]
+    size = layer.module.weight[0].numel() if isinstance(layer, Dense) else layer.module.num_embeddings  # type: ignore
+    matrix = c * m * c2 * n * size * o + (c * m * q * t + c2 * n * u) * size * o
+    positions = q * t * u
+    gram = positions * c * m * c2 * n * o
+    if not fixed:  # products of inputs, and about ten operations' time to read and write each product
+        gram += positions * (m * n * size + 10 * c * m * c2 * n)
+    return matrix < gram
+
+
+def _pairs(left: list[Tensor], right: list[Tensor], total: bool) -> Tensor:
+    """Sum over the parameters of (k, P, p) (k, Q, p)^T."""
+    out: Tensor | None = None
+    for x, y in zip(left, right, strict=True):
+        if total:
+            out = torch.addbmm(x.new_zeros(()) if out is None else out, x, y.mT)
+        else:
+            out = x @ y.mT if out is None else out.baddbmm_(x, y.mT)
+    if out is None:
+        raise ValueError("no gradients to multiply")
+    return out
