@@ -28,7 +28,7 @@ RULES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "left": ((0.0,), (1.0,)),
     "chord3": ((0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18)),
 }
-_CHUNK = 1 << 20  # numbers held at once by the steps that are treated together: they stay in the cache
+_CHUNK = 1 << 24  # bytes held at once by the steps that are treated together: they stay in the cache
 _LIMIT = 1 << 24  # numbers that one step may need; more test points are treated in blocks
 
 
@@ -81,6 +81,7 @@ class _Block:
 
     def __init__(self, path: Path, gradients: Gradients, x: Tensor, rule: str, kernel: bool) -> None:
         self.path, self.gradients, self.x, self.kernel = path, gradients, x, kernel
+        self._repeated = x[:0]
         self.points, self.weights = RULES[rule]
         self.ups = gradients.width if kernel else 1
         self.rows = gradients.width * len(x)
@@ -93,7 +94,8 @@ class _Block:
         path, settings = self.path, self.path.settings
         carry = settings.decay > 0
         held: list[Tensor] | None = None
-        chunk = max(1, _CHUNK // _floats(path, self.gradients, len(self.x), self.ups, len(self.points)))
+        floats = _floats(path, self.gradients, len(self.x), self.ups, len(self.points))
+        chunk = max(1, _CHUNK // (floats * path.last.element_size()))
         for start, thetas, scales in path.segments(self.gradients, backwards=carry):
             count = len(thetas) - 1
             firsts = range(0, count, chunk)
@@ -129,21 +131,31 @@ class _Block:
                 made[c, :, :, c] = weights[:, None]
             return made
 
-        return self.gradients.sides(chords, self.x, upstream, q)[1]
+        return self.gradients.sides(chords, self.x, upstream, q, repeated=self._repeat(len(chords)))[1]
+
+    def _repeat(self, count: int) -> Tensor:
+        """The points once for each of ``count`` parameter vectors."""
+        if len(self._repeated) != count * len(self.x):
+            self._repeated = self.x[None].expand(count, *self.x.shape).flatten(0, 1)
+        return self._repeated
 
     def _train(self, step: int, thetas: Tensor) -> list:
         """Sides of the training examples at the given points."""
         path, gradients = self.path, self.gradients
         count = len(thetas)
         if path.records is not None and not self.kernel:
+            taken = path.records[step : step + count]
             inputs = [
-                a.expand(count, *a.shape[1:]) if len(a) == 1 else a[step : step + count] for a, _ in path.records
+                torch.stack([a[number] for a, _ in taken])
+                if not use.constant or path.batches is not None
+                else taken[0][0][number].expand(count, *taken[0][0][number].shape)
+                for number, use in enumerate(gradients.uses)
             ]
-            grads = [d[step : step + count, None] for _, d in path.records]
-            return gradients.sides_of(inputs, grads, path.members)
+            grads = [torch.stack([d[number] for _, d in taken])[:, None] for number in range(len(gradients.uses))]
+            return gradients.sides_of(inputs, grads, path.members, each=path.batches is not None)
         each = path.batches is not None
-        rows = slice(None) if path.batches is None else path.batches[step : step + count]
-        x, y = path.x[rows], path.y[rows]
+        rows = None if path.batches is None else path.batches[step : step + count]
+        x, y = (path.x, path.y) if rows is None else (path.x[rows], path.y[rows])
 
         def upstream(out: Tensor) -> Tensor:
             if not self.kernel:

@@ -11,7 +11,7 @@ Letters: K points on the path = k steps times q points of the quadrature, R rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,63 @@ class Use:
     constant: bool = False
 
 
+class _Attach(torch.autograd.Function):
+    """A tensor as it is; its gradient is kept on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, one: Tensor, grads: list[Tensor | None], number: int) -> Tensor:
+        ctx.grads, ctx.number = grads, number
+        ctx.mark_dirty(z)  # no copy, and no view, which a module could not change in place
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        ctx.grads[ctx.number] = grad
+        return grad if ctx.needs_input_grad[0] else None, None, None, None
+
+
+@contextmanager
+def _replaced(
+    layers: Iterable[Layer],
+    values: dict[str, Tensor],
+    count: int,
+    one: Tensor,
+    inputs: list[Tensor],
+    grads: list[Tensor | None],
+) -> Iterator[None]:
+    """Let the layers compute with the parameters of ``count`` points, and note their inputs and output gradients."""
+
+    def forward_of(layer: Layer) -> Callable[[Tensor], Tensor]:
+        names = iter(layer.names)
+        own = [
+            values[next(names)]
+            if trained
+            else None
+            if (p := layer.module._parameters[key]) is None
+            else p.expand(count, *p.shape)
+            for key, trained in (("weight", layer.weight), ("bias", layer.bias))
+            if key in layer.module._parameters or trained
+        ]
+        weight, bias = (*own, None) if len(own) == 1 else own
+
+        def forward(input: Tensor) -> Tensor:
+            inputs.append(input.detach())
+            grads.append(None)
+            z = _Attach.apply(layer.stacked(input, weight, bias), one, grads, len(inputs) - 1)
+            return layer.unstacked(z, input)
+
+        return forward
+
+    layers = list(layers)
+    for layer in layers:
+        layer.module.forward = forward_of(layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.module.forward
+
+
 class Gradients:
     """The per-example gradients of a model, which this object owns.
 
@@ -75,8 +132,7 @@ class Gradients:
         self.shapes = [tuple(p.shape) for p in found.values()]
         self.sizes = [p.numel() for p in found.values()]
         self.parameters = list(found.values())
-        self._tap: Tap | None = None
-        self._batched = self._batched_loose = False
+        self._batched = self._batched_loose = self._stacked = False
         rows = x[torch.arange(_ROWS, device=x.device) % len(x)]
         with torch.no_grad():
             out = model(rows)
@@ -140,27 +196,29 @@ class Gradients:
             own = {key: p for key, p in module._parameters.items() if id(p) in trained}
             layer = layer_of(module, {key: trained[id(p)] for key, p in own.items()})
             if layer is not None and all(owners[id(p)] == 1 for p in own.values()):  # else tied to another module
-                module.register_forward_hook(self._hook(len(self.layers)), with_kwargs=True)
                 self.layers[len(self.layers)] = layer
-
-    def _hook(self, number: int) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if self._tap is None or number not in self.layers:
-                return None
-            return self._tap(number, args[0] if args else kwargs["input"], output)
-
-        return hook
 
     @contextmanager
     def tapped(self, tap: Tap) -> Iterator[None]:
         """Call ``tap(layer, input, output)`` at every layer; what it returns replaces the output."""
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer calls no submodule
-        self._tap = tap
+
+        def hook_of(number: int) -> Callable[..., Tensor | None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+                return tap(number, args[0] if args else kwargs["input"], output)
+
+            return hook
+
+        handles = [
+            layer.module.register_forward_hook(hook_of(number), with_kwargs=True)
+            for number, layer in self.layers.items()
+        ]
         try:
             yield
         finally:
-            self._tap = None
+            for handle in handles:
+                handle.remove()
             torch.backends.mha.set_fastpath_enabled(fast)
 
     def _drop(self, numbers: set[int]) -> None:
@@ -188,7 +246,7 @@ class Gradients:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(self.width, generator=generator, dtype=theta.dtype).to(theta.device)
         wrong: set[int] = set()
-        for row in range(count):
+        for row in (0, count - 1):
             upstream = torch.zeros(count, self.width, dtype=theta.dtype, device=theta.device)
             upstream[row] = random
             with torch.enable_grad():
@@ -207,26 +265,39 @@ class Gradients:
         self._drop(wrong)
 
     def _try_batched(self, rows: Tensor) -> None:
-        """Whether vmap runs the model, and which inputs do not depend on the parameters."""
-        two = self.theta().repeat(2, 1)
+        """Whether one call runs the model at many points, and which inputs do not depend on the parameters."""
+        theta = self.theta()
+        random = torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
+        two = torch.stack([theta, theta + random.to(theta.device) * theta.abs().mean() / 8])
         alone = self._forward(two, rows)[0].detach()
-        upstream = torch.ones(1, *alone.shape, dtype=alone.dtype, device=alone.device)
         close = torch.finfo(two.dtype).eps ** 0.5
         self._batched = True
         try:
             together, _, inputs = self._forward(two, rows)
             self._batched = torch.allclose(together.detach(), alone, rtol=close, atol=close)
+            for use, a in zip(self.uses, inputs, strict=True):
+                use.constant = self._batched and a.stride(0) == 0
         except Exception:  # whatever the model does that vmap does not know
             self._batched = False
-        if self._batched:
-            for use, a in zip(self.uses, inputs, strict=True):
-                use.constant = a.stride(0) == 0
+        upstream = torch.ones(1, *alone.shape, dtype=alone.dtype, device=alone.device)
         if self.loose:
             self._batched_loose = True
             try:
                 self._loose_gradients(two, rows[None].expand(2, *rows.shape), upstream)
             except Exception:
                 self._batched_loose = False
+        elif len(self.layers):
+            exact = self.sides(two, rows, lambda _: upstream)[1]
+            self._stacked = True
+            try:
+                out, sides = self.sides(two, rows, lambda _: upstream)
+                self._stacked = torch.allclose(out, alone, rtol=close, atol=close) and all(
+                    torch.allclose(x, y, rtol=close, atol=close)
+                    for a, b in zip(self.gradients(sides), self.gradients(exact), strict=True)
+                    for x, y in zip(a, b, strict=True)
+                )
+            except Exception:  # a model that wants its own number of rows
+                self._stacked = False
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
@@ -260,7 +331,13 @@ class Gradients:
         return out, zeros, [a.detach() for a in seen]
 
     def sides(
-        self, thetas: Tensor, x: Tensor, upstream: Upstream, q: int = 1, each: bool = False
+        self,
+        thetas: Tensor,
+        x: Tensor,
+        upstream: Upstream,
+        q: int = 1,
+        each: bool = False,
+        repeated: Tensor | None = None,
     ) -> tuple[Tensor, list[Side]]:
         """Run the model and keep what inner products of gradients need.
 
@@ -270,10 +347,13 @@ class Gradients:
             upstream: Outputs (K, R, C) -> gradients with respect to them (U, K, R, C), U of them.
             q: Points per step; gradients are summed over them.
             each: See ``x``.
+            repeated: (K R, ...) the inputs of all points, if they are at hand.
 
         Returns:
             Outputs (K, R, C), and for each layer, then for the loose parameters, the :class:`Side`.
         """
+        if self._stacked:
+            return self._stacked_sides(thetas, x, upstream, q, each, repeated)
         out, zeros, inputs = self._forward(thetas, x, each)
         weights = upstream(out.detach())
         taken: list[list[Tensor]] = []
@@ -289,6 +369,31 @@ class Gradients:
             k = len(thetas) // q
             sides.append(Side(None, None, parts=[p.unflatten(0, (k, q)).sum(1).flatten(1, 2) for p in parts]))
         return out.detach(), sides
+
+    def _stacked_sides(
+        self, thetas: Tensor, x: Tensor, upstream: Upstream, q: int, each: bool, repeated: Tensor | None
+    ) -> tuple[Tensor, list[Side]]:
+        """The same for a model of layers only: the points are so many more rows of one batch."""
+        count, rows = len(thetas), x.shape[1] if each else len(x)
+        values = dict(zip(self.names, self.split(thetas), strict=True))
+        one = thetas.new_zeros(()).requires_grad_()
+        inputs: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        if repeated is None:
+            repeated = (x if each else x[None].expand(count, *x.shape)).flatten(0, 1)
+        with torch.enable_grad(), _replaced(self.layers.values(), values, count, one, inputs, grads):
+            out = self.model(repeated).reshape(count, rows, -1)
+        weights = upstream(out.detach())
+        taken: list[list[Tensor]] = []
+        shapes = [(count, rows * use.repeat, *use.z) for use in self.uses]
+        for number, weight in enumerate(weights):
+            grads[:] = [None] * len(inputs)
+            torch.autograd.grad(out, one, weight, retain_graph=number + 1 < len(weights), allow_unused=True)
+            pairs = zip(grads, shapes, strict=True)
+            taken.append([thetas.new_zeros(shape) if g is None else g.reshape(shape) for g, shape in pairs])
+        stacked = [g[0][:, None] if len(g) == 1 else torch.stack(g, 1) for g in zip(*taken, strict=True)]
+        inputs = [a.unflatten(0, (count, -1)) for a in inputs]
+        return out.detach(), self.sides_of(inputs, stacked, rows, q, each)
 
     def sides_of(
         self, inputs: list[Tensor], grads: list[Tensor], rows: int, q: int = 1, each: bool = False

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional as F
 
 
@@ -75,6 +76,19 @@ class Layer:
         """o, from the shape of an output behind the rows."""
         return max(1, z[-1])
 
+    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module computes, with other parameters."""
+        raise NotImplementedError
+
+    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same for K parameters (K, ...) at once: a (K R t, ...), rows of the first point first -> (K, R t, ...)."""
+        split = a.unflatten(0, (len(weight), -1))
+        return vmap(self.plain, (0, 0, None if bias is None else 0))(split, weight, bias)
+
+    def unstacked(self, z: Tensor, a: Tensor) -> Tensor:
+        """What :meth:`stacked` made of ``a``, in the shape of the module's output."""
+        return z.flatten(0, 1)
+
     def weight_gradients(self, side: Side) -> Tensor:
         """(k, C R, p): gradients of the weight, summed over positions and quadrature."""
         raise NotImplementedError
@@ -103,6 +117,16 @@ class Dense(Layer):
     def outputs(self, d: Tensor) -> Tensor:
         return d.reshape(*d.shape[:2], -1, d.shape[-1])
 
+    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(a, weight, bias)
+
+    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = a.reshape(len(weight), -1, a.shape[-1])
+        return flat @ weight.mT if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
+
+    def unstacked(self, z: Tensor, a: Tensor) -> Tensor:
+        return z.view(*a.shape[:-1], -1)
+
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
         k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
@@ -123,6 +147,15 @@ class Convolution(Dense):
 
     def accepts(self, a: Tensor, z: Tensor) -> bool:
         return super().accepts(a, z) and a.dim() == len(self.module.kernel_size) + 2  # type: ignore[arg-type]
+
+    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.module._conv_forward(a, weight, bias)  # type: ignore[operator, union-attr]
+
+    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return Layer.stacked(self, a, weight, bias)
+
+    def unstacked(self, z: Tensor, a: Tensor) -> Tensor:
+        return Layer.unstacked(self, z, a)
 
     def inputs(self, a: Tensor) -> Tensor:
         conv = self.module
@@ -154,6 +187,9 @@ class Table(Layer):
     def outputs(self, d: Tensor) -> Tensor:
         return d.reshape(*d.shape[:2], -1, d.shape[-1])
 
+    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(a, weight, self.module.padding_idx)  # type: ignore[arg-type]
+
     def weight_gradients(self, side: Side) -> Tensor:
         ids, d = side.a, side.d
         k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
@@ -176,14 +212,14 @@ class Table(Layer):
 class Scale(Layer):
     """``nn.LayerNorm`` and ``nn.GroupNorm``: normalised inputs times a weight, plus a bias."""
 
-    def inputs(self, a: Tensor) -> Tensor:
+    def plain(self, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         norm = self.module
-        flat = a.reshape(-1, *a.shape[3:])
         if isinstance(norm, nn.GroupNorm):
-            flat = F.group_norm(flat, norm.num_groups, None, None, norm.eps)
-        else:
-            flat = F.layer_norm(flat, norm.normalized_shape, None, None, norm.eps)  # type: ignore[arg-type]
-        return self.outputs(flat.view(a.shape))
+            return F.group_norm(a, norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps)  # type: ignore[arg-type]
+
+    def inputs(self, a: Tensor) -> Tensor:
+        return self.outputs(self.plain(a.reshape(-1, *a.shape[3:]), None, None).view(a.shape))
 
     def outputs(self, d: Tensor) -> Tensor:
         if isinstance(self.module, nn.GroupNorm):

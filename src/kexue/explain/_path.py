@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from kexue._progress import progress
 from kexue.explain._layer_gram import Gradients
 
 __all__ = ["Path", "Settings", "loss_and_gradient", "train"]
+_CHECK = 16  # steps between checks for numbers that are not finite
 
 
 def loss_and_gradient(loss: str, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +78,13 @@ class Path:
         x: Training inputs (N, ...).
         y: Targets (N, C).
         batches: (S, n) rows of each step; None: all rows in each.
-        checkpoints: Step -> parameters and buffers there.
-        thetas: (S + 1, P), if stored.
-        scales: (S, P) Adam's preconditioner, if stored.
-        records: For each use of a layer its inputs and output gradients (S, ...), if stored.
         every: Steps between checkpoints; all steps where the path is stored.
-        losses: (S,).
+        thetas: (every + 1, P) parameters, from the last checkpoint on.
+        scales: (every, P) Adam's preconditioner there.
         last: Parameters after the training.
+        checkpoints: Step -> parameters and buffers before it.
+        records: For each step the inputs and output gradients of the layers, in the order of their uses, if kept.
+        losses: (S,) before each step, float64.
         steps: Steps that were done.
     """
 
@@ -94,10 +95,10 @@ class Path:
     every: int
     thetas: Tensor
     scales: Tensor | None
-    records: list[tuple[Tensor, Tensor]] | None
-    losses: Tensor
     last: Tensor
     checkpoints: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    records: list[tuple[list[Tensor], list[Tensor]]] | None = None
+    losses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     steps: int = 0
 
     @property
@@ -122,33 +123,31 @@ class Path:
         for start in reversed(starts) if backwards else starts:
             stop = min(start + self.every, self.steps)
             if self.every < self.settings.steps:
-                theta, buffers = self.checkpoints[start]
-                self.thetas[0] = theta
+                self.thetas[0], buffers = self.checkpoints[start]
                 for step in range(start, stop):
-                    here = step - start
-                    buffers, scale, _ = advance(self, gradients, step, self.thetas[here], buffers, self.thetas[here + 1])
-                    if self.scales is not None and scale is not None:
-                        self.scales[here] = scale
+                    buffers, _ = advance(self, gradients, step, step - start, buffers)
             count = stop - start
             yield start, self.thetas[: count + 1], None if self.scales is None else self.scales[:count]
 
 
 def advance(
-    path: Path, gradients: Gradients, step: int, theta: Tensor, buffers: list[Tensor], out: Tensor
-) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """One step of the optimiser from ``theta`` to ``out``: the new buffers, Adam's scale, and the loss before."""
+    path: Path, gradients: Gradients, step: int, here: int, buffers: list[Tensor], seen: _Seen | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """One step of the optimiser from row ``here`` of the path to the next: the new buffers, and the loss before."""
+    theta, out = path.thetas[here], path.thetas[here + 1]
     settings = path.settings
     x, y = path.rows(step)
     gradients.move(theta)
     with torch.enable_grad():
         logits = gradients.model(x).reshape(len(x), -1)
         loss, upstream = loss_and_gradient(settings.loss, logits.detach(), y)
-        found = torch.autograd.grad(logits, gradients.parameters, upstream, allow_unused=True)
-    flat = [
-        g.reshape(-1) if g is not None else p.new_zeros(p.numel())
-        for g, p in zip(found, gradients.parameters, strict=True)
-    ]
-    gradient = torch.cat(flat)
+        more = seen.outputs if seen else []
+        found = torch.autograd.grad(logits, [*gradients.parameters, *more], upstream, allow_unused=True)
+    if seen is not None:
+        found, grads = found[: len(gradients.parameters)], found[len(gradients.parameters) :]
+        seen.keep(path, grads)
+    pairs = zip(found, gradients.parameters, strict=True)
+    gradient = torch.cat([p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in pairs])
     if settings.weight_decay:
         gradient.add_(theta, alpha=settings.weight_decay)
     if settings.optimizer == "adam":
@@ -156,13 +155,14 @@ def advance(
         m = m * b1 + gradient * (1 - b1)
         v = v * b2 + gradient.square() * (1 - b2)
         scale = ((v.sqrt() / math.sqrt(1 - b2 ** (step + 1)) + settings.eps) * (1 - b1 ** (step + 1))).reciprocal()
+        path.scales[here] = scale  # type: ignore[index]
         torch.sub(theta, scale * m, alpha=settings.lr, out=out)
-        return [m, v], scale, loss
+        return [m, v], loss
     if settings.momentum:
         gradient = buffers[0] * settings.momentum + gradient
         buffers = [gradient]
     torch.sub(theta, gradient, alpha=settings.lr, out=out)
-    return buffers, None, loss
+    return buffers, loss
 
 
 def train(
@@ -184,88 +184,84 @@ def train(
     Raises:
         FloatingPointError: Parameters that are not finite.
     """
-    theta, steps = gradients.theta(), settings.steps
-    adam, width = settings.optimizer == "adam", theta.element_size()
-    size = theta.numel() * width
-    whole = size * (steps + 1 + adam * steps)
-    every = steps if whole <= memory else math.ceil(math.sqrt(steps))
+    theta, steps, adam = gradients.theta(), settings.steps, settings.optimizer == "adam"
+    fits = theta.numel() * theta.element_size() * (steps + 1 + adam * steps) <= memory
+    every = steps if fits else math.ceil(math.sqrt(steps))
     path = Path(
         settings,
         x,
         y,
         batches,
         every,
-        theta.new_empty(every + 1, theta.numel()),
-        theta.new_empty(every, theta.numel()) if adam else None,
-        None,
-        torch.empty(steps, dtype=torch.float64),
-        theta,
+        thetas=theta.new_empty(every + 1, theta.numel()),
+        scales=theta.new_empty(every, theta.numel()) if adam else None,
+        last=theta,
     )
-    stored = every == steps
-    recorder = None
-    if stored and not gradients.loose and whole + path.members * steps * gradients.floats_per_row() * width <= memory:
-        recorder = _Recorder(gradients, steps, batches is None)
-        path.records = recorder.store
     buffers = [torch.zeros_like(theta) for _ in range(settings.buffers)]
-    path.thetas[0] = theta
-    interruption = None
+    losses: list[Tensor] = []
+    seen = None
+    numbers = theta.numel() * (steps + 1) + path.members * steps * gradients.floats_per_row()
+    if fits and not gradients.loose and numbers * theta.element_size() <= memory:
+        seen, path.records = _Seen(), []
+    interruption, checked = None, 0
     try:
-        with progress("training", steps) as bar:
+        with gradients.tapped(seen.tap) if seen else nullcontext(), progress("training", steps) as bar:
             for step in range(steps):
                 here = step % every
                 if here == 0:
-                    path.checkpoints[step] = (path.thetas[0 if step == 0 else every].clone(), buffers)
-                    path.thetas[0] = path.checkpoints[step][0]
-                if recorder is not None:
-                    with recorder.at(step):
-                        result = advance(path, gradients, step, path.thetas[here], buffers, path.thetas[here + 1])
-                else:
-                    result = advance(path, gradients, step, path.thetas[here], buffers, path.thetas[here + 1])
-                buffers, scale, loss = result
-                if not bool(torch.isfinite(path.thetas[here + 1]).all()):
-                    raise FloatingPointError(
-                        f"training diverged at step {step + 1} of {steps}: parameters that are not finite, loss "
-                        f"{float(loss):g} before the step; use a smaller lr than {settings.lr:g}"
-                    )
-                if path.scales is not None and scale is not None:
-                    path.scales[here] = scale
-                path.losses[step] = loss
+                    path.checkpoints[step] = (path.last, buffers)
+                    path.thetas[0] = path.last
+                buffers, loss = advance(path, gradients, step, here, buffers, seen)
+                losses.append(loss)
                 path.steps = step + 1
-                bar.advance(1, None)
+                if here + 1 == every or path.steps % _CHECK == 0:
+                    path.last = path.thetas[here + 1].clone()
+                    _check_finite(path, checked, losses)
+                    checked = path.steps
+                bar.advance()
     except KeyboardInterrupt as stop:
         interruption = stop
-    here = path.steps - (path.steps - 1) // every * every if path.steps else 0
-    path.last = path.thetas[here].clone()
-    path.losses = path.losses[: path.steps]
+    if path.steps > checked:
+        path.last = path.thetas[(path.steps - 1) % every + 1].clone()
+        _check_finite(path, checked, losses)
+    if losses:
+        path.losses = torch.stack(losses[: path.steps]).double()
     return path, interruption
 
 
-class _Recorder:
-    """Writes what the training steps leave at the layers, so that it need not be computed again."""
+class _Seen:
+    """What a training step leaves at the layers anyway, so that it need not be computed again."""
 
-    def __init__(self, gradients: Gradients, steps: int, whole: bool) -> None:
-        self._gradients = gradients
-        self._fixed = [use.constant and whole for use in gradients.uses]
-        self.store: list[tuple[Tensor, Tensor]] = []
-        self._steps = steps
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self._versions: list[int] = []
 
-    def at(self, step: int) -> AbstractContextManager[None]:
-        """Record what the model does in this block as the given step."""
-        call = [0]
+    def tap(self, _number: int, a: Tensor, z: Tensor) -> None:
+        """Note the input and output of a layer."""
+        self.inputs.append(a.detach())
+        self.outputs.append(z)
+        self._versions += [a._version, z._version]
 
-        def tap(_number: int, a: Tensor, z: Tensor) -> None:
-            number = call[0]
-            call[0] += 1
-            if step == 0:
-                kept = 1 if self._fixed[number] else self._steps
-                self.store.append((a.new_empty(kept, *a.shape), z.new_zeros(self._steps, *z.shape)))
-            inputs, grads = self.store[number]
-            if step == 0 or not self._fixed[number]:
-                inputs[step if not self._fixed[number] else 0] = a.detach()
-            z.register_hook(lambda g: _write(grads[step], g))
-
-        return self._gradients.tapped(tap)
+    def keep(self, path: Path, grads: Sequence[Tensor | None]) -> None:
+        """Keep the step, unless a module changed an input or output in place."""
+        versions = [t._version for pair in zip(self.inputs, self.outputs, strict=True) for t in pair]
+        if versions != self._versions:
+            path.records = None
+        elif path.records is not None:
+            pairs = zip(grads, self.outputs, strict=True)
+            path.records.append((self.inputs, [torch.zeros_like(z) if g is None else g for g, z in pairs]))
+        self.inputs, self.outputs, self._versions = [], [], []
 
 
-def _write(place: Tensor, value: Tensor) -> None:
-    place.copy_(value)
+def _check_finite(path: Path, checked: int, losses: list[Tensor]) -> None:
+    """Raise FloatingPointError if one of the steps after the first ``checked`` ones left a parameter not finite."""
+    start = checked % path.every
+    made = path.thetas[start + 1 : start + 1 + path.steps - checked]
+    finite = torch.isfinite(made).all(1)
+    if not bool(finite.all()):
+        step = checked + int((~finite).nonzero()[0])
+        raise FloatingPointError(
+            f"training diverged at step {step + 1} of {path.settings.steps}: its parameters are not finite (loss "
+            f"{float(losses[step]):g} before it); use a smaller lr than {path.settings.lr:g}"
+        )
