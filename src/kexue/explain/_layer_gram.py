@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kexue.explain._layers import Layer, Side, inner, layer_of
 
@@ -180,8 +181,7 @@ class Gradients:
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """(R, C): the model's outputs at ``theta`` (P,)."""
         self.move(theta)
-        made = [self.model(rows).reshape(len(rows), -1) for rows in x.split(1024)]
-        return torch.cat(made) if made else theta.new_zeros(0, self.width)
+        return torch.cat([self.model(rows).reshape(len(rows), self.width) for rows in x.split(1024)])
 
     # --- which layers -----------------------------------------------------------------------------------------------
 
@@ -320,7 +320,8 @@ class Gradients:
         values = dict(zip(self.names, self.split(thetas), strict=True))
         with torch.enable_grad():
             if self._batched:
-                out, seen = vmap(run, (0, 0, 0 if each else None))(values, zeros, x)
+                with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no rule for vmap
+                    out, seen = vmap(run, (0, 0, 0 if each else None))(values, zeros, x)
             else:
                 made = [
                     run({n: v[j] for n, v in values.items()}, [z[j] for z in zeros], x[j] if each else x)
@@ -428,7 +429,8 @@ class Gradients:
 
         if self._batched_loose:
             every = vmap(vmap(grad(one), (None, None, 0, 0)), (0, 0, 0, 0))
-            found = [every(loose, rest, x, weight) for weight in upstream]
+            with sdpa_kernel(SDPBackend.MATH):
+                found = [every(loose, rest, x, weight) for weight in upstream]
             return [torch.stack([f[name].flatten(2) for f in found], 1) for name in self.loose]
         made = thetas.new_zeros(len(thetas), len(upstream), x.shape[1], sum(v[0].numel() for v in loose.values()))
         for j in range(len(thetas)):

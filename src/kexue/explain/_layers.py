@@ -94,7 +94,7 @@ class Layer:
         raise NotImplementedError
 
     def cross(self, a: Tensor, b: Tensor) -> Tensor:
-        """(k, P, i), (k, Q, i) -> (k, P, Q): inner products of inputs, with the bias."""
+        """(P, i), (Q, i) -> (P, Q): inner products of inputs."""
         raise NotImplementedError
 
     def gradients(self, side: Side) -> list[Tensor]:
@@ -138,8 +138,7 @@ class Dense(Layer):
         return made.transpose(1, 2).reshape(k, c * r, -1)
 
     def cross(self, a: Tensor, b: Tensor) -> Tensor:
-        out = a @ b.mT
-        return out.add_(1) if self.bias else out
+        return a @ b.mT
 
 
 class Convolution(Dense):
@@ -203,9 +202,9 @@ class Table(Layer):
         return made.view(k, c * r, -1)
 
     def cross(self, a: Tensor, b: Tensor) -> Tensor:
-        same = a[:, :, None] == b[:, None]
+        same = a[:, None] == b
         if self.module.padding_idx is not None:
-            same &= (a != self.module.padding_idx)[:, :, None]
+            same &= (a != self.module.padding_idx)[:, None]
         return same.to(self.module.weight.dtype)  # type: ignore[arg-type, union-attr]
 
 
@@ -276,21 +275,29 @@ def inner(layer: Layer | None, test: Side, train: Side, total: bool) -> Tensor:
     fixed = total and test.constant and train.constant
     if not layer.weight or not layer.has_gram or _matrix_is_cheaper(layer, test, train, fixed):
         return _pairs(layer.gradients(test), layer.gradients(train), total)
-    last = 1 if fixed else k  # with constant inputs one matrix of their products serves all steps
     d, e = test.d.reshape(k, -1, o), train.d.reshape(k, -1, o)  # type: ignore[union-attr]
-    cross = layer.cross(
-        test.a[:last].reshape(last, q * m * t, *test.a.shape[4:]),  # type: ignore[index, union-attr]
-        train.a[:last].reshape(last, n * u, *train.a.shape[4:]),
-    )
-    products = torch.addbmm(d.new_zeros(()), d, e.mT) if fixed else d @ e.mT
-    products = products.view(last, q, c, m, t, c2, n, u)
-    products.mul_(cross.view(last, q, 1, m, t, 1, n, u))
-    summed = [dim for dim, size in ((1, q), (4, t), (7, u)) if size > 1]
-    if total and last > 1:
-        summed.insert(0, 0)
-    if summed:
-        products = products.sum(summed, keepdim=True)
-    return products.reshape(c * m, c2 * n) if total else products.reshape(k, c * m, c2 * n)
+    a = test.a.reshape(k, q * m * t, *test.a.shape[4:])  # type: ignore[union-attr]
+    b = train.a.reshape(k, n * u, *train.a.shape[4:])
+
+    def product(step: int, of_gradients: Tensor) -> Tensor:  # one step at a time: it stays in the cache
+        of_gradients = of_gradients.view(q, c, m, t, c2, n, u)
+        of_inputs = layer.cross(a[step], b[step]).view(q, 1, m, t, 1, n, u)
+        if layer.bias:  # (x + 1) y without a pass of its own
+            of_gradients.addcmul_(of_gradients, of_inputs)
+        else:
+            of_gradients.mul_(of_inputs)
+        summed = [dim for dim, size in ((0, q), (3, t), (6, u)) if size > 1]
+        return (of_gradients.sum(summed) if summed else of_gradients).reshape(c * m, c2 * n)
+
+    if fixed:  # one matrix of products of inputs serves all steps
+        return product(0, torch.addbmm(d.new_zeros(()), d, e.mT))
+    steps = (product(step, d[step] @ e[step].mT) for step in range(k))
+    if not total:
+        return torch.stack(list(steps))
+    out = next(steps)
+    for more in steps:
+        out += more
+    return out
 
 
 def _matrix_is_cheaper(layer: Layer, test: Side, train: Side, fixed: bool) -> bool:

@@ -146,10 +146,14 @@ def advance(
     if seen is not None:
         found, grads = found[: len(gradients.parameters)], found[len(gradients.parameters) :]
         seen.keep(path, grads)
-    pairs = zip(found, gradients.parameters, strict=True)
-    gradient = torch.cat([p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in pairs])
-    if settings.weight_decay:
-        gradient.add_(theta, alpha=settings.weight_decay)
+    flat = [p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, gradients.parameters, strict=True)]
+    if settings.weight_decay:  # parameters that are not used do not decay, as in torch.optim
+        values = theta.split(gradients.sizes)
+        flat = [
+            f if g is None else f.add(v, alpha=settings.weight_decay)
+            for f, g, v in zip(flat, found, values, strict=True)
+        ]
+    gradient = torch.cat(flat)
     if settings.optimizer == "adam":
         (b1, b2), (m, v) = settings.betas, buffers
         m = m * b1 + gradient * (1 - b1)
