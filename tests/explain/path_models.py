@@ -1,5 +1,7 @@
 """Small models with every kind of layer, for the tests of the path kernel: name -> (model, inputs of N rows)."""
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -157,7 +159,7 @@ def seq(*layers):
 
 def mlp(*widths):
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -191,7 +193,9 @@ MODELS = {
     ),
     "batch norm, frozen": (batch_norm, VECTOR),
     "time": (lambda: seq(nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 1)), SEQUENCE),
-    "time, wide": (lambda: seq(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 30), nn.Flatten(), nn.Linear(150, 1)), SEQUENCE),
+    "time, wide": (
+        lambda: seq(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 30), nn.Flatten(), nn.Linear(150, 1)), SEQUENCE
+    ),
     "time first": (TimeFirst, SEQUENCE),
     "folded": (Folded, SEQUENCE),
     "conv1d": (

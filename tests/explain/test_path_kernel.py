@@ -73,7 +73,11 @@ def test_which_form_is_used_for_which_model():
     assert forms["in place"] == (3, [], True, True)
     assert forms["folded"] == (2, [], True, True)
     assert forms["time first"][1] == ["layer.bias", "layer.weight"]
-    assert forms["direct"][1] == ["gain", "layer.weight"] or forms["direct"][1] == ["gain", "layer.bias", "layer.weight"]
+    assert forms["direct"][1] == ["gain", "layer.weight"] or forms["direct"][1] == [
+        "gain",
+        "layer.bias",
+        "layer.weight",
+    ]
     assert forms["branching"][1:] == (["gain"], False, False)
     assert all(name.startswith("rnn") for name in forms["recurrent"][1])
     assert len(forms["recurrent"][1]) == 4
@@ -85,9 +89,7 @@ def test_which_form_is_used_for_which_model():
 def test_vector_outputs(rule, loss, batch_size):
     torch.manual_seed(0)
     model, x = mlp(4, 6, 3).double(), normal(8, 4)
-    pk = check(
-        model, x, normal(3, 4, seed=1), targets(x, loss, 3), rule, loss, lr=0.2, batch_size=batch_size, steps=5
-    )
+    pk = check(model, x, normal(3, 4, seed=1), targets(x, loss, 3), rule, loss, lr=0.2, batch_size=batch_size, steps=5)
     assert pk.contributions(x).shape == (8, 8, 3)
 
 

@@ -20,7 +20,9 @@ def loss_of(name, out, y):
 
 
 def flat(tensors, like):
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(tensors, like)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(tensors, like, strict=True)]
+    )
 
 
 def gradients(model, x, reduce):
@@ -64,7 +66,10 @@ def path_kernel(
     for rows in batches:
         before = flat(parameters, parameters).detach().clone()
         new, new_outputs = torch.zeros_like(buffer), torch.zeros_like(outputs)
-        new[rows] = gradients(model, x[rows], lambda out, i: loss_of(loss, out, y[rows][i : i + 1]))[:, 0] / len(rows)
+        own_y = y[rows]
+        new[rows] = gradients(model, x[rows], lambda out, i, t=own_y: loss_of(loss, out, t[i : i + 1]))[:, 0] / len(
+            rows
+        )
         new_outputs[rows] = gradients(model, x[rows], lambda out, i: out[0]) / len(rows)
         buffer = fade * buffer + own * new
         outputs = fade * outputs + own * new_outputs
@@ -82,7 +87,7 @@ def path_kernel(
             rate = lr / (1 - betas[0] ** step) / (v.sqrt() + eps)
         torch.testing.assert_close(after - before, -rate * (buffer.sum(0) + decayed), rtol=1e-6, atol=1e-12)
         mean = 0
-        for u, w in zip(points, weights):
+        for u, w in zip(points, weights, strict=True):
             set_parameters(parameters, (1 - u) * before + u * after)
             mean = mean + w * gradients(model, x_test, lambda out, i: out[0])
         set_parameters(parameters, after)

@@ -1,7 +1,7 @@
 """The pass over a stored path that gives the contributions of all training examples to all test points.
 
-With step s of the path, g_ri the gradient of example i at step r, and G_s(t) the test point's gradient averaged over the
-chord of step s, the step changes the output by <G_s(t), theta_(s+1) - theta_s>. For plain gradient descent that is
+With g_ri the gradient of example i at step r, and G_s(t) the test point's gradient averaged over the chord of step s,
+the step changes the output by <G_s(t), theta_(s+1) - theta_s>. For plain gradient descent that is
 -lr sum_i <G_s(t), g_si>: the layered Gram. A buffer (momentum, Adam's first moment) holds sum_(r<=s) mu^(s-r) g_ri, and
 its step is scaled by P_s (1, or Adam's preconditioner), so that the order of summation can be exchanged:
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kexue._progress import progress
-from kexue.explain._layer_gram import Gradients
+from kexue.explain._layer_gram import Gradients, Sides
 from kexue.explain._path import Path, loss_and_gradient
 
 __all__ = ["RULES", "contributions"]
@@ -118,7 +118,7 @@ class _Block:
         self.shares *= factor
         self.decay *= -settings.rate * settings.weight_decay
 
-    def _test(self, thetas: Tensor) -> list:
+    def _test(self, thetas: Tensor) -> Sides:
         """Sides of the test points on the chords between the given points."""
         q, width = len(self.points), self.gradients.width
         u = thetas.new_tensor(self.points)[:, None]
@@ -139,7 +139,7 @@ class _Block:
             self._repeated = self.x[None].expand(count, *self.x.shape).flatten(0, 1)
         return self._repeated
 
-    def _train(self, step: int, thetas: Tensor) -> list:
+    def _train(self, step: int, thetas: Tensor) -> Sides:
         """Sides of the training examples at the given points."""
         path, gradients = self.path, self.gradients
         count = len(thetas)
@@ -152,7 +152,7 @@ class _Block:
                 for number, use in enumerate(gradients.uses)
             ]
             grads = [torch.stack([d[number] for _, d in taken])[:, None] for number in range(len(gradients.uses))]
-            return gradients.sides_of(inputs, grads, path.members, each=path.batches is not None)
+            return Sides(gradients.sides_of(inputs, grads, path.members, each=path.batches is not None), [])
         each = path.batches is not None
         rows = None if path.batches is None else path.batches[step : step + count]
         x, y = (path.x, path.y) if rows is None else (path.x[rows], path.y[rows])
@@ -168,7 +168,13 @@ class _Block:
         return gradients.sides(thetas, x, upstream, each=each)[1]
 
     def _backwards(
-        self, step: int, parts: list[Tensor], train: list, thetas: Tensor, scales: Tensor | None, held: list | None
+        self,
+        step: int,
+        parts: list[Tensor],
+        train: Sides,
+        thetas: Tensor,
+        scales: Tensor | None,
+        held: list[Tensor] | None,
     ) -> list[Tensor]:
         """Carry the test points' vectors H back over some steps."""
         gradients, settings = self.gradients, self.path.settings

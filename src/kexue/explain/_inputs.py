@@ -33,7 +33,9 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         label = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(f"{label} couples the examples of a batch; call model.eval(), or use another normalisation")
+            raise ValueError(
+                f"{label} couples the examples of a batch; call model.eval(), or use another normalisation"
+            )
         if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
             raise ValueError(f"{label} changes its statistics in training; call model.eval()")
         random = _random(module)

@@ -1,9 +1,11 @@
 """Per-example gradients of a model at many points of its training path at once, as layers' inputs and output gradients.
 
-:class:`Gradients` runs a model for K parameter vectors in one call (``torch.vmap`` over the parameters), takes the input
-of every layer with a layer form by a hook, and the gradient of its output by adding a zero tensor to it. Parameters that
-have no layer form (used directly, or of other modules) get per-example gradients by ``vmap(grad)``; so do layers whose
-gradients turn out not to be what autograd says, which is checked once. What vmap cannot run is run point by point.
+:class:`Gradients` runs a model for K parameter vectors in one call. If all trained parameters have a layer form, the
+points are so many more rows of one batch (``_stacked.py``). Otherwise it is ``torch.vmap`` over the parameters: the
+input of a layer comes from a hook, the gradient of its output from a tensor of zeros that is added to it. Parameters
+without a layer form (used directly, tied, or of other modules) get per-example gradients by ``vmap(grad)``, and so do
+layers whose gradients turn out not to be those of autograd, which is checked once. What vmap cannot run is run point by
+point.
 
 Letters: K points on the path = k steps times q points of the quadrature, R rows (examples), C outputs.
 """
@@ -11,7 +13,7 @@ Letters: K points on the path = k steps times q points of the quadrature, R rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kexue.explain._layers import Layer, Side, inner, layer_of
+from kexue.explain._layers import Layer, Side, inner, layer_of, pairs
+from kexue.explain._stacked import replaced
 
-__all__ = ["Gradients", "Use"]
+__all__ = ["Gradients", "Sides", "Use"]
 
 Tap = Callable[[int, Tensor, Tensor], Tensor | None]
 Upstream = Callable[[Tensor], Tensor]
@@ -49,61 +52,12 @@ class Use:
     constant: bool = False
 
 
-class _Attach(torch.autograd.Function):
-    """A tensor as it is; its gradient is kept on the way back."""
+@dataclass
+class Sides:
+    """What some rows left at all layers, and their gradients (k, C R, p) for the loose parameters."""
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, one: Tensor, grads: list[Tensor | None], number: int) -> Tensor:
-        ctx.grads, ctx.number = grads, number
-        ctx.mark_dirty(z)  # no copy, and no view, which a module could not change in place
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        ctx.grads[ctx.number] = grad
-        return grad if ctx.needs_input_grad[0] else None, None, None, None
-
-
-@contextmanager
-def _replaced(
-    layers: Iterable[Layer],
-    values: dict[str, Tensor],
-    count: int,
-    one: Tensor,
-    inputs: list[Tensor],
-    grads: list[Tensor | None],
-) -> Iterator[None]:
-    """Let the layers compute with the parameters of ``count`` points, and note their inputs and output gradients."""
-
-    def forward_of(layer: Layer) -> Callable[[Tensor], Tensor]:
-        names = iter(layer.names)
-        own = [
-            values[next(names)]
-            if trained
-            else None
-            if (p := layer.module._parameters[key]) is None
-            else p.expand(count, *p.shape)
-            for key, trained in (("weight", layer.weight), ("bias", layer.bias))
-            if key in layer.module._parameters or trained
-        ]
-        weight, bias = (*own, None) if len(own) == 1 else own
-
-        def forward(input: Tensor) -> Tensor:
-            inputs.append(input.detach())
-            grads.append(None)
-            z = _Attach.apply(layer.stacked(input, weight, bias), one, grads, len(inputs) - 1)
-            return layer.unstacked(z, input)
-
-        return forward
-
-    layers = list(layers)
-    for layer in layers:
-        layer.module.forward = forward_of(layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.module.forward
+    layers: list[Side]
+    loose: list[Tensor]
 
 
 class Gradients:
@@ -140,6 +94,7 @@ class Gradients:
         self._check_output(out)
         self.squeezed = out.dim() == 1 or out.shape[1] == 1
         self.width = 1 if out.dim() == 1 else int(out.shape[1])
+        self.uses: list[Use] = []
         self._find_layers()
         self._find_uses(rows)
         self._drop_wrong_layers(rows)
@@ -170,7 +125,7 @@ class Gradients:
     def split(self, theta: Tensor) -> list[Tensor]:
         """(..., P) -> views (..., *shape), one per parameter."""
         lead = theta.shape[:-1]
-        return [v.view(*lead, *s) for v, s in zip(theta.split(self.sizes, -1), self.shapes, strict=True)]
+        return [v.view(lead + s) for v, s in zip(theta.split(self.sizes, -1), self.shapes, strict=True)]
 
     def move(self, theta: Tensor) -> None:
         """Set the parameters of the model to views of ``theta`` (P,)."""
@@ -227,15 +182,15 @@ class Gradients:
 
     def _find_uses(self, rows: Tensor) -> None:
         wrong: set[int] = set()
-        self.uses: list[Use] = []
 
-        def look(number: int, a: Tensor, z: Tensor) -> None:
+        def look(number: int, a: Tensor, z: Tensor) -> Tensor | None:
             if self.layers[number].accepts(a, z) and z.shape[0] % len(rows) == 0:
                 self.uses.append(Use(number, z.shape[0] // len(rows), tuple(a.shape[1:]), tuple(z.shape[1:])))
             else:
                 wrong.add(number)
+            return None
 
-        with torch.no_grad(), self.tapped(look):  # type: ignore[arg-type]
+        with torch.no_grad(), self.tapped(look):
             self.model(rows)
         self._drop(wrong | (set(self.layers) - {use.layer for use in self.uses}))
 
@@ -254,7 +209,7 @@ class Gradients:
                 exact = torch.autograd.grad(out, self.parameters, upstream, allow_unused=True)
             truth = dict(zip(self.names, exact, strict=True))
             _, sides = self.sides(theta[None], rows, lambda _out, u=upstream: u[None, None])  # type: ignore[misc]
-            for side, (number, layer) in zip(sides, self.layers.items(), strict=True):
+            for side, (number, layer) in zip(sides.layers, self.layers.items(), strict=True):
                 for name, part in zip(layer.names, layer.gradients(side), strict=True):
                     expected, own = torch.zeros_like(part[0]), truth[name]
                     if own is not None:
@@ -339,7 +294,7 @@ class Gradients:
         q: int = 1,
         each: bool = False,
         repeated: Tensor | None = None,
-    ) -> tuple[Tensor, list[Side]]:
+    ) -> tuple[Tensor, Sides]:
         """Run the model and keep what inner products of gradients need.
 
         Args:
@@ -351,7 +306,7 @@ class Gradients:
             repeated: (K R, ...) the inputs of all points, if they are at hand.
 
         Returns:
-            Outputs (K, R, C), and for each layer, then for the loose parameters, the :class:`Side`.
+            Outputs (K, R, C), and what the rows left.
         """
         if self._stacked:
             return self._stacked_sides(thetas, x, upstream, q, each, repeated)
@@ -364,16 +319,16 @@ class Gradients:
                 grads = torch.autograd.grad(out, zeros, weight, retain_graph=more, allow_unused=True)
                 taken.append([torch.zeros_like(z) if g is None else g for g, z in zip(grads, zeros, strict=True)])
         stacked = [g[0][:, None] if len(g) == 1 else torch.stack(g, 1) for g in zip(*taken, strict=True)]
-        sides = self.sides_of(inputs, stacked, out.shape[1], q, each)
+        sides = Sides(self.sides_of(inputs, stacked, out.shape[1], q, each), [])
         if self.loose:
-            parts = self._loose_gradients(thetas, x if each else x[None].expand(len(thetas), *x.shape), weights)
-            k = len(thetas) // q
-            sides.append(Side(None, None, parts=[p.unflatten(0, (k, q)).sum(1).flatten(1, 2) for p in parts]))
+            rows = x if each else x[None].expand(len(thetas), *x.shape)
+            for part in self._loose_gradients(thetas, rows, weights):
+                sides.loose.append(part.unflatten(0, (-1, q)).sum(1).flatten(1, 2))
         return out.detach(), sides
 
     def _stacked_sides(
         self, thetas: Tensor, x: Tensor, upstream: Upstream, q: int, each: bool, repeated: Tensor | None
-    ) -> tuple[Tensor, list[Side]]:
+    ) -> tuple[Tensor, Sides]:
         """The same for a model of layers only: the points are so many more rows of one batch."""
         count, rows = len(thetas), x.shape[1] if each else len(x)
         values = dict(zip(self.names, self.split(thetas), strict=True))
@@ -382,7 +337,7 @@ class Gradients:
         grads: list[Tensor | None] = []
         if repeated is None:
             repeated = (x if each else x[None].expand(count, *x.shape)).flatten(0, 1)
-        with torch.enable_grad(), _replaced(self.layers.values(), values, count, one, inputs, grads):
+        with torch.enable_grad(), replaced(self.layers.values(), values, count, one, inputs, grads):
             out = self.model(repeated).reshape(count, rows, -1)
         weights = upstream(out.detach())
         taken: list[list[Tensor]] = []
@@ -394,7 +349,7 @@ class Gradients:
             taken.append([thetas.new_zeros(shape) if g is None else g.reshape(shape) for g, shape in pairs])
         stacked = [g[0][:, None] if len(g) == 1 else torch.stack(g, 1) for g in zip(*taken, strict=True)]
         inputs = [a.unflatten(0, (count, -1)) for a in inputs]
-        return out.detach(), self.sides_of(inputs, stacked, rows, q, each)
+        return out.detach(), Sides(self.sides_of(inputs, stacked, rows, q, each), [])
 
     def sides_of(
         self, inputs: list[Tensor], grads: list[Tensor], rows: int, q: int = 1, each: bool = False
@@ -450,20 +405,23 @@ class Gradients:
                         made[j, u, r] = torch.cat(flat)
         return list(made.split([v[0].numel() for v in loose.values()], -1))
 
-    def inner(self, test: list[Side], train: list[Side], total: bool) -> Tensor:
+    def inner(self, test: Sides, train: Sides, total: bool) -> Tensor:
         """Inner products of all gradients: (C M, U N) summed over the steps, or (k, C M, U N)."""
-        forms: list[Layer | None] = [*self.layers.values(), *([None] if self.loose else [])]
-        out = inner(forms[0], test[0], train[0], total)
-        for layer, a, b in zip(forms[1:], test[1:], train[1:], strict=True):
-            out = out + inner(layer, a, b, total)
+        triples = zip(self.layers.values(), test.layers, train.layers, strict=True)
+        found = [inner(layer, a, b, total) for layer, a, b in triples]
+        if self.loose:
+            found.append(pairs(test.loose, train.loose, total))
+        out = found[0]
+        for more in found[1:]:
+            out += more
         return out
 
-    def gradients(self, sides: list[Side]) -> list[Tensor]:
+    def gradients(self, sides: Sides) -> list[Tensor]:
         """(k, U R, p) for each part, in the order of ``slices``."""
         made: list[Tensor] = []
-        for layer, side in zip(self.layers.values(), sides, strict=False):
+        for layer, side in zip(self.layers.values(), sides.layers, strict=True):
             made += layer.gradients(side)
-        return made + (sides[-1].parts or [] if self.loose else [])
+        return made + sides.loose
 
     def layer_sizes(self) -> list[tuple[int, int, int, int]]:
         """Of each use: numbers of a row's input and output, positions, and numbers of a row's gradient matrix."""

@@ -13,6 +13,7 @@ Letters: k steps of the path, q points of the quadrature on one step, R rows (ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +26,33 @@ class Side:
     """What the test points, or the training examples, left at one layer.
 
     Attributes:
-        a: Inputs (k, q, R, T, i); of an embedding the ids (k, q, R, T); None where ``parts`` are given.
+        a: Inputs (k, q, R, T, i); of an embedding the ids (k, q, R, T).
         d: Output gradients (k, q, C, R, T, o), weighted by the quadrature.
         constant: The inputs do not depend on the parameters: they are the same for all k and q.
-        parts: The gradients themselves, for parameters without a layer form.
     """
 
-    a: Tensor | None
-    d: Tensor | None
+    a: Tensor
+    d: Tensor
     constant: bool = False
-    parts: list[Tensor] | None = None
 
     @property
     def rows(self) -> int:
         """Number of gradients per step: C R."""
-        if self.parts is not None:
-            return self.parts[0].shape[1]
-        return self.d.shape[2] * self.d.shape[3]  # type: ignore[union-attr]
+        return self.d.shape[2] * self.d.shape[3]
 
     def averaged(self) -> Side:
         """With constant inputs the quadrature is a sum of output gradients alone."""
-        if not self.constant or self.a is None or self.d is None or self.a.shape[1] == 1:
+        if not self.constant or self.a.shape[1] == 1:
             return self
         return Side(self.a[:, :1], self.d.sum(1, keepdim=True), True)
 
 
 class Layer:
-    """A module whose parameters have a layer form; ``names`` are its trainable parameters, in the order of the parts."""
+    """A module whose parameters have a layer form; ``names`` are those that are trained, in the order of the parts."""
 
     has_gram = False
 
-    def __init__(self, module: nn.Module, names: dict[str, str]) -> None:
+    def __init__(self, module: Any, names: dict[str, str]) -> None:
         self.module = module
         self.weight, self.bias = "weight" in names, "bias" in names
         self.names = [names[key] for key in ("weight", "bias") if key in names]
@@ -76,12 +73,12 @@ class Layer:
         """o, from the shape of an output behind the rows."""
         return max(1, z[-1])
 
-    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """What the module computes, with other parameters."""
         raise NotImplementedError
 
-    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same for K parameters (K, ...) at once: a (K R t, ...), rows of the first point first -> (K, R t, ...)."""
+    def stacked(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """The same for K parameters (K, ...) at once: a (K R t, ...), the first point's rows first -> (K, R t, ...)."""
         split = a.unflatten(0, (len(weight), -1))
         return vmap(self.plain, (0, 0, None if bias is None else 0))(split, weight, bias)
 
@@ -101,8 +98,8 @@ class Layer:
         """(k, C R, p) for each parameter."""
         parts = [self.weight_gradients(side)] if self.weight else []
         if self.bias:
-            k = side.d.shape[0]  # type: ignore[union-attr]
-            parts.append(side.d.sum((1, 4)).reshape(k, side.rows, -1))  # type: ignore[union-attr]
+            k = side.d.shape[0]
+            parts.append(side.d.sum((1, 4)).reshape(k, side.rows, -1))
         return parts
 
 
@@ -117,10 +114,10 @@ class Dense(Layer):
     def outputs(self, d: Tensor) -> Tensor:
         return d.reshape(*d.shape[:2], -1, d.shape[-1])
 
-    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         return F.linear(a, weight, bias)
 
-    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def stacked(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         flat = a.reshape(len(weight), -1, a.shape[-1])
         return flat @ weight.mT if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
 
@@ -129,11 +126,11 @@ class Dense(Layer):
 
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
-        k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
+        k, q, c, r, t, o = d.shape
         if c * o == 1 and t == 1:  # one output: the products themselves
-            return (a * d[:, :, 0]).sum(1)[:, :, 0]  # type: ignore[index, operator]
-        left = d.permute(0, 3, 2, 5, 1, 4).reshape(k * r, c * o, q * t)  # type: ignore[union-attr]
-        right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, -1)  # type: ignore[union-attr]
+            return (a * d[:, :, 0]).sum(1)[:, :, 0]
+        left = d.permute(0, 3, 2, 5, 1, 4).reshape(k * r, c * o, q * t)
+        right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, -1)
         made = (left @ right).view(k, r, c, -1)
         return made.transpose(1, 2).reshape(k, c * r, -1)
 
@@ -145,12 +142,12 @@ class Convolution(Dense):
     """``nn.Conv1d`` and ``nn.Conv2d`` of one group: a Linear on patches, one position per patch."""
 
     def accepts(self, a: Tensor, z: Tensor) -> bool:
-        return super().accepts(a, z) and a.dim() == len(self.module.kernel_size) + 2  # type: ignore[arg-type]
+        return super().accepts(a, z) and a.dim() == len(self.module.kernel_size) + 2
 
-    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.module._conv_forward(a, weight, bias)  # type: ignore[operator, union-attr]
+    def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        return self.module._conv_forward(a, weight, bias)
 
-    def stacked(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def stacked(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         return Layer.stacked(self, a, weight, bias)
 
     def unstacked(self, z: Tensor, a: Tensor) -> Tensor:
@@ -160,12 +157,12 @@ class Convolution(Dense):
         conv = self.module
         flat = a.reshape(-1, *a.shape[3:])
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        flat = F.pad(flat, conv._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
+        flat = F.pad(flat, conv._reversed_padding_repeated_twice, mode=mode)
         kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         if flat.dim() == 3:
             flat, one = flat[:, :, None], (1,)
-            kernel, stride, dilation = one + kernel, one + stride, one + dilation  # type: ignore[operator]
-        patches = F.unfold(flat, kernel, dilation, 0, stride).mT  # type: ignore[arg-type]
+            kernel, stride, dilation = one + kernel, one + stride, one + dilation
+        patches = F.unfold(flat, kernel, dilation, 0, stride).mT
         return patches.reshape(*a.shape[:2], -1, patches.shape[-1])
 
     def outputs(self, d: Tensor) -> Tensor:
@@ -186,16 +183,16 @@ class Table(Layer):
     def outputs(self, d: Tensor) -> Tensor:
         return d.reshape(*d.shape[:2], -1, d.shape[-1])
 
-    def plain(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.embedding(a, weight, self.module.padding_idx)  # type: ignore[arg-type]
+    def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        return F.embedding(a, weight, self.module.padding_idx)
 
     def weight_gradients(self, side: Side) -> Tensor:
         ids, d = side.a, side.d
-        k, q, c, r, t, o = d.shape  # type: ignore[union-attr]
+        k, q, c, r, t, o = d.shape
         table = self.module
-        made = d.new_zeros(k * c * r, table.num_embeddings, o)  # type: ignore[union-attr]
-        place = ids[:, :, None].expand(k, q, c, r, t).permute(0, 2, 3, 1, 4).reshape(k * c * r, q * t, 1)  # type: ignore[index]
-        rows = d.permute(0, 2, 3, 1, 4, 5).reshape(k * c * r, q * t, o)  # type: ignore[union-attr]
+        made = d.new_zeros(k * c * r, table.num_embeddings, o)
+        place = ids[:, :, None].expand(k, q, c, r, t).permute(0, 2, 3, 1, 4).reshape(k * c * r, q * t, 1)
+        rows = d.permute(0, 2, 3, 1, 4, 5).reshape(k * c * r, q * t, o)
         made.scatter_add_(1, place.long().expand(-1, -1, o), rows)
         if table.padding_idx is not None:
             made[:, table.padding_idx] = 0
@@ -205,17 +202,17 @@ class Table(Layer):
         same = a[:, None] == b
         if self.module.padding_idx is not None:
             same &= (a != self.module.padding_idx)[:, None]
-        return same.to(self.module.weight.dtype)  # type: ignore[arg-type, union-attr]
+        return same.to(self.module.weight.dtype)
 
 
 class Scale(Layer):
     """``nn.LayerNorm`` and ``nn.GroupNorm``: normalised inputs times a weight, plus a bias."""
 
-    def plain(self, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         norm = self.module
         if isinstance(norm, nn.GroupNorm):
             return F.group_norm(a, norm.num_groups, weight, bias, norm.eps)
-        return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps)  # type: ignore[arg-type]
+        return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps)
 
     def inputs(self, a: Tensor) -> Tensor:
         return self.outputs(self.plain(a.reshape(-1, *a.shape[3:]), None, None).view(a.shape))
@@ -224,14 +221,14 @@ class Scale(Layer):
         if isinstance(self.module, nn.GroupNorm):
             return d.unsqueeze(-1).flatten(4).mT.flatten(2, 3)
         width = 1
-        for size in self.module.normalized_shape:  # type: ignore[union-attr]
+        for size in self.module.normalized_shape:
             width *= size
         return d.reshape(*d.shape[:2], -1, width)
 
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
         made = torch.einsum("kqrti,kqcrti->kcri", a, d)
-        return made.reshape(d.shape[0], side.rows, -1)  # type: ignore[union-attr]
+        return made.reshape(d.shape[0], side.rows, -1)
 
 
 def layer_of(module: nn.Module, names: dict[str, str]) -> Layer | None:
@@ -255,11 +252,11 @@ def layer_of(module: nn.Module, names: dict[str, str]) -> Layer | None:
     return None
 
 
-def inner(layer: Layer | None, test: Side, train: Side, total: bool) -> Tensor:
+def inner(layer: Layer, test: Side, train: Side, total: bool) -> Tensor:
     """Inner products of the gradients of all test points with those of all training examples at one layer.
 
     Args:
-        layer: The layer; None where the sides hold gradients.
+        layer: The layer.
         test: Of k steps and q points.
         train: Of the same k steps, q = 1.
         total: Sum over the steps (the training examples are the same in each).
@@ -267,16 +264,14 @@ def inner(layer: Layer | None, test: Side, train: Side, total: bool) -> Tensor:
     Returns:
         (C M, C' N) if total, else (k, C M, C' N).
     """
-    if layer is None or test.a is None or train.a is None or test.d is None or train.d is None:
-        return _pairs(test.parts or [], train.parts or [], total)
     test = test.averaged()
-    k, q, c, m, t, o = test.d.shape  # type: ignore[union-attr]
+    k, q, c, m, t, o = test.d.shape
     c2, n, u = train.d.shape[2:5]
     fixed = total and test.constant and train.constant
     if not layer.weight or not layer.has_gram or _matrix_is_cheaper(layer, test, train, fixed):
-        return _pairs(layer.gradients(test), layer.gradients(train), total)
-    d, e = test.d.reshape(k, -1, o), train.d.reshape(k, -1, o)  # type: ignore[union-attr]
-    a = test.a.reshape(k, q * m * t, *test.a.shape[4:])  # type: ignore[union-attr]
+        return pairs(layer.gradients(test), layer.gradients(train), total)
+    d, e = test.d.reshape(k, -1, o), train.d.reshape(k, -1, o)
+    a = test.a.reshape(k, q * m * t, *test.a.shape[4:])
     b = train.a.reshape(k, n * u, *train.a.shape[4:])
 
     def product(step: int, of_gradients: Tensor) -> Tensor:  # one step at a time: it stays in the cache
@@ -302,18 +297,18 @@ def inner(layer: Layer | None, test: Side, train: Side, total: bool) -> Tensor:
 
 def _matrix_is_cheaper(layer: Layer, test: Side, train: Side, fixed: bool) -> bool:
     """Whether gradients as matrices need fewer operations than the layered Gram."""
-    _, q, c, m, t, o = test.d.shape  # type: ignore[union-attr]
-    c2, n, u = train.d.shape[2:5]  # type: ignore[union-attr]
-    size = layer.module.weight[0].numel() if isinstance(layer, Dense) else layer.module.num_embeddings  # type: ignore
+    _, q, c, m, t, o = test.d.shape
+    c2, n, u = train.d.shape[2:5]
+    size = layer.module.weight.shape[0] if isinstance(layer, Table) else layer.module.weight[0].numel()
     matrix = c * m * c2 * n * size * o + (c * m * q * t + c2 * n * u) * size * o
     positions = q * t * u
     gram = positions * c * m * c2 * n * o
     if not fixed:  # products of inputs, and about ten operations' time to read and write each product
         gram += positions * (m * n * size + 10 * c * m * c2 * n)
-    return matrix < gram
+    return bool(matrix < gram)
 
 
-def _pairs(left: list[Tensor], right: list[Tensor], total: bool) -> Tensor:
+def pairs(left: list[Tensor], right: list[Tensor], total: bool) -> Tensor:
     """Sum over the parameters of (k, P, p) (k, Q, p)^T."""
     out: Tensor | None = None
     for x, y in zip(left, right, strict=True):

@@ -146,7 +146,9 @@ def advance(
     if seen is not None:
         found, grads = found[: len(gradients.parameters)], found[len(gradients.parameters) :]
         seen.keep(path, grads)
-    flat = [p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, gradients.parameters, strict=True)]
+    flat = [
+        p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, gradients.parameters, strict=True)
+    ]
     if settings.weight_decay:  # parameters that are not used do not decay, as in torch.optim
         values = theta.split(gradients.sizes)
         flat = [

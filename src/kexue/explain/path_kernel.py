@@ -1,14 +1,14 @@
 """Path kernel (SGD 路径核): which training examples made a prediction, exactly.
 
-Source: 科学空间 8009 (从动力学角度看优化算法(七):SGD ≈ SVM?), on "Every Model Learned by Gradient Descent Is Approximately
-a Kernel Machine" (Domingos, 2020).
+Source: 科学空间 8009 (从动力学角度看优化算法(七):SGD ≈ SVM?), on "Every Model Learned by Gradient
+Descent Is Approximately a Kernel Machine" (Domingos, 2020).
 
 Gradient flow on L = sum_i l(y_i, f(x_i)) moves the output at any x by
 
     f_T(x) - f_0(x) = -sum_i int l'_i(t) K_t(x, x_i) dt,   K_t(x, x') = <grad f_t(x), grad f_t(x')>
 
-a kernel machine f_0 + sum_i alpha_i(x) K(x, x_i) with the path kernel K = int K_t dt. What differs here: real optimisers
-take steps. For the step delta = theta_(s+1) - theta_s = -lr sum_i l'_i grad f(x_i) the change of the output is
+a kernel machine f_0 + sum_i alpha_i(x) K(x, x_i), path kernel K = int K_t dt. What differs here: optimisers take
+steps. For the step delta = theta_(s+1) - theta_s = -lr sum_i l'_i grad f(x_i) the change of the output is
 int_0^1 <grad f(theta_s + u delta), delta> du without any approximation, and three Gauss points on the chord give the
 integral to rounding ("chord3"); taking the gradient at theta_s alone ("left") is the article's sum, off by O(lr). No
 Jacobian is formed for the layers that ``_layers.py`` knows; the sums over the path are in ``_contributions.py``.
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.explain._inputs import check_inputs, check_model, check_rows, check_targets
 from kexue.explain._contributions import RULES, contributions
+from kexue.explain._inputs import check_inputs, check_model, check_rows, check_targets
 from kexue.explain._layer_gram import Gradients
 from kexue.explain._path import Path, Settings, train
 from kexue.training.order import batch_indices, check_seed
@@ -42,7 +42,7 @@ class PathKernel:
     reports how far off it is.
 
     Args:
-        model: Returns (N,), (N, 1) or (N, C) for a tensor of N examples; parameters float32 or float64, trained in place
+        model: Returns (N,), (N, 1) or (N, C) for a tensor of N examples; float32 or float64, trained in place
             in the mode (train or eval) that the model is in. Frozen parameters stay out. Refused are what makes an
             example's output random or dependent on the others: active dropout, batch statistics.
         loss: Mean over the samples of: "mse" the squared error, "bce" the binary cross-entropy of logits (both summed
@@ -241,8 +241,8 @@ class PathKernel:
     def kernel(self, X_test: Tensor) -> Tensor:
         """The path kernel K(x, x_i): the sum over the steps of lr / n <grad f(x), grad f(x_i)>.
 
-        grad f(x) is the mean over the chord of the step, grad f(x_i) is taken at its start; with momentum and Adam it is
-        the kernel of the share that the example had in the steps. Not symmetric in general.
+        grad f(x) is the mean over the chord of the step, grad f(x_i) is taken at its start; with momentum and Adam it
+        is the kernel of the share that the example had in the steps. Not symmetric in general.
 
         Returns:
             (M, N), or (M, N, C, C): output of the test point, output of the example.
@@ -253,7 +253,7 @@ class PathKernel:
     def alpha(self, X_test: Tensor) -> Tensor:
         """The coefficients of the kernel machine: contributions = K alpha, a weighted average of -l'_i over the path.
 
-        They depend on x. Where the kernel changes its sign along the path, K can be 0, or singular, and the contribution
+        They depend on x. Where the kernel changes its sign along the path, K can be 0 or singular, the contribution
         not: no alpha exists then, which gives NaN and one warning with the number of such places. Where both are 0 (an
         example that was in no batch) alpha is 0. Near a zero of K alpha is large: use the contributions.
 
@@ -262,15 +262,20 @@ class PathKernel:
         """
         shares = self._explain(X_test)["shares"]
         kernel = self._kernel(X_test)
+        if not len(X_test):
+            return self._shaped(shares)
         eps = torch.finfo(self._gradients.parameters[0].dtype).eps
-        size = kernel.abs().amax((1, 2, 3), keepdim=True) if kernel.numel() else kernel.new_zeros(1)
-        tolerance = 64 * eps * size  # below it a kernel is a rounding error of the sum
+        tolerance = (
+            64 * eps * kernel.abs().amax((1, 2, 3), keepdim=True)
+        )  # below it a kernel is a rounding error of the sum
         if self._gradients.width == 1:
-            zero = kernel.abs() <= tolerance
-            alpha = (shares[..., None] / kernel.masked_fill(zero, 1)).masked_fill(zero, 0)[..., 0]
-            off = (shares.abs() > 64 * eps * shares.abs().amax(1, keepdim=True)) & zero[..., 0]
+            zero = (kernel.abs() <= tolerance)[..., 0]
+            alpha = (shares / kernel[..., 0].masked_fill(zero, 1)).masked_fill(zero, 0)
+            off = (shares.abs() > 64 * eps * shares.abs().amax(1, keepdim=True)) & zero
         else:
-            alpha = (torch.linalg.pinv(kernel, atol=tolerance[..., 0, 0], rtol=0.0) @ shares[..., None])[..., 0]
+            alpha = (torch.linalg.pinv(kernel, atol=tolerance[..., 0, 0].expand(kernel.shape[:2])) @ shares[..., None])[
+                ..., 0
+            ]
             rest = ((kernel @ alpha[..., None])[..., 0] - shares).abs()
             off = (rest > eps**0.5 * shares.abs().amax(1, keepdim=True)).any(-1, keepdim=True).expand_as(rest)
         if bool(off.any()):
@@ -319,4 +324,4 @@ class PathKernel:
     def _shaped(self, values: Tensor) -> Tensor:
         """Without the axis of one output, in the model's dtype."""
         values = values[..., 0] if self._gradients.squeezed else values
-        return values.to(self._gradients.parameters[0].dtype)
+        return values.to(self._gradients.parameters[0].dtype, copy=True)  # what is known stays as it is
