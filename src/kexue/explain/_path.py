@@ -182,7 +182,8 @@ def train(
         x: (N, ...).
         y: (N, C).
         batches: (S, n) rows, or None for all rows in each step.
-        memory: Bytes for the path; a longer one is kept as checkpoints, about sqrt(S) of them.
+        memory: Bytes for the path; a longer one is kept as checkpoints, about sqrt(S) of them. What the steps leave
+            at the layers is kept if it all fits into a quarter.
 
     Returns:
         The path, and the interruption that ended it early, if any.
@@ -207,7 +208,7 @@ def train(
     losses: list[Tensor] = []
     seen = None
     numbers = theta.numel() * (steps + 1) + path.members * steps * gradients.floats_per_row()
-    if fits and not gradients.loose and numbers * theta.element_size() <= memory:
+    if fits and not gradients.loose and numbers * theta.element_size() <= memory // 4:
         seen, path.records = _Seen(), []
     interruption, checked = None, 0
     try:

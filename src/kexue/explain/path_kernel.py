@@ -49,9 +49,9 @@ class PathKernel:
             over the outputs), "ce" the cross-entropy of logits with class indices.
         rule: "chord3", exact to rounding for the steps as they were taken, or "left", the gradient at the start of each
             step alone: a third of the work, error O(lr).
-        memory: Bytes for what the training leaves. The parameters of each step are kept (steps x parameters numbers,
-            with Adam twice as many), and what the training examples left at the layers, if it fits as well; a path that
-            does not fit is kept as about sqrt(steps) checkpoints and trained again piecewise on request.
+        memory: Bytes for what the training leaves: the parameters of each step (with Adam twice as many numbers).
+            A path that does not fit is kept as about sqrt(steps) checkpoints, and trained again piece by piece for each
+            explanation. If it is small (a quarter, together), what the steps leave at the layers is kept as well.
 
     Attributes:
         losses_: (steps,) loss before each step, float64.
