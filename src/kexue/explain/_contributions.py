@@ -28,7 +28,7 @@ RULES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "left": ((0.0,), (1.0,)),
     "chord3": ((0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18)),
 }
-_CHUNK = 1 << 24  # bytes held at once by the steps that are treated together: they stay in the cache
+_CHUNK = 1 << 25  # bytes held at once by the steps that are treated together: they stay in the cache
 _LIMIT = 1 << 24  # numbers that one step may need; more test points are treated in blocks
 
 
@@ -81,7 +81,7 @@ class _Block:
 
     def __init__(self, path: Path, gradients: Gradients, x: Tensor, rule: str, kernel: bool) -> None:
         self.path, self.gradients, self.x, self.kernel = path, gradients, x, kernel
-        self._repeated = x[:0]
+        self._repeated: dict[str, Tensor] = {}
         self.points, self.weights = RULES[rule]
         self.ups = gradients.width if kernel else 1
         self.rows = gradients.width * len(x)
@@ -131,28 +131,19 @@ class _Block:
                 made[c, :, :, c] = weights[:, None]
             return made
 
-        return self.gradients.sides(chords, self.x, upstream, q, repeated=self._repeat(len(chords)))[1]
+        return self.gradients.sides(chords, self.x, upstream, q, repeated=self._repeat("test", self.x, len(chords)))[1]
 
-    def _repeat(self, count: int) -> Tensor:
-        """The points once for each of ``count`` parameter vectors."""
-        if len(self._repeated) != count * len(self.x):
-            self._repeated = self.x[None].expand(count, *self.x.shape).flatten(0, 1)
-        return self._repeated
+    def _repeat(self, side: str, x: Tensor, count: int) -> Tensor:
+        """The rows once for each of ``count`` parameter vectors; made again only when the count changes."""
+        known = self._repeated.get(side)
+        if known is None or len(known) != count * len(x):
+            known = self._repeated[side] = x[None].expand(count, *x.shape).flatten(0, 1)
+        return known
 
     def _train(self, step: int, thetas: Tensor) -> Sides:
         """Sides of the training examples at the given points."""
         path, gradients = self.path, self.gradients
         count = len(thetas)
-        if path.records is not None and not self.kernel:
-            taken = path.records[step : step + count]
-            inputs = [
-                torch.stack([a[number] for a, _ in taken])
-                if not use.constant or path.batches is not None
-                else taken[0][0][number].expand(count, *taken[0][0][number].shape)
-                for number, use in enumerate(gradients.uses)
-            ]
-            grads = [torch.stack([d[number] for _, d in taken])[:, None] for number in range(len(gradients.uses))]
-            return Sides(gradients.sides_of(inputs, grads, path.members, each=path.batches is not None), [])
         each = path.batches is not None
         rows = None if path.batches is None else path.batches[step : step + count]
         x, y = (path.x, path.y) if rows is None else (path.x[rows], path.y[rows])
@@ -165,7 +156,8 @@ class _Block:
                 made[c, :, :, c] = 1 / out.shape[-2]
             return made
 
-        return gradients.sides(thetas, x, upstream, each=each)[1]
+        repeated = None if each else self._repeat("train", x, count)
+        return gradients.sides(thetas, x, upstream, each=each, repeated=repeated)[1]
 
     def _backwards(
         self,

@@ -433,10 +433,6 @@ class Gradients:
             made.append((use.repeat * math.prod(use.a), z, z // layer.width(use.z), weight))
         return made
 
-    def floats_per_row(self) -> int:
-        """Numbers that one row leaves at the layers in a step."""
-        return sum(a + z for a, z, _, _ in self.layer_sizes())
-
     def loose_size(self) -> int:
         """Number of loose parameters."""
         return sum(p.numel() for p, name in zip(self.parameters, self.names, strict=True) if name in self.loose)

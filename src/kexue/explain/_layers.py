@@ -127,8 +127,11 @@ class Dense(Layer):
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
         k, q, c, r, t, o = d.shape
-        if c * o == 1 and t == 1:  # one output: the products themselves
-            return (a * d[:, :, 0]).sum(1)[:, :, 0]
+        if c * o == 1 and t == 1:  # one output: the products themselves, added up in place
+            total = a[:, 0] * d[:, 0, 0]
+            for point in range(1, q):
+                total.addcmul_(a[:, point], d[:, point, 0])
+            return total[:, :, 0]
         left = d.permute(0, 3, 2, 5, 1, 4).reshape(k * r, c * o, q * t)
         right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, -1)
         made = (left @ right).view(k, r, c, -1)

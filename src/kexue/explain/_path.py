@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +82,6 @@ class Path:
         scales: (every, P) Adam's preconditioner there.
         last: Parameters after the training.
         checkpoints: Step -> parameters and buffers before it.
-        records: For each step the inputs and output gradients of the layers, in the order of their uses, if kept.
         losses: (S,) before each step, float64.
         steps: Steps that were done.
     """
@@ -97,7 +95,6 @@ class Path:
     scales: Tensor | None
     last: Tensor
     checkpoints: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
-    records: list[tuple[list[Tensor], list[Tensor]]] | None = None
     losses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     steps: int = 0
 
@@ -131,7 +128,7 @@ class Path:
 
 
 def advance(
-    path: Path, gradients: Gradients, step: int, here: int, buffers: list[Tensor], seen: _Seen | None = None
+    path: Path, gradients: Gradients, step: int, here: int, buffers: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """One step of the optimiser from row ``here`` of the path to the next: the new buffers, and the loss before."""
     theta, out = path.thetas[here], path.thetas[here + 1]
@@ -141,11 +138,7 @@ def advance(
     with torch.enable_grad():
         logits = gradients.model(x).reshape(len(x), -1)
         loss, upstream = loss_and_gradient(settings.loss, logits.detach(), y)
-        more = seen.outputs if seen else []
-        found = torch.autograd.grad(logits, [*gradients.parameters, *more], upstream, allow_unused=True)
-    if seen is not None:
-        found, grads = found[: len(gradients.parameters)], found[len(gradients.parameters) :]
-        seen.keep(path, grads)
+        found = torch.autograd.grad(logits, gradients.parameters, upstream, allow_unused=True)
     flat = [
         p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, gradients.parameters, strict=True)
     ]
@@ -182,8 +175,7 @@ def train(
         x: (N, ...).
         y: (N, C).
         batches: (S, n) rows, or None for all rows in each step.
-        memory: Bytes for the path; a longer one is kept as checkpoints, about sqrt(S) of them. What the steps leave
-            at the layers is kept if it all fits into a quarter.
+        memory: Bytes for the path; a longer one is kept as checkpoints, about sqrt(S) of them.
 
     Returns:
         The path, and the interruption that ended it early, if any.
@@ -206,19 +198,15 @@ def train(
     )
     buffers = [torch.zeros_like(theta) for _ in range(settings.buffers)]
     losses: list[Tensor] = []
-    seen = None
-    numbers = theta.numel() * (steps + 1) + path.members * steps * gradients.floats_per_row()
-    if fits and not gradients.loose and numbers * theta.element_size() <= memory // 4:
-        seen, path.records = _Seen(), []
     interruption, checked = None, 0
     try:
-        with gradients.tapped(seen.tap) if seen else nullcontext(), progress("training", steps) as bar:
+        with progress("training", steps) as bar:
             for step in range(steps):
                 here = step % every
                 if here == 0:
                     path.checkpoints[step] = (path.last, buffers)
                     path.thetas[0] = path.last
-                buffers, loss = advance(path, gradients, step, here, buffers, seen)
+                buffers, loss = advance(path, gradients, step, here, buffers)
                 losses.append(loss)
                 path.steps = step + 1
                 if here + 1 == every or path.steps % _CHECK == 0:
@@ -234,31 +222,6 @@ def train(
     if losses:
         path.losses = torch.stack(losses[: path.steps]).double()
     return path, interruption
-
-
-class _Seen:
-    """What a training step leaves at the layers anyway, so that it need not be computed again."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self._versions: list[int] = []
-
-    def tap(self, _number: int, a: Tensor, z: Tensor) -> None:
-        """Note the input and output of a layer."""
-        self.inputs.append(a.detach())
-        self.outputs.append(z)
-        self._versions += [a._version, z._version]
-
-    def keep(self, path: Path, grads: Sequence[Tensor | None]) -> None:
-        """Keep the step, unless a module changed an input or output in place."""
-        versions = [t._version for pair in zip(self.inputs, self.outputs, strict=True) for t in pair]
-        if versions != self._versions:
-            path.records = None
-        elif path.records is not None:
-            pairs = zip(grads, self.outputs, strict=True)
-            path.records.append((self.inputs, [torch.zeros_like(z) if g is None else g for g, z in pairs]))
-        self.inputs, self.outputs, self._versions = [], [], []
 
 
 def _check_finite(path: Path, checked: int, losses: list[Tensor]) -> None:

@@ -38,8 +38,12 @@ LOSSES = ("mse", "bce", "ce")
 class PathKernel:
     """Train a model and say afterwards what each training example gave to any prediction.
 
-    ``f_T(x) = f_0(x) + sum_i contributions(x)[i] (+ decay_term(x))``, to rounding with ``rule="chord3"``; :meth:`error`
-    reports how far off it is.
+    ``f_T(x) = f_0(x) + sum_i contributions(x)[i] (+ decay_term(x))``, with ``rule="chord3"`` to rounding for smooth
+    models and steps well below instability; ReLU has kinks that the quadrature does not see (off by about 1e-3).
+    :meth:`error` reports how far off it is.
+
+    A contribution is no similarity, and this is no support vector machine: alpha_i and f_0 depend on x, and large
+    contributions of both signs cancel.
 
     Args:
         model: Returns (N,), (N, 1) or (N, C) for a tensor of N examples; float32 or float64, trained in place
@@ -47,11 +51,11 @@ class PathKernel:
             example's output random or dependent on the others: active dropout, batch statistics.
         loss: Mean over the samples of: "mse" the squared error, "bce" the binary cross-entropy of logits (both summed
             over the outputs), "ce" the cross-entropy of logits with class indices.
-        rule: "chord3", exact to rounding for the steps as they were taken, or "left", the gradient at the start of each
+        rule: "chord3", three Gauss points on the chord of each step as it was taken, or "left", the gradient at the start of each
             step alone: a third of the work, error O(lr).
         memory: Bytes for what the training leaves: the parameters of each step (with Adam twice as many numbers).
             A path that does not fit is kept as about sqrt(steps) checkpoints, and trained again piece by piece for each
-            explanation. If it is small (a quarter, together), what the steps leave at the layers is kept as well.
+            explanation.
 
     Attributes:
         losses_: (steps,) loss before each step, float64.
