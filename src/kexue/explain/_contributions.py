@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kexue._progress import progress
 from kexue.explain._layer_gram import Gradients, Sides
-from kexue.explain._path import Path, loss_and_gradient
+from kexue.explain._path import Path, loss_gradient
 
 __all__ = ["RULES", "contributions"]
 
@@ -150,7 +150,7 @@ class _Block:
 
         def upstream(out: Tensor) -> Tensor:
             if not self.kernel:
-                return loss_and_gradient(path.settings.loss, out, y)[1][None]
+                return loss_gradient(path.settings.loss, out, y)[None]
             made = out.new_zeros(self.ups, *out.shape)
             for c in range(self.ups):
                 made[c, :, :, c] = 1 / out.shape[-2]

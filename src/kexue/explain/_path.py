@@ -13,30 +13,31 @@ from torch.nn import functional as F
 from kexue._progress import progress
 from kexue.explain._layer_gram import Gradients
 
-__all__ = ["Path", "Settings", "loss_and_gradient", "train"]
+__all__ = ["Path", "Settings", "loss_gradient", "loss_of", "train"]
 _CHECK = 16  # steps between checks for numbers that are not finite
 
 
-def loss_and_gradient(loss: str, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss over the samples and its gradient.
+def loss_of(loss: str, out: Tensor, y: Tensor) -> Tensor:
+    """The mean loss over the samples.
 
     Args:
         loss: "mse" (squared error, summed over the outputs), "bce" (logits; summed over the outputs) or "ce" (logits).
-        out: (..., N, C).
-        y: (..., N, C); for "ce" one-hot.
-
-    Returns:
-        Losses (...), gradients with respect to ``out`` (..., N, C).
+        out: (N, C).
+        y: (N, C); for "ce" one-hot.
     """
+    if loss == "mse":
+        return (out - y).square().sum() / len(out)
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(out, y, reduction="sum") / len(out)
+    return -(out.log_softmax(-1) * y).sum() / len(out)
+
+
+def loss_gradient(loss: str, out: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the mean loss with respect to the outputs (..., N, C), at any number of points at once."""
     n = out.shape[-2]
     if loss == "mse":
-        off = out - y
-        return off.square().sum((-2, -1)) / n, off * (2 / n)
-    if loss == "bce":
-        value = F.binary_cross_entropy_with_logits(out, y, reduction="none")
-        return value.sum((-2, -1)) / n, (out.sigmoid() - y) / n
-    log_p = out.log_softmax(-1)
-    return -(log_p * y).sum((-2, -1)) / n, (log_p.exp() - y) / n
+        return (out - y) * (2 / n)
+    return ((out.sigmoid() if loss == "bce" else out.softmax(-1)) - y) / n
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,16 @@ def advance(
     gradients.move(theta)
     with torch.enable_grad():
         logits = gradients.model(x).reshape(len(x), -1)
-        loss, upstream = loss_and_gradient(settings.loss, logits.detach(), y)
+        values = logits.detach()
+        loss, upstream = loss_of(settings.loss, values, y), loss_gradient(settings.loss, values, y)
         found = torch.autograd.grad(logits, gradients.parameters, upstream, allow_unused=True)
     flat = [
         p.new_zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(found, gradients.parameters, strict=True)
     ]
     if settings.weight_decay:  # parameters that are not used do not decay, as in torch.optim
-        values = theta.split(gradients.sizes)
+        own = theta.split(gradients.sizes)
         flat = [
-            f if g is None else f.add(v, alpha=settings.weight_decay)
-            for f, g, v in zip(flat, found, values, strict=True)
+            f if g is None else f.add(v, alpha=settings.weight_decay) for f, g, v in zip(flat, found, own, strict=True)
         ]
     gradient = torch.cat(flat)
     if settings.optimizer == "adam":

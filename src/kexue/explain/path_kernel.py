@@ -51,8 +51,8 @@ class PathKernel:
             example's output random or dependent on the others: active dropout, batch statistics.
         loss: Mean over the samples of: "mse" the squared error, "bce" the binary cross-entropy of logits (both summed
             over the outputs), "ce" the cross-entropy of logits with class indices.
-        rule: "chord3", three Gauss points on the chord of each step as it was taken, or "left", the gradient at the start of each
-            step alone: a third of the work, error O(lr).
+        rule: "chord3", three Gauss points on the chord of each step as it was taken, or "left", the gradient at the
+            start of each step alone: a third of the work, error O(lr).
         memory: Bytes for what the training leaves: the parameters of each step (with Adam twice as many numbers).
             A path that does not fit is kept as about sqrt(steps) checkpoints, and trained again piece by piece for each
             explanation.
@@ -232,14 +232,15 @@ class PathKernel:
     def error(self, X_test: Tensor) -> float:
         """Relative error of the reconstruction: ||reconstruct - f_T|| / ||f_T - f_0||, Euclidean over all outputs.
 
-        f_T and f_0 are run in the model's dtype. 0.0 for no points, and where nothing changed and nothing was added;
-        infinite where nothing changed but something was added.
+        f_T and f_0 are run in the model's dtype. 0.0 for no points, and where nothing changed and nothing was added up
+        to rounding; infinite where nothing changed but something was added.
         """
         known = self._explain(X_test)
         off = float((self._sum(known) - known["after"].double()).norm())
         change = float((known["after"].double() - known["before"].double()).norm())
         if change == 0:
-            return 0.0 if off == 0 else float("inf")
+            rounding = 64 * torch.finfo(known["after"].dtype).eps * float(known["after"].norm())
+            return 0.0 if off <= rounding else float("inf")
         return off / change
 
     def kernel(self, X_test: Tensor) -> Tensor:
