@@ -148,6 +148,7 @@ def test_a_path_that_does_not_fit_is_trained_again_and_gives_the_same(how):
     assert torch.equal(again.losses_, stored.losses_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"batch_size": 3, "momentum": 0.9}])
 @pytest.mark.parametrize("name", ["wide", "encoder", "direct"])
 def test_chunks_and_blocks_do_not_matter(monkeypatch, how, name):
