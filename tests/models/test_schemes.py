@@ -324,6 +324,13 @@ def test_ntk_replaces_linear_layers_and_keeps_the_function_of_a_lecun_model(name
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
 
 
+def test_ntk_replaces_a_layer_at_each_of_its_names():
+    linear = nn.Linear(6, 6)
+    model = initialize_model(nn.Sequential(linear, nn.ReLU(), linear), "ntk", g())
+    assert type(model[2]) is NTKLinear
+    assert model[2] is model[0]
+
+
 def test_ntk_refuses_what_it_cannot_convert():
     for model, message in (
         (build("t5"), "divides its scores by sqrt.d.; encoder.block.0.layer.0.SelfAttention does not"),

@@ -43,7 +43,7 @@ class Use:
 
     Attributes:
         name: Name of the parameter in the model.
-        kind: "matrix", "table", "ntk", "constant" or "unknown".
+        kind: "matrix", "table", "ntk", "constant", "fixed" (stays as it is) or "unknown".
         pieces: Of a matrix.
         constant: Of kind "constant".
         width: Of a table: size of a row.
@@ -105,6 +105,8 @@ HEADS = names(
     "seq_relationship decoder"
 )
 CROSS = names("multihead_attn encoder_attn EncDecAttention crossattention")
+# Look-ups that are no module of their own: vectors that a model adds to its input or puts in front of it (ViT)
+VECTORS = re.compile(r"(cls|class|mask|dist|distillation|register)_(tokens?|embedding)|pos(ition)?_embed(ding)?s?")
 NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -159,6 +161,23 @@ def _neutral_gain(module: nn.Module, name: str, weight: Tensor) -> float:
         return 1.0
 
 
+@torch.no_grad()
+def _is_fixed_code(table: Tensor) -> bool:
+    """Whether a table is a code of sines and cosines that is not trained: rows of length sqrt(D / 2) (or 0).
+
+    Marian, Pegasus, RoFormer and Whisper hold such codes of positions as frozen parameters.
+    """
+    if table.requires_grad:
+        return False
+    squares = table.float().square().sum(-1) / (table.shape[-1] / 2)
+    used = squares[squares > 0]
+    return bool(used.numel() and ((used - 1).abs() < 0.01).all())  # a rounding to bfloat16 is below .004
+
+
+def _table(p: Tensor, **what: Any) -> dict[str, Any]:
+    return {"kind": "fixed"} if _is_fixed_code(p) else {"kind": "table", "width": p.shape[-1], **what}
+
+
 def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(attribute, what it is) of each parameter that the module itself holds."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
@@ -185,7 +204,7 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
             yield name, {"kind": "matrix", "pieces": (Piece("other", *both),)}
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag | HierarchicalPositionEmbedding) and name == "weight":
             relative = "relative" in leaf and "bias" in leaf
-            yield name, {"kind": "table", "width": shape[1], "padding": module.padding_idx, "relative": relative}
+            yield name, _table(p, padding=module.padding_idx, relative=relative)
         elif _is_norm(module) and name in ("weight", "gamma", "scale"):
             yield name, {"kind": "constant", "constant": _neutral_gain(module, name, p)}
         elif isinstance(module, ScheduledResidual) and name == "alpha":
@@ -194,6 +213,8 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
             yield name, {"kind": "constant", "constant": 0.25}
         elif re.search(r"(^|_)(bias|beta)$", name) and p.dim() == 1:
             yield name, zero
+        elif VECTORS.fullmatch(name) and shape:
+            yield name, _table(p)
         else:
             yield name, {"kind": "unknown"}
 
