@@ -147,6 +147,16 @@ def test_a_model_with_unknown_parameters_is_refused_or_left():
     assert not torch.equal(model.linear.weight, before["linear.weight"])
 
 
+def test_a_matrix_in_a_module_that_is_called_a_norm_is_no_gain():
+    class NormLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+    with pytest.raises(ValueError, match="no rule knows weight"):
+        initialize_model(NormLinear())
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
