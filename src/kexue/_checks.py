@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 
@@ -14,17 +15,26 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_int(name: str, value: Any, minimum: int) -> None:
     """Raise TypeError unless ``value`` is an integer, ValueError if it is below ``minimum``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # tensors and arrays have __index__ whatever they hold
+        number = None
+    if number is None:
         raise TypeError(f"{name} must be an integer; got {value!r} of type {type(value).__name__}")
-    if value < minimum:
+    if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
 
 
 def check_real(name: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> None:
     """Raise TypeError unless ``value`` is a real number, ValueError if it is not finite or out of range."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    try:
+        number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else None
+    except OverflowError:  # an integer beyond 1e308
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several numbers
+        number = None
+    if number is None:
         raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
-    number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite; got {value!r}")
     if above is not None and not number > above:

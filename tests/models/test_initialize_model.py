@@ -98,6 +98,38 @@ def test_models_of_other_dtypes_and_frozen_parameters(dtype):
             assert float(p.detach().double().abs().max()) <= 0.04
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_tables_of_sines_and_cosines_stay_and_other_frozen_tables_do_not(dtype):
+    whisper = t.WhisperConfig(
+        vocab_size=V, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=FF, decoder_ffn_dim=FF, max_source_positions=30,
+        pad_token_id=1, decoder_start_token_id=2, bos_token_id=3, eos_token_id=2,
+    )  # fmt: skip
+    for model, name in (
+        (t.WhisperModel(whisper), "encoder.embed_positions.weight"),
+        (t.RoFormerModel(t.RoFormerConfig(**{**HF, "embedding_size": D})), "encoder.embed_positions.weight"),
+    ):
+        for p in model.to(dtype).parameters():
+            p.requires_grad_(False)
+        before = state(model)
+        initialize_model(model, "lecun", g())
+        same = [key for key, p in model.named_parameters() if p.dim() > 1 and torch.equal(p, before[key])]
+        assert same == [name]
+        assert name not in {row.name for row in initialization_plan(model)}
+
+
+def test_class_tokens_and_positions_that_are_no_module_are_look_ups():
+    config = t.ViTConfig(
+        hidden_size=D, intermediate_size=FF, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4
+    )
+    model = t.ViTModel(config, use_mask_token=True)
+    for scheme, std in (("lecun", 1.0), ("fixup", D**-0.5), ("gpt2", 0.02), ("bert", 0.0175925)):
+        initialize_model(model, scheme, g())
+        assert float(model.embeddings.position_embeddings.detach().std()) == pytest.approx(std, rel=0.06)
+        for token in (model.embeddings.cls_token, model.embeddings.mask_token):
+            assert float(token.detach().std()) == pytest.approx(std, rel=0.5)
+
+
 def test_a_model_with_unknown_parameters_is_refused_or_left():
     class Own(nn.Module):
         def __init__(self):
@@ -113,6 +145,16 @@ def test_a_model_with_unknown_parameters_is_refused_or_left():
     assert torch.equal(model.scale, before["scale"])
     assert torch.equal(model.gru.weight_ih_l0, before["gru.weight_ih_l0"])
     assert not torch.equal(model.linear.weight, before["linear.weight"])
+
+
+def test_a_matrix_in_a_module_that_is_called_a_norm_is_no_gain():
+    class NormLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+    with pytest.raises(ValueError, match="no rule knows weight"):
+        initialize_model(NormLinear())
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_the_figure_of_sigmoid_and_functions_of_ones_own():
     assert "sigmoid" in repr(unit_activation("sigmoid"))
 
 
+def test_an_activation_with_parameters():
+    assert unit_activation(nn.PReLU()).scale == pytest.approx((2 / (1 + 0.25**2)) ** 0.5)
+    act = unit_activation(nn.PReLU().half())
+    assert act(torch.ones(3, dtype=torch.float16)).dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_unit_activations_are_differentiable_and_can_be_saved(name):
     act, x = unit_activation(name, center=True), normal(3, 4).requires_grad_()
@@ -106,6 +112,26 @@ def test_alpha_reaches_one_in_bfloat16_and_does_not_drift():
     for _ in range(9999):
         drift(torch.ones(1))
     assert float(drift.alpha) == pytest.approx(0.9999, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alpha_ends_exactly_at_final(dtype):
+    layer = ScheduledResidual(nn.Identity(), step=0.03, final=0.1).to(dtype)
+    for _ in range(5):
+        layer(torch.ones(1, dtype=dtype))
+    assert torch.equal(layer.alpha, torch.tensor(0.1, dtype=dtype))
+
+
+def test_an_alpha_set_by_hand_or_a_new_step_goes_on_from_there():
+    layer, x = ScheduledResidual(nn.Identity(), 0.125), torch.ones(2)
+    layer(x)
+    layer.alpha.fill_(0.5)
+    seen = [float(layer(x)[0]) - 1 for _ in range(6)]
+    assert seen == [0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
+    other = ScheduledResidual(nn.Identity(), 0.0625)
+    layer.alpha.fill_(0.25)
+    other.load_state_dict(layer.state_dict())
+    assert [float(other(x)[0]) - 1 for _ in range(3)] == [0.25, 0.3125, 0.375]
 
 
 @pytest.mark.parametrize("learnable", [False, True])

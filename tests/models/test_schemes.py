@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import transformers as t
 from torch import nn
 
 from kexue.models import NTKLinear, deepnorm_constants, initialization_plan, initialize_model
-from models.scheme_models import FF, HEADS, LAYERS, D, V, build, check, g, is_table, norm_or_bias, state
+from models.scheme_models import FF, HEADS, HF, LAYERS, T5, D, V, build, check, g, is_table, norm_or_bias, state
 from reference.non_square_initialization import MEANS
 
 pytestmark = pytest.mark.slow  # each builds models of transformers
@@ -322,6 +323,33 @@ def test_ntk_replaces_linear_layers_and_keeps_the_function_of_a_lecun_model(name
     again = state(model)
     initialize_model(model, "ntk", g())  # NTK layers stay NTK layers
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_inside_another_module_keeps_its_settings():
+    def rules(model, scheme):
+        return [(row.rule, row.std) for row in initialization_plan(model, scheme)]
+
+    albert = t.AlbertModel(t.AlbertConfig(embedding_size=16, **HF))
+    for model, scheme in ((build("t5"), "t5"), (albert, "gpt2")):
+        assert rules(nn.ModuleDict({"wrapped": model}), scheme) == rules(model, scheme)
+
+
+def test_the_experts_of_a_layer_are_one_branch():
+    config = {**T5, "num_layers": 2, "num_decoder_layers": 2, "num_experts": 3}
+    model = t.SwitchTransformersForConditionalGeneration(
+        t.SwitchTransformersConfig(num_sparse_encoder_layers=2, **config)
+    )
+    stds = {row.name: row.std for row in initialization_plan(model, "gpt2")}
+    ends = [name for name in stds if name.startswith("encoder") and name.endswith(("wo.weight", ".o.weight"))]
+    assert sum("experts" in name for name in ends) >= 3
+    assert {stds[name] for name in ends} == {0.02 * 4**-0.5}
+
+
+def test_ntk_replaces_a_layer_at_each_of_its_names():
+    linear = nn.Linear(6, 6)
+    model = initialize_model(nn.Sequential(linear, nn.ReLU(), linear), "ntk", g())
+    assert type(model[2]) is NTKLinear
+    assert model[2] is model[0]
 
 
 def test_ntk_refuses_what_it_cannot_convert():

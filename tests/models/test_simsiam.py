@@ -212,7 +212,7 @@ def test_training_with_and_without_the_stop_gradient():
             loss = model(*(x + 0.3 * torch.randn(x.shape, generator=g) for _ in range(2)))
             loss.backward()
             optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     assert train(stop_gradient=False) < train() < -0.3
 

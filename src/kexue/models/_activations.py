@@ -8,6 +8,7 @@ Gauss and Lobatto, which has nodes at both ends: a jump beside an end is seen, w
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
@@ -136,6 +137,8 @@ def moments(f: str | Activation) -> tuple[float, float]:
         ValueError: Unknown name; a function that changes the shape, is not finite or is 0 throughout.
     """
     found = activation(f)
+    if isinstance(found, nn.Module):  # one with parameters (PReLU) takes tensors of their dtype only
+        found = copy.deepcopy(found).to("cpu", torch.float64)
     mean, second = (0.0, 1.0) if f == "linear" else _by_name(f) if isinstance(f, str) else _integrate(found)
     if not second > 0:
         raise ValueError(f"nonlinearity must not be 0 throughout; got E[f(z)^2] = {second}")

@@ -43,7 +43,7 @@ class Use:
 
     Attributes:
         name: Name of the parameter in the model.
-        kind: "matrix", "table", "ntk", "constant" or "unknown".
+        kind: "matrix", "table", "ntk", "constant", "fixed" (stays as it is) or "unknown".
         pieces: Of a matrix.
         constant: Of kind "constant".
         width: Of a table: size of a row.
@@ -105,6 +105,8 @@ HEADS = names(
     "seq_relationship decoder"
 )
 CROSS = names("multihead_attn encoder_attn EncDecAttention crossattention")
+# Look-ups that are no module of their own: vectors that a model adds to its input or puts in front of it (ViT)
+VECTORS = re.compile(r"(cls|class|mask|dist|distillation|register)_(tokens?|embedding)|pos(ition)?_embed(ding)?s?")
 NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -141,9 +143,13 @@ def _thirds(role: str, shape: tuple[int, ...], transposed: bool) -> tuple[Piece,
     return tuple(Piece(n, fan_in, fan_in, int(transposed), i * fan_in, fan_in) for i, n in enumerate(parts))
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm, or the scale and offset of a gated attention unit, whose gain starts at 1 too."""
-    return isinstance(module, NORMS) or any(word in type(module).__name__ for word in ("Norm", "ScaleOffset"))
+def _is_norm(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the module is a norm, or the scale and offset of a gated attention unit, whose gain starts at 1 too.
+
+    A norm that is known by its name alone has a vector for a gain: a "NormLinear" with a matrix is none.
+    """
+    called = any(word in type(module).__name__ for word in ("Norm", "ScaleOffset"))
+    return isinstance(module, NORMS) or (called and weight.numel() == max(weight.shape, default=1))
 
 
 @torch.no_grad()
@@ -157,6 +163,23 @@ def _neutral_gain(module: nn.Module, name: str, weight: Tensor) -> float:
         return 0.0 if 1.9 < float(out.float().square().mean().sqrt()) < 2.1 else 1.0
     except Exception:  # a norm that wants something else to be called: nothing is known about it
         return 1.0
+
+
+@torch.no_grad()
+def _is_fixed_code(table: Tensor) -> bool:
+    """Whether a table is a code of sines and cosines that is not trained: rows of length sqrt(D / 2) (or 0).
+
+    Marian, Pegasus, RoFormer and Whisper hold such codes of positions as frozen parameters.
+    """
+    if table.requires_grad:
+        return False
+    squares = table.float().square().sum(-1) / (table.shape[-1] / 2)
+    used = squares[squares > 0]
+    return bool(used.numel() and ((used - 1).abs() < 0.01).all())  # a rounding to bfloat16 is below .004
+
+
+def _table(p: Tensor, **what: Any) -> dict[str, Any]:
+    return {"kind": "fixed"} if _is_fixed_code(p) else {"kind": "table", "width": p.shape[-1], **what}
 
 
 def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -185,8 +208,8 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
             yield name, {"kind": "matrix", "pieces": (Piece("other", *both),)}
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag | HierarchicalPositionEmbedding) and name == "weight":
             relative = "relative" in leaf and "bias" in leaf
-            yield name, {"kind": "table", "width": shape[1], "padding": module.padding_idx, "relative": relative}
-        elif _is_norm(module) and name in ("weight", "gamma", "scale"):
+            yield name, _table(p, padding=module.padding_idx, relative=relative)
+        elif _is_norm(module, p) and name in ("weight", "gamma", "scale"):
             yield name, {"kind": "constant", "constant": _neutral_gain(module, name, p)}
         elif isinstance(module, ScheduledResidual) and name == "alpha":
             yield name, zero
@@ -194,6 +217,8 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
             yield name, {"kind": "constant", "constant": 0.25}
         elif re.search(r"(^|_)(bias|beta)$", name) and p.dim() == 1:
             yield name, zero
+        elif VECTORS.fullmatch(name) and shape:
+            yield name, _table(p)
         else:
             yield name, {"kind": "unknown"}
 
@@ -235,19 +260,29 @@ def _block_names(uses: list[Use]) -> set[str]:
 def stacks(model: nn.Module, uses: list[Use]) -> dict[str, Stack]:
     """The stacks of blocks, by the name of what holds the blocks."""
     found: dict[str, Stack] = {}
+    branches = set()
     for use in uses:
         if use.block is None:
             continue
         stack = found.setdefault(use.block.rpartition(".")[0], Stack())
         if use.block not in stack.blocks:
             stack.blocks.append(use.block)
-        stack.branches += sum(piece.role in ("attention_out", "ffn_out") for piece in use.pieces)
+        branch = use.name.partition(".experts.")[0]  # the experts of a layer make one branch
+        if branch not in branches and any(piece.role in ("attention_out", "ffn_out") for piece in use.pieces):
+            branches.add(branch)
+            stack.branches += 1
         stack.cross |= bool(CROSS & set(use.name.split(".")))
     for name, stack in found.items():
         if name.endswith("albert_layers"):
-            layers = getattr(getattr(model, "config", None), "num_hidden_layers", len(stack.blocks))
+            layers = setting(model, "num_hidden_layers", len(stack.blocks))
             stack.repeats = max(1, layers // len(stack.blocks))
     return found
+
+
+def setting(model: nn.Module, name: str, default: Any) -> Any:
+    """The value that the outermost configuration with such an entry gives; a model may be wrapped in another module."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((getattr(config, name) for config in configs if hasattr(config, name)), default)
 
 
 def stack_of(use: Use) -> str | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.models._activations import Activation, moments
-from kexue.models._roles import Piece, Stack, Use, names, stack_of, stacks, unscaled_head_size
+from kexue.models._roles import Piece, Stack, Use, names, setting, stack_of, stacks, unscaled_head_size
 from kexue.models._sampling import truncated_std
 from kexue.models.initialization import DISTRIBUTIONS, MEANS, mean_of_fans
 from kexue.models.parameterization import NTKLinear
@@ -154,8 +154,7 @@ class _T5(Scheme):
     def set(self, qk_split: str | None = None, factor: float | None = None) -> None:
         self.split = "q" if qk_split is None else qk_split
         check_choice("qk_split", self.split, ("q", "both"))
-        config = getattr(self.model, "config", None)
-        self.factor = getattr(config, "initializer_factor", 1.0) if factor is None else factor
+        self.factor = setting(self.model, "initializer_factor", 1.0) if factor is None else factor
         check_real("factor", self.factor, above=0.0)
         self.is_t5 = any(unscaled_head_size(Use("", "", m, m)) for m in self.model.modules())
 
@@ -172,8 +171,7 @@ class _T5(Scheme):
 
     def table(self, use: Use) -> Draw:
         if use.relative:
-            config = getattr(self.model, "config", None)
-            width: Any = getattr(use.parent, "d_model", None) or getattr(config, "hidden_size", 1)
+            width: Any = getattr(use.parent, "d_model", None) or setting(self.model, "hidden_size", 1)
             return Draw(self.factor * float(width) ** -0.5, "relative bias: d_model^(-1/2)")
         if self.tied and not self.is_t5:  # T5 divides the hidden states before a tied head, others do not
             return Draw(self.factor * use.width**-0.5, "embedding, head tied: width^(-1/2)")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue._checks import check_int, check_real
-from kexue._tensors import check_float
+from kexue._tensors import check_float, compute_dtype
 from kexue.models._activations import Activation, activation, moments
 from kexue.models._sampling import check_generator, check_target, fill_normal
 
@@ -92,7 +92,8 @@ class ScheduledResidual(nn.Module):
 
     At the start the layer is the identity. Each forward in training mode uses the current alpha and then raises it:
     the n-th one sees min((n - 1) step, final). Evaluation uses it and leaves it. With gradient accumulation each
-    forward counts, so divide ``step`` by the number of forwards in an optimizer step.
+    forward counts, so divide ``step`` by the number of forwards in an optimizer step. An alpha that was set by hand
+    rises from there.
 
     alpha and the count are buffers: in the state dict, equal on all ranks of DDP, kept by ``torch.compile``. Gradient
     checkpointing runs the forward again during the backward pass; that run does not count and sees the alpha of
@@ -155,9 +156,16 @@ class ScheduledResidual(nn.Module):
             return self.previous.clone()
         self.previous.copy_(self.alpha)
         alpha = self.alpha.clone()
+        ours = alpha == self._after(self.count)
         self.count.add_(1)
-        self.alpha.copy_((self.count.float() * self.step).clamp(max=self.final))
+        by_hand = (alpha.to(compute_dtype(alpha)) + self.step).clamp(max=self.final)
+        self.alpha.copy_(torch.where(ours, self._after(self.count), by_hand.to(alpha.dtype)))
         return alpha
+
+    def _after(self, count: Tensor) -> Tensor:
+        """The alpha that follows so many forwards."""
+        alpha = (count.to(compute_dtype(self.alpha)) * self.step).clamp(max=self.final)
+        return alpha.to(self.alpha.dtype)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Add alpha F(x, *args, **options) to x (...)."""

@@ -103,7 +103,7 @@ def _plan(
     scheme = SCHEMES[name](model, uses, tied, given)
     jobs = []
     for group in groups.values():
-        if any(use.kind == "unknown" for use in group):
+        if any(use.kind in ("unknown", "fixed") for use in group):
             continue
         use, draws = _draws(scheme, group)
         p = _parameter(use)
@@ -196,7 +196,7 @@ def initialize_model(
     For models of plain torch modules (Linear, convolutions, Embedding, norms, MultiheadAttention, PReLU, NTKLinear,
     ScheduledResidual) and of transformers. Biases become 0, gains of norms 1 (0 where the norm adds 1), rows of
     ``padding_idx`` 0. Fused query-key-value matrices are initialised by thirds, tied tensors once, frozen ones too.
-    Buffers stay.
+    Buffers stay, and so do frozen tables of sines and cosines (positions of Marian, RoFormer, Whisper).
 
     Args:
         model: The model; its parameters must have memory (see ``torch.nn.Module.to_empty``).
@@ -221,7 +221,7 @@ def initialize_model(
         qk_split: t5, for attention that does not divide its scores by sqrt(d): "q" (default) puts d^(-1/2) on q,
             "both" d^(-1/4) on q and on k.
         post_norm: deepnorm: True vouches that blocks of a class that is not known here are Post-LN.
-        unknown: What becomes of parameters that no rule knows (class tokens, scales, recurrent weights): "error" or
+        unknown: What becomes of parameters that no rule knows (scales, recurrent weights, fused experts): "error" or
             "leave".
 
     Returns:
@@ -265,7 +265,7 @@ def _converted(model: nn.Module) -> nn.Module:
         return NTKLinear.from_linear(model)
     new: dict[nn.Module, NTKLinear] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if NTKLinear.can_replace(child):
+        for name, child in list(parent._modules.items()):  # named_children() hides the second name of a shared layer
+            if child is not None and NTKLinear.can_replace(child):
                 setattr(parent, name, new.setdefault(child, NTKLinear.from_linear(child)))
     return model
