@@ -78,8 +78,8 @@ class PolyakSGD(Optimizer):
         """Move the parameters once.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss. Or the loss itself,
-                whose ``backward`` was called.
+            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss; or, in its place,
+                the loss itself, whose ``backward`` was called.
             loss: The loss by its name, for wrappers that pass keywords on, such as GradScaler.
 
         Returns:
