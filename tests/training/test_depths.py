@@ -55,6 +55,13 @@ MODELS = {
         r"albert_layer_groups\.(\d+)\.",
         {"albert.encoder.embedding_hidden_mapping_in.weight": 2, "albert.pooler.weight": 1, "classifier.weight": 0},
     ),
+    "opt, whose last norm is listed before the layers": (
+        lambda: t.OPTForCausalLM(
+            t.OPTConfig(**{**BERT, "ffn_dim": 8, "word_embed_proj_dim": 8, "max_position_embeddings": 16})
+        ),
+        3, r"decoder\.layers\.(\d+)\.",
+        {"model.decoder.final_layer_norm.weight": 1, "model.decoder.embed_positions.weight": 4},
+    ),
     "deberta": (
         lambda: t.DebertaV2ForSequenceClassification(
             t.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["c2p"], norm_rel_ebd="layer_norm")

@@ -134,6 +134,8 @@ def test_divergence_names_time_and_remedy():
         flow("dopri5", x, lambda: x.sum() * math.inf).integrate(1.0)
     with pytest.raises(FloatingPointError, match="cannot be continued beyond t = 0.5"):  # x' = x^2 from 2
         flow("dopri5", x, lambda: -((x + 1) ** 3).sum() / 3).integrate(1.0)
+    with pytest.raises(FloatingPointError, match="cannot be continued beyond t = 0: .*gradient is not finite"):
+        flow("dopri5", x, lambda: (x - 1).sqrt().sum()).integrate(1.0, 0.1)  # the loss is 0 here, its slope infinite
     assert x.item() == 1
 
 
@@ -156,6 +158,10 @@ def test_a_loss_below_the_target_is_refused(closed):
     grad_fn = (lambda: 2 * x) if closed else None
     with pytest.raises(ValueError, match="at most the smallest value of the loss; got target=3, loss 2"):
         flow("polyak", x, target=3.0, grad_fn=grad_fn).integrate(1.0, 0.1)
+    assert torch.equal(x, torch.ones(2, dtype=torch.float64))
+    for target, t, loss in ((3.0, 0.0, "2"), (1.5, 3.0, "0.78125")):  # the only point, and the last one
+        with pytest.raises(ValueError, match=f"got target={target:g}, loss {loss}"):
+            flow("polyak", x, target=target, grad_fn=grad_fn).integrate(t, 3.0)
     assert torch.equal(x, torch.ones(2, dtype=torch.float64))
     still = flow("polyak", x, lambda: x.square().sum() - 1e-17, target=2.0).integrate(1.0, 0.1)
     assert torch.equal(still.final, x)

@@ -23,7 +23,7 @@ def closure_of(optimizer, function):
     return closure
 
 
-@pytest.mark.parametrize("by", ["closure", "loss"])
+@pytest.mark.parametrize("by", ["closure", "loss", "position"])
 def test_steps_are_those_of_the_flow(by):
     start = torch.tensor(4.0, dtype=torch.float64)
     path = GradientFlow(lambda: example(start), start, "polyak", cap=500.0).integrate(3.0, 0.01)
@@ -31,7 +31,10 @@ def test_steps_are_those_of_the_flow(by):
     optimizer = PolyakSGD([y], target=0.0, cap=500.0, lr=0.01)
     for k in range(300):
         closure = closure_of(optimizer, lambda: example(y))
-        loss = optimizer.step(closure) if by == "closure" else optimizer.step(loss=closure())
+        if by == "loss":
+            loss = optimizer.step(loss=closure())
+        else:
+            loss = optimizer.step(closure if by == "closure" else closure())
         assert float(loss.detach()) == float(path.losses[k])
     assert float(y.detach()) == pytest.approx(float(path.final), rel=1e-12)
 
@@ -140,8 +143,11 @@ def test_rounding_below_the_target_is_no_motion_and_more_is_refused():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda o: o.step(), TypeError, "needs a closure or loss=..., and not both"),
-        (lambda o: o.step(lambda: 1.0, loss=1.0), TypeError, "and not both"),
+        (lambda o: o.step(), TypeError, "needs a closure or the loss, and not both.*got closure=None, loss=None"),
+        (lambda o: o.step(lambda: 1.0, loss=1.0), TypeError, "and not both.*loss=1.0"),
+        (lambda o: o.step(torch.tensor(1.0), loss=1.0), TypeError, "and not both"),
+        (lambda o: o.step("1"), TypeError, "a tensor or a number; got str"),
+        (lambda o: o.step(torch.ones(2)), ValueError, r"must be a scalar; got shape \(2,\)"),
         (lambda o: o.step(loss="1"), TypeError, "a tensor or a number; got str"),
         (lambda o: o.step(loss=torch.ones(2)), ValueError, r"must be a scalar; got shape \(2,\)"),
         (lambda o: o.step(loss=math.nan), FloatingPointError, "the loss is nan"),

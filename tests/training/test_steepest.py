@@ -215,6 +215,8 @@ def test_one_step_along_each_direction_lowers_a_models_loss():
         (lambda: steepest_direction([]), TypeError, r"a list of tensors; got \[\]"),
         (lambda: steepest_direction(3.0), TypeError, "got float"),
         (lambda: steepest_direction(torch.ones(2).long()), TypeError, "floating tensor; got dtype torch.int64"),
+        (lambda: steepest_direction(torch.ones(2).to_sparse()), TypeError, "dense tensor, .*layout torch.sparse_coo"),
+        (lambda: steepest_direction([torch.eye(2).to_sparse()]), TypeError, r"g\[0\] must be a dense tensor"),
         (lambda: steepest_direction(torch.ones(2) * 1j), TypeError, "floating tensor; got dtype torch.complex64"),
         (lambda: steepest_direction(torch.ones(2), "spectral"), ValueError, r"needs a matrix, .*; got shape \(2,\)"),
         (lambda: steepest_direction(torch.ones(2, 2, 3, 3), "spectral"), ValueError, r"weight.flatten\(1\)"),

@@ -72,7 +72,7 @@ def _scale(a: State, b: State, rtol: float, atol: float) -> State:
 def _first_step(field: Field, x: State, slope: State, t: float, rtol: float, atol: float) -> float:
     scale = _scale(x, x, rtol, atol)
     d0, d1 = _rms(x, scale), _rms(slope, scale)
-    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or d1 == math.inf else 0.01 * d0 / d1
     h0 = min(h0, t)
     change = torch._foreach_sub(field(_combine(x, [slope], [1.0], h0)), slope)
     d2 = _rms(list(change), scale) / h0

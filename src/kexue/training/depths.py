@@ -242,16 +242,17 @@ def _outside(model: nn.Module, stacks: list[_Stack], order: list[str], head: int
         own = parts[max(common) :]
         module = kinds[owner(name)]
         after = place[name] > min(starts[n] for n in near)
+        ends = own[0].startswith("final_") or (after and not any(head_began[n] for n in near))
         if "pooler" in own:
             found[name] = head - 1
         elif any(_HEAD.fullmatch(part) for part in own):
             found[name] = head
-        elif not after or isinstance(module, EMBEDDINGS) or any(_EMBEDDING.fullmatch(part) for part in own):
+        elif isinstance(module, EMBEDDINGS) or any(_EMBEDDING.fullmatch(part) for part in own):
             found[name] = 0
-        elif is_norm(module) and owner(name).count(".") == max(common) and not any(head_began[n] for n in near):
+        elif ends and is_norm(module) and owner(name).count(".") == max(common):
             found[name] = head - 1  # the norm that ends the stack
         else:
-            found[name] = head
+            found[name] = head if after else 0
         if found[name] == head and after:
             for n in near:
                 head_began[n] = True

@@ -67,7 +67,7 @@ def quadratic_flow(
     count = len(x)
     if a.shape != (count, count):
         raise ValueError(f"a must have shape ({count}, {count}), as x has {count} entries; got {tuple(a.shape)}")
-    if not torch.allclose(a, a.mT, rtol=1e-5, atol=1e-6 * float(a.abs().max()) if count else 0.0):
+    if not torch.allclose(a, a.mT, rtol=1e-5, atol=1e-6 * float(a.detach().abs().max()) if count else 0.0):
         raise ValueError("a must be symmetric; got one that differs from its transpose")
     if b is not None:
         check_float("b", b, 1)

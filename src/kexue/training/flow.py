@@ -42,7 +42,7 @@ from torch import Tensor
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import compute_dtype
 from kexue.training._dopri5 import dopri5, dopri5_at, tolerances
-from kexue.training._flow_steps import RULES, Rule, Settings
+from kexue.training._flow_steps import RULES, Rule, Settings, check_target
 from kexue.training._objective import GradientFunction, LossFunction, Objective
 
 __all__ = ["METHODS", "GradientFlow", "Trajectory"]
@@ -302,10 +302,11 @@ class GradientFlow:
         rule = RULES[self.method](objective, self.settings, h)
         watch = _Watch(objective, rule, h)
 
-        def look(time: float) -> None:
+        def look(time: float) -> Tensor:
             loss = objective.value()
             recorder.loss(loss)
             watch.add(loss, time)
+            return loss
 
         k = 0
         while k < count:
@@ -324,8 +325,10 @@ class GradientFlow:
             if k % _BLOCK == 0:
                 watch.check(k * h)
         recorder.point(t)
-        look(t)
+        last = look(t)
         watch.check(t)
+        if self.method == "polyak":  # the steps have looked at the points before
+            check_target(float(last), self.settings.target, torch.finfo(last.dtype).eps)
         return recorder.trajectory()
 
     def _adaptive(self, t: float, h: float | None, save_every: int | None, max_steps: int) -> Trajectory:

@@ -30,8 +30,8 @@ __all__ = ["PolyakSGD"]
 class PolyakSGD(Optimizer):
     """Gradient descent with Polyak's step size, capped: you give the smallest loss in the place of a learning rate.
 
-    Works where the minimum is known, such as interpolation (target 0). The loss goes to :meth:`step`, through a closure
-    or as ``loss=``. Reading the loss and the gradient's norm makes a GPU wait for the host once a step. With mixed
+    Works where the minimum is known, such as interpolation (target 0). The loss goes to :meth:`step`, itself or through
+    a closure. Reading the loss and the gradient's norm makes a GPU wait for the host once a step. With mixed
     precision: ``scaler.unscale_(opt)``, then ``scaler.step(opt, loss=loss)`` with the unscaled loss.
 
     Args:
@@ -53,7 +53,7 @@ class PolyakSGD(Optimizer):
         >>> opt = PolyakSGD([x], target=0.0)
         >>> loss = x.square().sum()  # Polyak's step halves the distance
         >>> loss.backward()
-        >>> _ = opt.step(loss=loss)
+        >>> _ = opt.step(loss)
         >>> x.detach()
         tensor([1.5000, 2.0000])
     """
@@ -70,13 +70,17 @@ class PolyakSGD(Optimizer):
         super().add_param_group(param_group)
 
     def step(  # type: ignore[override]  # the loss may come in the place of the closure
-        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
+        self,
+        closure: Callable[[], Tensor | float] | Tensor | float | None = None,
+        *,
+        loss: Tensor | float | None = None,
     ) -> Tensor | float:
         """Move the parameters once.
 
         Args:
-            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss.
-            loss: The loss whose ``backward`` was called, in the place of a closure.
+            closure: Clears the gradients, computes the loss, calls ``backward`` and returns the loss; or, in its place,
+                the loss itself, whose ``backward`` was called.
+            loss: The loss by its name, for wrappers that pass keywords on, such as GradScaler.
 
         Returns:
             The loss.
@@ -87,10 +91,15 @@ class PolyakSGD(Optimizer):
             FloatingPointError: Loss or gradient is NaN or infinite. The parameters are unchanged then.
         """
         if (closure is None) == (loss is None):
-            raise TypeError("step needs a closure or loss=..., and not both: the step's length follows from the loss")
-        if closure is not None:
+            raise TypeError(
+                "step needs a closure or the loss, and not both: its length follows from the loss; "
+                f"got closure={closure!r}, loss={loss!r}"
+            )
+        if callable(closure):
             with torch.enable_grad():
                 loss = closure()
+        elif closure is not None:
+            loss = closure
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"the loss must be a scalar; got shape {tuple(loss.shape)}")

@@ -92,6 +92,12 @@ def _largest(x: Tensor) -> Tensor:
     return x.detach().abs().amax()
 
 
+def _check_gradient(name: str, g: Any) -> None:
+    check_float(name, g)
+    if g.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, for example g.to_dense(); got layout {g.layout}")
+
+
 def _check_metric(metric: Any, shape: torch.Size, count: int) -> Tensor:
     """The metric as (n, n) or, where it is diagonal, (n,)."""
     check_float("metric", metric)
@@ -113,7 +119,7 @@ def _check_metric(metric: Any, shape: torch.Size, count: int) -> Tensor:
         if not bool((metric > 0).all()):
             raise ValueError(f"a diagonal metric must be positive; its smallest entry is {float(metric.min()):g}")
         return metric.reshape(-1)
-    if not torch.allclose(metric, metric.mT, rtol=1e-5, atol=1e-6 * float(metric.abs().max())):
+    if not torch.allclose(metric, metric.mT, rtol=1e-5, atol=1e-6 * float(metric.detach().abs().max())):
         raise ValueError("metric must be symmetric; got one that differs from its transpose")
     if int(torch.linalg.cholesky_ex(metric.detach()).info):
         smallest = float(torch.linalg.eigvalsh(metric.detach())[0])
@@ -163,12 +169,12 @@ def steepest_direction(
     if metric is None and norm == "metric":
         raise ValueError("norm 'metric' needs metric=G; got None")
     if isinstance(g, Tensor):
-        check_float("g", g)
+        _check_gradient("g", g)
         return _direction(g, norm, metric)
     if not isinstance(g, (list, tuple)) or not g:
         raise TypeError(f"g must be a tensor or a list of tensors; got {g if g == [] else type(g).__name__}")
     for i, part in enumerate(g):
-        check_float(f"g[{i}]", part)
+        _check_gradient(f"g[{i}]", part)
     if norm == "spectral":
         raise ValueError("norm 'spectral' is that of one matrix; got a list of tensors")
     dtype = compute_dtype(*g)
