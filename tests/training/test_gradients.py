@@ -351,6 +351,7 @@ def test_what_a_function_returns_is_checked(transform, error, message):
         ({1: zero()}, TypeError, "a pattern of transforms must be a str; got 1"),
         ({"*": 0.5}, TypeError, r"the transform of '\*' must be a function .*; got 0\.5"),
         ({"*": nn.ReLU}, TypeError, "must be a function"),
+        ({"*": clip_value}, TypeError, r"must be a function .*; got <function clip_value"),
         ({}, TypeError, "transforms must map patterns to transforms"),
         (["*"], TypeError, "transforms must map patterns to transforms"),
     ],

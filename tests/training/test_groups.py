@@ -76,7 +76,7 @@ def test_every_trained_parameter_once_with_the_rate_of_the_formula(request):
         once = {k: v for k, v in rules.items() if any(rate(n, 0, 0, 1.0, 1.0, {k: 2.0}) == 2.0 for n in names)}
         expected = rate("x", depth, head, lr, layer_decay, dict.fromkeys(["*"], math.prod(once.values())))
         assert found[name][0] == pytest.approx(expected, rel=1e-11, abs=1e-300)
-        decays = p.ndim > 1 and part != "embeddings"
+        decays = p.ndim > 1
         assert found[name][1] == (weight_decay if decays else 0.0)
     # Equal settings share a group, in the order of the model.
     keys = [(f"{g['lr']:.12e}", g["weight_decay"]) for g in groups]
@@ -93,7 +93,7 @@ def test_the_rates_of_a_bert():
     groups = param_groups(bert(), lr=2e-5, layer_decay=0.9, rules={"*.embeddings.*": 0.1, "classifier.*": 10})
     found = rates(groups)
     expected = {
-        "bert.embeddings.word_embeddings.weight": (2e-5 * 0.9**3 * 0.1, 0.0),
+        "bert.embeddings.word_embeddings.weight": (2e-5 * 0.9**3 * 0.1, 0.01),
         "bert.embeddings.LayerNorm.weight": (2e-5 * 0.9**3 * 0.1, 0.0),
         "bert.encoder.layer.0.attention.self.query.weight": (2e-5 * 0.9**2, 0.01),
         "bert.encoder.layer.1.output.LayerNorm.weight": (2e-5 * 0.9, 0.0),
@@ -102,12 +102,12 @@ def test_the_rates_of_a_bert():
         "classifier.weight": (2e-4, 0.01),
     }
     assert {name: found[name] for name in expected} == {k: pytest.approx(v, rel=1e-12) for k, v in expected.items()}
-    assert len(groups) == 7  # two for each rate; the embeddings do not decay
+    assert len(groups) == 8  # two for each rate
 
 
-def test_without_settings_it_is_the_default_optimizer():
+def test_with_embeddings_spared_it_is_the_default_optimizer():
     model = bert(head=t.BertForMaskedLM)
-    groups = param_groups(model, lr=1e-3)
+    groups = param_groups(model, lr=1e-3, no_decay=["*_embeddings.weight"])
     (default,) = default_optimizers(model)
     for group in default.param_groups:
         (same,) = [g for g in groups if g["weight_decay"] == group["weight_decay"]]
@@ -128,8 +128,8 @@ def test_norms_of_transformers_and_further_names_do_not_decay():
     torch.manual_seed(0)
     model = t.LlamaForCausalLM(t.LlamaConfig(**SIZES, num_hidden_layers=1, bos_token_id=None, eos_token_id=None))
     decayed = {n for n, (_, decay) in rates(param_groups(model, 1.0)).items() if decay}
-    assert all("proj" in n or n == "lm_head.weight" for n in decayed)
-    assert len(decayed) == 8
+    assert all("proj" in n or n in ("lm_head.weight", "model.embed_tokens.weight") for n in decayed)
+    assert len(decayed) == 9
     fewer = {
         n for n, (_, decay) in rates(param_groups(model, 1.0, no_decay=["lm_head.*", "*.q_proj.*"])).items() if decay
     }
@@ -141,7 +141,7 @@ def test_a_tied_tensor_is_in_one_group_and_answers_to_both_names():
     name = "bert.embeddings.word_embeddings.weight"
     assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
     found = rates(param_groups(model, 1.0, layer_decay=0.5, rules={"cls.predictions.decoder.weight": 8}))
-    assert found[name] == (1.0, 0.0)  # 0.5^3 by its depth as an embedding, times 8
+    assert found[name] == (1.0, 0.01)  # 0.5^3 by its depth as an embedding, times 8
     assert "cls.predictions.decoder.weight" not in found
 
 

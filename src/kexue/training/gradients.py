@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kexue.training.groups import check_pattern
-from kexue.training.transforms import Transform
+from kexue.training.transforms import MAKERS, Transform
 
 __all__ = ["TransformHandle", "gradient_transform"]
 
@@ -111,7 +111,8 @@ def gradient_transform(
     if not isinstance(transforms, Mapping) or not transforms:
         raise TypeError(f"transforms must map patterns to transforms; got {transforms!r}")
     for pattern, transform in transforms.items():
-        if not callable(transform) or isinstance(transform, type):
+        uncalled = any(transform is make for make in MAKERS)  # clip_value in the place of clip_value(0.5)
+        if not callable(transform) or isinstance(transform, type) or uncalled:
             raise TypeError(
                 f"the transform of {pattern!r} must be a function (name, parameter, gradient) -> gradient or one of "
                 f"clip_norm(...), clip_value(...) and the like; got {transform!r}"

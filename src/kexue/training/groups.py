@@ -68,9 +68,9 @@ def param_groups(
     two groups for each distinct rate, in the order of the model's parameters. The groups hold ``(name, parameter)``
     pairs, so that the optimizer knows the names (``group["param_names"]``).
 
-    Weight decay acts on matrices only, as in :func:`default_optimizers`: not on biases and other vectors, norms and
-    embeddings. Schedulers, :func:`fit` and transformers' Trainer (``optimizers=(optimizer, None)``) scale the rate of
-    each group and keep their ratios.
+    Weight decay acts on matrices only, not on biases, other vectors and norms. Embeddings decay, unlike in
+    :func:`default_optimizers`; name them in ``no_decay`` if they should not. Schedulers, :func:`fit` and transformers'
+    Trainer (``optimizers=(optimizer, None)``) scale the rate of each group and keep their ratios.
 
     Args:
         model: The model.
@@ -102,7 +102,7 @@ def param_groups(
         >>> groups = param_groups(model, lr=1.0, layer_decay=0.5, rules={"3.*": 10})
         >>> for group in groups:
         ...     print([name for name, _ in group["params"]], group["lr"], group["weight_decay"])
-        ['0.weight'] 0.25 0.0
+        ['0.weight'] 0.25 0.01
         ['1.weight'] 0.5 0.01
         ['1.bias'] 0.5 0.0
         ['3.weight'] 10.0 0.01
@@ -121,7 +121,7 @@ def param_groups(
     names = parameter_names(model)
     _check(lr, layer_decay, rules, weight_decay, no_decay, [name for every in names.values() for name in every])
     depths = None if layer_decay is None else layer_depths(model)
-    spared = undecayed(model)
+    spared = undecayed(model, embeddings=True)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad or not (where is None or where(name, p)):

@@ -26,11 +26,12 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
-def undecayed(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters without weight decay: biases and other vectors, norms and embeddings."""
+def undecayed(model: nn.Module, embeddings: bool = False) -> set[nn.Parameter]:
+    """Parameters without weight decay: biases and other vectors, norms and (unless they decay) embeddings."""
     kinds = dict(model.named_modules(remove_duplicate=False))
     named = model.named_parameters(remove_duplicate=False)
-    return {p for name, p in named if p.ndim < 2 or isinstance(kinds[owner(name)], EMBEDDINGS + NORMS)}
+    kept = NORMS if embeddings else EMBEDDINGS + NORMS
+    return {p for name, p in named if p.ndim < 2 or isinstance(kinds[owner(name)], kept)}
 
 
 def default_optimizers(model: nn.Module, lr: float = _DEFAULT_LR, weight_decay: float = 0.01) -> list[Optimizer]:

@@ -448,3 +448,8 @@ def joint(function: Update) -> Transform:
     if not callable(function):
         raise TypeError(f"function must be callable; got {function!r}")
     return Transform(function, f"joint({getattr(function, '__name__', function)})")
+
+
+MAKERS = (
+    add_noise, centralize, clip_norm, clip_quantile, clip_value, freeze, joint, mask, normalize, project, sign, zero,
+)  # fmt: skip  # each has to be called to give a transform
