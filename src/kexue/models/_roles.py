@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from kexue.attention.gated_attention import ScaleOffset
+from kexue.models._norms import is_norm, neutral_gain
 from kexue.models.initialization import fans
 from kexue.models.parameterization import NTKLinear, ScheduledResidual, is_conv1d
 from kexue.models.positions import HierarchicalPositionEmbedding
@@ -107,12 +109,6 @@ HEADS = names(
 CROSS = names("multihead_attn encoder_attn EncDecAttention crossattention")
 # Look-ups that are no module of their own: vectors that a model adds to its input or puts in front of it (ViT)
 VECTORS = re.compile(r"(cls|class|mask|dist|distillation|register)_(tokens?|embedding)|pos(ition)?_embed(ding)?s?")
-NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
 
 
 def role_of(path: str) -> str:
@@ -143,26 +139,9 @@ def _thirds(role: str, shape: tuple[int, ...], transposed: bool) -> tuple[Piece,
     return tuple(Piece(n, fan_in, fan_in, int(transposed), i * fan_in, fan_in) for i, n in enumerate(parts))
 
 
-def _is_norm(module: nn.Module, weight: Tensor) -> bool:
-    """Whether the module is a norm, or the scale and offset of a gated attention unit, whose gain starts at 1 too.
-
-    A norm that is known by its name alone has a vector for a gain: a "NormLinear" with a matrix is none.
-    """
-    called = any(word in type(module).__name__ for word in ("Norm", "ScaleOffset"))
-    return isinstance(module, NORMS) or (called and weight.numel() == max(weight.shape, default=1))
-
-
-@torch.no_grad()
-def _neutral_gain(module: nn.Module, name: str, weight: Tensor) -> float:
-    """The gain of a norm that changes nothing: 1, or 0 where the module computes (1 + weight) x (Gemma)."""
-    if isinstance(module, NORMS) or weight.dim() != 1:
-        return 1.0
-    x = torch.linspace(-1, 1, len(weight), device=weight.device).to(weight.dtype)[None] + 0.01
-    try:
-        out = torch.func.functional_call(module, {name: torch.ones_like(weight)}, (x,))
-        return 0.0 if 1.9 < float(out.float().square().mean().sqrt()) < 2.1 else 1.0
-    except Exception:  # a norm that wants something else to be called: nothing is known about it
-        return 1.0
+def _has_gain(module: nn.Module) -> bool:
+    """Whether the module is a norm, or the scale and offset of a gated attention unit, whose gain starts at 1 too."""
+    return is_norm(module) or isinstance(module, ScaleOffset)
 
 
 @torch.no_grad()
@@ -209,8 +188,8 @@ def _direct(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any]]
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag | HierarchicalPositionEmbedding) and name == "weight":
             relative = "relative" in leaf and "bias" in leaf
             yield name, _table(p, padding=module.padding_idx, relative=relative)
-        elif _is_norm(module, p) and name in ("weight", "gamma", "scale"):
-            yield name, {"kind": "constant", "constant": _neutral_gain(module, name, p)}
+        elif _has_gain(module) and name in ("weight", "gamma", "scale"):
+            yield name, {"kind": "constant", "constant": neutral_gain(module, name, p)}
         elif isinstance(module, ScheduledResidual) and name == "alpha":
             yield name, zero
         elif isinstance(module, nn.PReLU):

@@ -21,17 +21,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kexue._checks import check_int, check_real
 from kexue._tensors import compute_dtype
+from kexue.models._norms import is_norm, neutral_gain
+from kexue.models._sampling import truncated_std
 from kexue.models.probing import probe
 
 __all__ = ["norm_gains", "skip_gain"]
 
 # Variance that is left when a normal distribution is cut at two standard deviations
-_CUT = 1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2))
+_CUT = truncated_std(2.0) ** 2
 
 
 def skip_gain(
@@ -88,13 +89,7 @@ def skip_gain(
     return math.exp(-0.5 * sublayers * math.log1p(r))
 
 
-_KINDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _NAMES = ("weight", "gamma", "scale", "g")  # what norms of other makers call their gain
-
-
-def _is_norm(module: nn.Module) -> bool:
-    alone = next(module.children(), None) is None
-    return isinstance(module, _KINDS) or (alone and type(module).__name__.endswith("Norm"))
 
 
 def _gain(module: nn.Module) -> float | None:
@@ -102,24 +97,8 @@ def _gain(module: nn.Module) -> float | None:
         gain = getattr(module, name, None)
         if isinstance(gain, Tensor) and gain.dim() == 1 and gain.numel():
             gain = gain.detach()
-            if not isinstance(module, _KINDS) and _counts_from_one(module, gain):
-                gain = gain.to(compute_dtype(gain)) + 1
-            return float(gain.to(compute_dtype(gain)).abs().mean())
+            return float((gain.to(compute_dtype(gain)) + (1 - neutral_gain(module, name, gain))).abs().mean())
     return None
-
-
-@torch.no_grad()
-def _counts_from_one(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a norm of another maker multiplies by 1 + weight, as Gemma's does: try it on +1, -1, +1, -1, ..."""
-    x = 1 - 2 * (torch.arange(weight.numel(), device=weight.device) % 2).to(weight.dtype)
-    try:
-        y = module.forward(x[None, None])
-    except (TypeError, RuntimeError, ValueError, IndexError):  # it wants more than x: the plain reading
-        return False
-    if not isinstance(y, Tensor) or y.numel() != x.numel():
-        return False
-    error = y.reshape(-1) - weight * x
-    return bool((error - x).abs().sum() < error.abs().sum())
 
 
 def norm_gains(model: nn.Module, *, batch: Any = None) -> list[dict[str, Any]]:
@@ -151,7 +130,7 @@ def norm_gains(model: nn.Module, *, batch: Any = None) -> list[dict[str, Any]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    found = {name: module for name, module in model.named_modules() if _is_norm(module)}
+    found = {name: module for name, module in model.named_modules() if is_norm(module)}
     if batch is not None and found:
         called = [row["name"].partition("#")[0] for row in probe(model, batch).rows]
         order = {name: n for n, name in enumerate(called)}  # of the last call

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kexue.models._norms import is_norm
+
 __all__ = ["LayerDepths", "layer_depths"]
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # Names that decide where order alone would mislead; they are compared with one part of a dotted name.
 _HEAD = re.compile(
     r"(.+_)?(heads?|classifiers?|cls|score|predictions?|qa_outputs|logit_scale|logit_bias)|pre_classifier|embed_out"
@@ -61,12 +62,6 @@ class _Stack:
     parent: tuple[str, ...]  # path of the module that the list belongs to
     layers: list[list[str]]  # names of the parameters of each layer
     chain: bool = False  # of plain entries such as Linear
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A norm of torch, or a module of any library that is called one and has nothing but vectors."""
-    called = "norm" in type(module).__name__.lower() and all(p.ndim < 2 for p in module.parameters())
-    return isinstance(module, NORMS) or (called and not any(module.children()))
 
 
 def parameter_names(model: nn.Module) -> dict[str, list[str]]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kexue.training.depths import EMBEDDINGS, NORMS, owner
+from kexue.models._norms import NORMS
+from kexue.training.depths import EMBEDDINGS, owner
 
 __all__ = ["default_optimizers"]
 
