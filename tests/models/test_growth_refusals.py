@@ -92,8 +92,8 @@ def test_other_models_are_named_and_refused():
         model = t.AutoModel.from_config(config)
         with pytest.raises(ValueError, match=f"bert.*gpt2.*llama.*got '{config.model_type}'"):
             grow(model, 2)
-    for thing in (torch.nn.Linear(2, 2), None, "gpt2"):
-        with pytest.raises(TypeError, match="PreTrainedModel"):
+    for thing in (torch.nn.Linear(2, 2), None, "gpt2", t.GPT2Config()):
+        with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel; got"):
             grow(thing, 2)
     with pytest.raises(ValueError, match="cross-attention"):
         grow(build("gpt2", add_cross_attention=True), 2)

@@ -374,6 +374,8 @@ def grow(
         >>> verify_growth(model, big, torch.arange(8)[None]).max_abs < 1e-12
         True
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
     plan = plan_growth(
