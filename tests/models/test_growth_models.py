@@ -124,7 +124,8 @@ def test_pairs_under_rotary_positions_are_no_exact_growth():
     model = build("llama")
     with pytest.raises(ValueError, match="rope='pair'"):
         grow(model, 2, heads="wider", rope="pair")
-    big = grow(model, 2, heads="wider", rope="pair", exact=False)
+    with pytest.warns(UserWarning, match="other frequencies than before: the function changes"):
+        big = grow(model, 2, heads="wider", rope="pair", exact=False)
     report = verify_growth(model, big, **padded())
     assert report.max_abs > 1e-3
     assert not report.dtype_limited
