@@ -244,6 +244,19 @@ def test_the_command(tmp_path):
     assert printed["verified"]["max_abs"] == 0
 
 
+def test_errors_of_the_command_name_its_options(tmp_path):
+    models()["bert"].save_pretrained(tmp_path / "small")
+    place = ["grow", str(tmp_path / "small"), "--out", str(tmp_path / "large")]
+    for options, text in (
+        (["--depth", "4"], "With --inexact the stack"),
+        (["--hidden-size", "24", "--width", "2"], "--width 2 makes hidden_size 32; got --hidden-size 24"),
+        (["--hidden-size", "30", "--inexact"], "or --heads wider"),
+    ):
+        error = CliRunner().invoke(app, [*place, *options]).exception
+        assert isinstance(error, ValueError)
+        assert text in str(error)
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path):
     models()["bert"].save_pretrained(tmp_path / "small")
