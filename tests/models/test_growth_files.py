@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertModel,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -150,7 +152,7 @@ def test_bad_checkpoints_and_folders(tmp_path):
     with pytest.raises(ValueError, match="no folder with a config.json"):
         grow_checkpoint("bert-base-uncased", tmp_path / "large")
     models()["gpt2"].save_pretrained(small)
-    with pytest.raises(ValueError, match="another folder"):
+    with pytest.raises(ValueError, match="does not hold the small model"):
         grow_checkpoint(small, small)
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -176,6 +178,55 @@ def test_bad_checkpoints_and_folders(tmp_path):
     assert not (tmp_path / "large").exists()
 
 
+def test_the_small_model_is_never_what_is_replaced(tmp_path):
+    torch.manual_seed(0)
+    models()["gpt2"].save_pretrained(tmp_path / "first")
+    small = tmp_path / "small"
+    grow_checkpoint(tmp_path / "first", small, depth=3)  # has the mark of a result, which a later one may replace
+    (tmp_path / "link").symlink_to(small)
+    before = (small / "model.safetensors").read_bytes()
+    for source, out in (
+        (small, tmp_path / "first" / ".." / "small"),
+        (tmp_path / "link", small),
+        (small, tmp_path / "link"),
+    ):
+        with pytest.raises(ValueError, match="out must be a folder that does not hold the small model"):
+            grow_checkpoint(source, out, width=2)
+    models()["gpt2"].save_pretrained(small / "inner")
+    with pytest.raises(ValueError, match="does not hold the small model"):
+        grow_checkpoint(small / "inner", small, width=2)
+    assert (small / "model.safetensors").read_bytes() == before
+    assert (small / "inner" / "model.safetensors").exists()
+
+
+def test_weights_can_be_read_by_whom_the_configuration_can(tmp_path):
+    models()["gpt2"].save_pretrained(tmp_path / "small")
+    grow_checkpoint(tmp_path / "small", tmp_path / "large", width=2)
+    modes = {file.suffix: file.stat().st_mode for file in (tmp_path / "large").iterdir()}
+    assert modes[".safetensors"] == modes[".json"]
+
+
+def test_damaged_weights_are_a_value_error(tmp_path):
+    models()["gpt2"].save_pretrained(tmp_path / "small")
+    weights = tmp_path / "small" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="small has no weights of GPT2LMHeadModel that can be read"):
+        grow_checkpoint(tmp_path / "small", tmp_path / "large")
+    weights.unlink()
+    with pytest.raises(ValueError, match="small has no weights of GPT2LMHeadModel that can be read.*no file named"):
+        grow_checkpoint(tmp_path / "small", tmp_path / "large")
+
+
+def test_heads_that_need_batches_of_another_kind(tmp_path):
+    torch.manual_seed(0)
+    no_pad = GPT2ForSequenceClassification(models()["gpt2"].config)  # takes a single row without pad_token_id
+    choices = BertForMultipleChoice(models()["bert"].config)  # (B, choices, T)
+    for model in (no_pad, choices):
+        name = type(model).__name__
+        model.save_pretrained(tmp_path / name)
+        assert grow_checkpoint(tmp_path / name, tmp_path / f"{name} large", width=2).max_rel < 1e-9
+
+
 def test_the_command(tmp_path):
     torch.manual_seed(0)
     models()["gpt2"].save_pretrained(tmp_path / "small")
@@ -191,6 +242,19 @@ def test_the_command(tmp_path):
     printed = json.loads(run.stdout)
     assert printed["options"]["depth"] == 3
     assert printed["verified"]["max_abs"] == 0
+
+
+def test_errors_of_the_command_name_its_options(tmp_path):
+    models()["bert"].save_pretrained(tmp_path / "small")
+    place = ["grow", str(tmp_path / "small"), "--out", str(tmp_path / "large")]
+    for options, text in (
+        (["--depth", "4"], "With --inexact the stack"),
+        (["--hidden-size", "24", "--width", "2"], "--width 2 makes hidden_size 32; got --hidden-size 24"),
+        (["--hidden-size", "30", "--inexact"], "or --heads wider"),
+    ):
+        error = CliRunner().invoke(app, [*place, *options]).exception
+        assert isinstance(error, ValueError)
+        assert text in str(error)
 
 
 @pytest.mark.slow

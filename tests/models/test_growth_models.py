@@ -120,11 +120,26 @@ def test_scaled_rotary_positions(kind):
             grow(model, 2, heads="wider")
 
 
+def test_new_rotary_coordinates_learn_with_noise():
+    model = build("llama")
+    big = grow(model, 2, heads="wider", noise=0.1, generator=torch.Generator().manual_seed(0))
+    assert difference(model, big) < LIMIT
+    big(tokens(), labels=tokens()).loss.backward()
+    attention = big.model.layers[0].self_attn
+    # Of the halves of a head every second coordinate is new: queries give 0 there, keys whatever the noise gives
+    for layer, lowest, highest in ((attention.q_proj, 0.0, 1e-12), (attention.k_proj, 1e-3, 1.0)):
+        new = layer.weight.detach().unflatten(0, (-1, 2))[:, 1]
+        assert lowest <= float(new.unflatten(1, (-1, 2)).sum(-1).abs().max()) <= highest
+    old, new = attention.q_proj.weight.grad.unflatten(0, (-1, 2)).unbind(1)
+    assert float(new.norm()) > 1e-3 * float(old.norm())
+
+
 def test_pairs_under_rotary_positions_are_no_exact_growth():
     model = build("llama")
     with pytest.raises(ValueError, match="rope='pair'"):
         grow(model, 2, heads="wider", rope="pair")
-    big = grow(model, 2, heads="wider", rope="pair", exact=False)
+    with pytest.warns(UserWarning, match="other frequencies than before: the function changes"):
+        big = grow(model, 2, heads="wider", rope="pair", exact=False)
     report = verify_growth(model, big, **padded())
     assert report.max_abs > 1e-3
     assert not report.dtype_limited

@@ -4,11 +4,12 @@ import pytest
 import torch
 import transformers as t
 
+from kexue.attention import register_attention
 from kexue.models import (
     grow,
     plan_growth,
 )
-from reference.growth_models import LIMIT, build, difference
+from reference.growth_models import LIMIT, build, difference, tokens
 
 pytestmark = pytest.mark.slow
 
@@ -63,16 +64,36 @@ def test_post_norm_models_cannot_do_everything(kind):
         grow(model, depth=4)
     with pytest.raises(ValueError, match="no multiple"):
         grow(model, hidden_size=40)
-    deep = grow(model, depth=5, exact=False)
+    with pytest.warns(UserWarning, match="stack of layers is repeated: the function changes"):
+        deep = grow(model, depth=5, exact=False)
     assert deep.config.num_hidden_layers == 5
     base = deep.base_model.encoder.layer
     for i in range(5):
         expected = model.base_model.encoder.layer[i % 2].output.dense.weight
         assert torch.equal(base[i].output.dense.weight, expected)
     assert difference(model, deep) > 1e-3
-    wide = grow(model, hidden_size=40, exact=False)
+    with pytest.warns(UserWarning, match="fills hold the mean of the biases.*the function changes"):
+        wide = grow(model, hidden_size=40, exact=False)
     assert 1e-6 < difference(model, wide) < 10
     assert plan_growth(model, hidden_size=40, exact=False).notes
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_wider_heads_are_not_exact_behind_feature_maps(kind):
+    register_attention()
+    off = {name: 0.0 for name in ("attention_probs_dropout_prob", "attn_pdrop") if name in vars(build(kind).config)}
+    model = build(kind, **off)
+    for name in ("kexue_linear", "kexue_performer"):
+        model.set_attn_implementation(name)
+        with pytest.raises(ValueError, match=f"heads='wider' is not exact with the attention '{name}'"):
+            grow(model, heads="wider")
+        with pytest.warns(UserWarning, match=f"{name} maps.*the function changes"):
+            wide = grow(model, heads="wider", exact=False)
+        inputs = {"input_ids": tokens()}
+        assert difference(model, wide, **inputs) > 1e-5
+        assert difference(model, grow(model), **inputs) < LIMIT
+    model.set_attn_implementation("kexue_entropy")  # a softmax: only the inner product counts
+    assert difference(model, grow(model, heads="wider"), **inputs) < LIMIT
 
 
 def test_gau_alpha_has_one_head_and_no_gain():
@@ -92,8 +113,8 @@ def test_other_models_are_named_and_refused():
         model = t.AutoModel.from_config(config)
         with pytest.raises(ValueError, match=f"bert.*gpt2.*llama.*got '{config.model_type}'"):
             grow(model, 2)
-    for thing in (torch.nn.Linear(2, 2), None, "gpt2"):
-        with pytest.raises(TypeError, match="PreTrainedModel"):
+    for thing in (torch.nn.Linear(2, 2), None, "gpt2", t.GPT2Config()):
+        with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel; got"):
             grow(thing, 2)
     with pytest.raises(ValueError, match="cross-attention"):
         grow(build("gpt2", add_cross_attention=True), 2)

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kexue.cli.common import Json, Seed, interruptible, print_json
+
+# Arguments of the library as its errors write them, heads='more' or hidden_size=30
+_ARGUMENT = re.compile(r"\b(width|heads|depth|hidden_size|intermediate_size|convention|rope)='?(\w+)'?")
+
+
+@contextmanager
+def _option_names() -> Iterator[None]:
+    """Let errors of the library speak of the options of the command."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("exact=False", "--inexact")
+        message = _ARGUMENT.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)
+        raise ValueError(message) from error
 
 
 def grow(
@@ -42,7 +59,8 @@ def grow(
     from kexue.models import grow_checkpoint
 
     show_loading(sys.stderr.isatty())
-    with interruptible("interrupted; nothing was written"), warnings.catch_warnings(record=True) as caught:
+    stopped = "interrupted; nothing was written"
+    with interruptible(stopped), _option_names(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report = grow_checkpoint(
             checkpoint,

@@ -38,6 +38,7 @@ from torch import nn
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._transformers import PretrainedConfig, PreTrainedModel
+from kexue.attention._hf_linear import NAMES as FEATURE_MAPS
 from kexue.models._growth_plans import FAMILIES, Family, Growth, Options, Parts, Rule, measure
 from kexue.models._growth_rules import Recipe
 from kexue.models.extension import RECORD
@@ -255,8 +256,15 @@ def _check_structure(model: Any, growth: Growth) -> None:
     if hasattr(model, "multiple_choice_head") and not (config.summary_use_proj and config.summary_proj_to_labels):
         raise ValueError("the head of multiple choice must give labels: summary_use_proj and summary_proj_to_labels "
                          "must be True, as its output is the hidden state otherwise")  # fmt: skip
-    if family.rotary and growth.head_dim[1] > growth.head_dim[0]:
-        _check_frequencies(model, growth)
+    if growth.head_dim[1] > growth.head_dim[0]:
+        kind = getattr(model.config, "_attn_implementation", None)
+        if kind in FEATURE_MAPS:
+            if options.exact:
+                raise ValueError(f"heads='wider' is not exact with the attention {kind!r}, whose feature map reads the "
+                                 "entries of a head one by one; take heads='more', or exact=False")  # fmt: skip
+            growth.notes.append(f"{kind} maps the entries of wider heads to other features: the function changes")
+        if family.rotary:
+            _check_frequencies(model, growth)
 
 
 def _check_frequencies(model: Any, growth: Growth) -> None:
@@ -374,6 +382,8 @@ def grow(
         >>> verify_growth(model, big, torch.arange(8)[None]).max_abs < 1e-12
         True
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
     plan = plan_growth(
@@ -384,7 +394,7 @@ def grow(
     absent = [name for name, parameter in parameters.items() if parameter.is_meta]
     if absent:
         raise ValueError(f"the model has no values on the meta device: {', '.join(absent[:4])}; load it first")
-    if plan.growth.eps_error > 1e-9:
+    if plan.notes and (not exact or plan.growth.eps_error > 1e-9):
         warnings.warn(f"growth of {plan.model_class.__name__}: {'; '.join(plan.notes)}", stacklevel=2)
     big = plan.build()
     _drop_absent(model, big)

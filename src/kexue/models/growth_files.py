@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kexue._checks import check_int
-from kexue._files import replaced_folder, write_json
+from kexue._files import atomic_path, replaced_folder, write_json
 from kexue._transformers import AutoConfig, PreTrainedModel, find_class
 from kexue.models.growth import GrowthPlan, plan_growth
 from kexue.models.growth_check import GrowthReport, verify_growth
@@ -72,8 +72,8 @@ def grow_checkpoint(
     check_int("seed", seed, 0)
     source, target = Path(folder), Path(out)
     model = _load(source)
-    if target.absolute() == source.absolute():
-        raise ValueError(f"out must be another folder than that of the small model; got {out}")
+    if source.resolve().is_relative_to(target.resolve()):  # it would be replaced, by whatever name it is called
+        raise ValueError(f"out must be a folder that does not hold the small model; got {out} and {folder}")
     plan = plan_growth(model, width, **options)
     for note in plan.notes:
         warnings.warn(f"growth of {plan.model_class.__name__}: {note}", stacklevel=2)
@@ -105,10 +105,15 @@ def _load(folder: Path) -> Any:
         raise ValueError(
             f"{folder / 'config.json'} must name a model class in architectures; got {config.architectures}"
         )
+    from safetensors import SafetensorError
+
     loader: Any = found  # asked for a report it returns a pair, which its annotation does not say
-    model, report = loader.from_pretrained(
-        folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
-    )
+    try:
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} has no weights of {name} that can be read: {error}") from error
     if missing := sorted(report["missing_keys"]):  # random values would be grown as if they were trained
         raise ValueError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}")
     return model.eval()
@@ -150,7 +155,8 @@ def _write(
             tensors[name] = torch.empty(recipe.shape, dtype=source.dtype)
             recipe.write(source, tensors[name], generator)
             places[name] = file
-        save_file(tensors, place / file, metadata={"format": "pt"})
+        with atomic_path(place / file) as temporary:  # on the disk before an earlier result goes
+            save_file(tensors, temporary, metadata={"format": "pt"})
         if progress is not None:
             progress(f"{file}: {len(names)} tensors, {sum(sizes[n] for n in names) / 2**20:.0f} MiB")
     if len(shards) > 1:
@@ -166,11 +172,14 @@ def _write(
 def _verify(model: Any, place: Path, plan: GrowthPlan) -> GrowthReport:
     """Compare on random tokens, as many as the positions allow."""
     large = _load(place)
+    rows = 1 if getattr(model.config, "pad_token_id", None) is None else 2  # classifiers look for padding in batches
     length = min(32, int(getattr(model.config, "max_position_embeddings", 32)) - 2)
-    ids = torch.randint(model.config.vocab_size, (2, max(1, length)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, (rows, max(1, length)), generator=torch.Generator().manual_seed(0))
     pad = getattr(model.config, "pad_token_id", None)
     if pad is not None:
         ids = ids.masked_fill(ids == pad, (pad + 1) % model.config.vocab_size)
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        ids = ids[None]  # (B, choices, T)
     convention = plan.growth.options.convention
     return verify_growth(model, large, ids, convention=convention, attention_mask=torch.ones_like(ids))
 
