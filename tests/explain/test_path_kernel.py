@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from explain.path_models import MODELS, Tied, build, ids, mlp, normal
+from explain.path_models import MODELS, Pooled, Tied, build, ids, mlp, normal
 from kexue.explain import PathKernel
 from kexue.explain import _contributions as passes
 from reference.path_kernel import path_kernel
@@ -106,6 +106,42 @@ def test_vector_outputs_of_other_layers(name):
             return self.last(self.model(x))
 
     check(Wide(), x, x_test, targets(x, "ce", 3), loss="ce", lr=0.1, steps=3)
+
+
+@pytest.mark.parametrize("name", ["time first", "direct", "encoder", "mlp"])
+@pytest.mark.parametrize("zero", ["head", "all"])
+def test_parameters_that_start_at_zero_do_not_hide_wrong_layers(name, zero):
+    model, x, x_test = build(name)
+    if name == "time first":
+        x, x_test = normal(7, 3, 4), normal(4, 3, 4, seed=1)  # as many times as rows in the check
+    for key, p in model.named_parameters():
+        if zero == "all" or key.startswith(("head", "2")):
+            nn.init.zeros_(p)
+    pk = check(model, x, x_test, targets(x), lr=0.1, steps=5)
+    assert pk.error(x_test) < 1e-6
+
+
+class Summed(Pooled):
+    def forward(self, x):
+        return self.head(self.body(self.tokens(x)).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("how", [{}, {"batch_size": 2, "momentum": 0.9}], ids=str)
+def test_inputs_without_entries(how):
+    """Sequences of length 0 and examples without features leave the last bias alone to be trained."""
+    torch.manual_seed(0)
+    pooled = Summed(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()).double()
+    flat = nn.Linear(0, 1).double()
+    for model, bias, x in (
+        (pooled, pooled.head.bias, torch.zeros(5, 0, dtype=torch.long)),
+        (flat, flat.bias, normal(5, 0)),
+    ):
+        first = float(bias.detach())
+        pk = PathKernel(model).fit(x, normal(5, 1), lr=0.1, steps=6, **how)
+        moved = torch.full((2,), float(bias.detach()) - first, dtype=torch.float64)
+        assert moved[0] != 0
+        torch.testing.assert_close(pk.contributions(x[:2]).sum(1), moved)
 
 
 def test_a_table_that_is_also_the_head():

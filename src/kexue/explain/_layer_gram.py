@@ -69,7 +69,7 @@ class Gradients:
 
     Raises:
         TypeError: The model does not return a tensor of its parameters' dtype.
-        ValueError: It does not return (N,), (N, 1) or (N, C).
+        ValueError: It does not return (N,), (N, 1) or (N, C), or what it returns has no gradient.
 
     Attributes:
         width: C, outputs per example (1 for outputs (N,) and (N, 1)).
@@ -89,7 +89,7 @@ class Gradients:
         self.parameters = list(found.values())
         self._batched = self._batched_loose = self._stacked = False
         rows = x[torch.arange(_ROWS, device=x.device) % len(x)]
-        with torch.no_grad():
+        with torch.enable_grad():
             out = model(rows)
         self._check_output(out)
         self.squeezed = out.dim() == 1 or out.shape[1] == 1
@@ -115,12 +115,23 @@ class Gradients:
             raise ValueError(f"the model must return (N,), (N, 1) or (N, C); got {tuple(out.shape)} for N = {_ROWS}")
         if out.dtype != self.parameters[0].dtype:
             raise TypeError(f"the model must return {self.parameters[0].dtype}, like its parameters; got {out.dtype}")
+        upstream = torch.ones_like(out)
+        if not out.requires_grad or all(
+            g is None for g in torch.autograd.grad(out, self.parameters, upstream, allow_unused=True)
+        ):  # detached, or a forward that holds on to another object's parameters
+            raise ValueError("the outputs must depend on the trained parameters; got outputs without their gradients")
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
     def theta(self) -> Tensor:
         """The current parameters as one vector (P,)."""
         return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def _nearby(self, seed: int) -> Tensor:
+        """(P,) parameters near the current ones, none of them 0: what starts at 0 hides what lies before it."""
+        theta = self.theta()
+        random = torch.randn(len(theta), generator=torch.Generator().manual_seed(seed), dtype=theta.dtype)
+        return theta + random.to(theta.device) * (float(theta.abs().mean()) or 1.0) / 8
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """(..., P) -> views (..., *shape), one per parameter."""
@@ -196,7 +207,9 @@ class Gradients:
 
     def _drop_wrong_layers(self, rows: Tensor) -> None:
         """Compare with autograd, for single rows: time before batch, or a weight that is also used directly."""
-        theta, count = self.theta(), len(rows)
+        theta, count = self._nearby(2), len(rows)
+        start = self.theta()
+        self.move(theta)
         self.loose = []
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(self.width, generator=generator, dtype=theta.dtype).to(theta.device)
@@ -212,18 +225,19 @@ class Gradients:
             for side, (number, layer) in zip(sides.layers, self.layers.items(), strict=True):
                 for name, part in zip(layer.names, layer.gradients(side), strict=True):
                     expected, own = torch.zeros_like(part[0]), truth[name]
+                    if not expected.numel():
+                        continue
                     if own is not None:
                         expected[row] = own.reshape(-1)
                     allowed = torch.finfo(theta.dtype).eps ** 0.5 * expected.abs().max()
                     if not bool((part[0] - expected).abs().max() <= allowed):
                         wrong.add(number)
         self._drop(wrong)
+        self.move(start)
 
     def _try_batched(self, rows: Tensor) -> None:
         """Whether one call runs the model at many points, and which inputs do not depend on the parameters."""
-        theta = self.theta()
-        random = torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
-        two = torch.stack([theta, theta + random.to(theta.device) * theta.abs().mean() / 8])
+        two = torch.stack([self.theta(), self._nearby(1)])
         alone = self._forward(two, rows)[0].detach()
         close = torch.finfo(two.dtype).eps ** 0.5
         self._batched = True
