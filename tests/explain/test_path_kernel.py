@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from explain.path_models import MODELS, Pooled, Tied, build, ids, mlp, normal
 from kexue.explain import PathKernel
@@ -71,6 +72,7 @@ def test_which_form_is_used_for_which_model():
     assert forms["embedding, padding"] == (2, [], True, True)
     assert forms["shared"] == (2, [], True, True)
     assert forms["in place"] == (3, [], True, True)
+    assert forms["attention"] == (4, [], True, True)
     assert forms["folded"] == (2, [], True, True)
     assert forms["time first"][1] == ["layer.bias", "layer.weight"]
     assert forms["direct"][1] == ["gain", "layer.weight"] or forms["direct"][1] == [
@@ -119,6 +121,33 @@ def test_parameters_that_start_at_zero_do_not_hide_wrong_layers(name, zero):
             nn.init.zeros_(p)
     pk = check(model, x, x_test, targets(x), lr=0.1, steps=5)
     assert pk.error(x_test) < 1e-6
+
+
+def test_examples_of_zeros_do_not_hide_wrong_layers():
+    model, _, x_test = build("direct")
+    model.layer.bias = None
+    x = torch.zeros(7, 4, dtype=torch.float64)
+    x[1] = 1
+    pk = check(model, x, x_test, targets(x), lr=0.1)
+    assert "layer.weight" in pk._gradients.loose
+
+
+class Checkpointed(nn.Module):
+    """A layer that runs again on the way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda h: torch.tanh(self.layer(h)), x, use_reentrant=False))
+
+
+def test_checkpointing_is_refused():
+    torch.manual_seed(0)
+    model, x = Checkpointed().double(), normal(7, 4)
+    with pytest.raises(ValueError, match=r"got others for layer\.weight: turn checkpointing off"):
+        PathKernel(model).fit(x, targets(x))
 
 
 class Summed(Pooled):

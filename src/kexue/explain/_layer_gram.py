@@ -65,11 +65,11 @@ class Gradients:
 
     Args:
         model: A copy of the user's model.
-        x: Training inputs; the first rows serve the check.
+        x: Training inputs; some rows serve the check.
 
     Raises:
         TypeError: The model does not return a tensor of its parameters' dtype.
-        ValueError: It does not return (N,), (N, 1) or (N, C), or what it returns has no gradient.
+        ValueError: It does not return (N,), (N, 1) or (N, C), or gradients are missing or not those of the parameters.
 
     Attributes:
         width: C, outputs per example (1 for outputs (N,) and (N, 1)).
@@ -88,10 +88,11 @@ class Gradients:
         self.sizes = [p.numel() for p in found.values()]
         self.parameters = list(found.values())
         self._batched = self._batched_loose = self._stacked = False
-        rows = x[torch.arange(_ROWS, device=x.device) % len(x)]
-        with torch.enable_grad():
+        rows = x[torch.arange(_ROWS, device=x.device) * (len(x) - 1) // (_ROWS - 1)]  # from the first to the last
+        with torch.no_grad():
             out = model(rows)
         self._check_output(out)
+        self._check_gradients(rows)
         self.squeezed = out.dim() == 1 or out.shape[1] == 1
         self.width = 1 if out.dim() == 1 else int(out.shape[1])
         self.uses: list[Use] = []
@@ -115,11 +116,28 @@ class Gradients:
             raise ValueError(f"the model must return (N,), (N, 1) or (N, C); got {tuple(out.shape)} for N = {_ROWS}")
         if out.dtype != self.parameters[0].dtype:
             raise TypeError(f"the model must return {self.parameters[0].dtype}, like its parameters; got {out.dtype}")
-        upstream = torch.ones_like(out)
-        if not out.requires_grad or all(
-            g is None for g in torch.autograd.grad(out, self.parameters, upstream, allow_unused=True)
-        ):  # detached, or a forward that holds on to another object's parameters
+
+    @torch.enable_grad()
+    def _check_gradients(self, rows: Tensor) -> None:
+        """There are some, and they follow parameters that are passed instead of the model's own."""
+        start, theta = self.theta(), self._nearby(2)
+        self.move(theta)
+        out = self.model(rows)
+        if out.requires_grad:
+            exact = torch.autograd.grad(out, self.parameters, torch.ones_like(out), allow_unused=True)
+        if not out.requires_grad or all(g is None for g in exact):  # or a forward bound to another object
             raise ValueError("the outputs must depend on the trained parameters; got outputs without their gradients")
+        self.move(start)
+        values = [v.clone().requires_grad_() for v in self.split(theta)]
+        out = functional_call(self.model, dict(zip(self.names, values, strict=True)), (rows,))
+        passed = torch.autograd.grad(out, values, torch.ones_like(out), allow_unused=True)
+        allowed = torch.finfo(theta.dtype).eps ** 0.5 * sum(g.abs().sum() for g in exact if g is not None)
+        for name, a, b in zip(self.names, exact, passed, strict=True):
+            if (a is None) != (b is None) or (a is not None and b is not None and bool((a - b).abs().sum() > allowed)):
+                raise ValueError(
+                    f"gradients must follow the parameters that the model is run with; got others for {name}: turn "
+                    "checkpointing off, which runs layers again with the parameters of then"
+                )
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -214,6 +232,7 @@ class Gradients:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(self.width, generator=generator, dtype=theta.dtype).to(theta.device)
         wrong: set[int] = set()
+        unseen, eps = set(self.names), torch.finfo(theta.dtype).eps  # a gradient of 0 shows nothing
         for row in (0, count - 1):
             upstream = torch.zeros(count, self.width, dtype=theta.dtype, device=theta.device)
             upstream[row] = random
@@ -221,6 +240,8 @@ class Gradients:
                 out = self.model(rows).reshape(count, -1)
                 exact = torch.autograd.grad(out, self.parameters, upstream, allow_unused=True)
             truth = dict(zip(self.names, exact, strict=True))
+            rounding = 16 * eps * max(float(g.abs().max()) for g in exact if g is not None and g.numel())
+            unseen -= {name for name, own in truth.items() if own is None or not own.numel() or bool(own.any())}
             _, sides = self.sides(theta[None], rows, lambda _out, u=upstream: u[None, None])  # type: ignore[misc]
             for side, (number, layer) in zip(sides.layers, self.layers.items(), strict=True):
                 for name, part in zip(layer.names, layer.gradients(side), strict=True):
@@ -229,10 +250,10 @@ class Gradients:
                         continue
                     if own is not None:
                         expected[row] = own.reshape(-1)
-                    allowed = torch.finfo(theta.dtype).eps ** 0.5 * expected.abs().max()
+                    allowed = eps**0.5 * expected.abs().max() + rounding
                     if not bool((part[0] - expected).abs().max() <= allowed):
                         wrong.add(number)
-        self._drop(wrong)
+        self._drop(wrong | {number for number, layer in self.layers.items() if unseen & set(layer.names)})
         self.move(start)
 
     def _try_batched(self, rows: Tensor) -> None:

@@ -138,7 +138,7 @@ class PathKernel:
         Raises:
             TypeError: Wrong kind of argument or dtype.
             ValueError: A value or shape out of range, NaN, no example; a model that cannot take X, is random, lets the
-                output of an example depend on the others, or whose outputs have no gradient.
+                output of an example depend on the others, whose outputs have no gradient, or that uses checkpointing.
             FloatingPointError: The training diverged; names the step.
         """
         settings = self._settings(lr, steps, momentum, weight_decay, optimizer, betas, eps)
