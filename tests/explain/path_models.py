@@ -96,6 +96,18 @@ class Branching(nn.Module):
         return out * self.gain if float(out.detach().abs().sum()) > -1 else out
 
 
+class Attention(nn.Module):
+    """The gradient of the key's bias is 0 up to rounding, which is no reason to doubt the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(4, width) for width in (4, 4, 4, 1))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).mT
+        return self.head((scores.softmax(-1) @ self.value(x)).mean(1))
+
+
 class Recurrent(nn.Module):
     """A module without a layer form that vmap cannot run."""
 
@@ -222,6 +234,7 @@ MODELS = {
     "branching": (Branching, VECTOR),
     "recurrent": (Recurrent, SEQUENCE),
     "unused and frozen": (Unused, VECTOR),
+    "attention": (Attention, SEQUENCE),
     "in place": (InPlace, VECTOR),
 }  # fmt: skip
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from explain.path_models import MODELS, Tied, build, ids, mlp, normal
+from explain.path_models import MODELS, Pooled, Tied, build, ids, mlp, normal
 from kexue.explain import PathKernel
 from kexue.explain import _contributions as passes
 from reference.path_kernel import path_kernel
@@ -71,6 +72,7 @@ def test_which_form_is_used_for_which_model():
     assert forms["embedding, padding"] == (2, [], True, True)
     assert forms["shared"] == (2, [], True, True)
     assert forms["in place"] == (3, [], True, True)
+    assert forms["attention"] == (4, [], True, True)
     assert forms["folded"] == (2, [], True, True)
     assert forms["time first"][1] == ["layer.bias", "layer.weight"]
     assert forms["direct"][1] == ["gain", "layer.weight"] or forms["direct"][1] == [
@@ -106,6 +108,69 @@ def test_vector_outputs_of_other_layers(name):
             return self.last(self.model(x))
 
     check(Wide(), x, x_test, targets(x, "ce", 3), loss="ce", lr=0.1, steps=3)
+
+
+@pytest.mark.parametrize("name", ["time first", "direct", "encoder", "mlp"])
+@pytest.mark.parametrize("zero", ["head", "all"])
+def test_parameters_that_start_at_zero_do_not_hide_wrong_layers(name, zero):
+    model, x, x_test = build(name)
+    if name == "time first":
+        x, x_test = normal(7, 3, 4), normal(4, 3, 4, seed=1)  # as many times as rows in the check
+    for key, p in model.named_parameters():
+        if zero == "all" or key.startswith(("head", "2")):
+            nn.init.zeros_(p)
+    pk = check(model, x, x_test, targets(x), lr=0.1, steps=5)
+    assert pk.error(x_test) < 1e-6
+
+
+def test_examples_of_zeros_do_not_hide_wrong_layers():
+    model, _, x_test = build("direct")
+    model.layer.bias = None
+    x = torch.zeros(7, 4, dtype=torch.float64)
+    x[1] = 1
+    pk = check(model, x, x_test, targets(x), lr=0.1)
+    assert "layer.weight" in pk._gradients.loose
+
+
+class Checkpointed(nn.Module):
+    """A layer that runs again on the way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda h: torch.tanh(self.layer(h)), x, use_reentrant=False))
+
+
+def test_checkpointing_is_refused():
+    torch.manual_seed(0)
+    model, x = Checkpointed().double(), normal(7, 4)
+    with pytest.raises(ValueError, match=r"got others for layer\.weight: turn checkpointing off"):
+        PathKernel(model).fit(x, targets(x))
+
+
+class Summed(Pooled):
+    def forward(self, x):
+        return self.head(self.body(self.tokens(x)).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("how", [{}, {"batch_size": 2, "momentum": 0.9}], ids=str)
+def test_inputs_without_entries(how):
+    """Sequences of length 0 and examples without features leave the last bias alone to be trained."""
+    torch.manual_seed(0)
+    pooled = Summed(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()).double()
+    flat = nn.Linear(0, 1).double()
+    for model, bias, x in (
+        (pooled, pooled.head.bias, torch.zeros(5, 0, dtype=torch.long)),
+        (flat, flat.bias, normal(5, 0)),
+    ):
+        first = float(bias.detach())
+        pk = PathKernel(model).fit(x, normal(5, 1), lr=0.1, steps=6, **how)
+        moved = torch.full((2,), float(bias.detach()) - first, dtype=torch.float64)
+        assert moved[0] != 0
+        torch.testing.assert_close(pk.contributions(x[:2]).sum(1), moved)
 
 
 def test_a_table_that_is_also_the_head():

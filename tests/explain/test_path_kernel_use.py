@@ -171,11 +171,25 @@ def test_losses_are_those_before_each_step():
     )
 
 
-def test_working_without_gradients_makes_no_difference():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_working_without_gradients_makes_no_difference(mode):
+    (x, y), model = data(), net()
+    expected = PathKernel(net()).fit(x, y, steps=3)
+    with mode():
+        pk = PathKernel(model).fit(x, y, steps=3)
+        for name in ("contributions", "kernel", "reconstruct"):
+            assert torch.equal(getattr(pk, name)(x.clone()), getattr(expected, name)(x))
+
+
+def test_a_model_that_changes_its_inputs_in_place_leaves_the_callers_alone():
     x, y = data()
-    expected = PathKernel(net()).fit(x, y, steps=3).contributions(x)
-    with torch.no_grad():
-        assert torch.equal(PathKernel(net()).fit(x, y, steps=3).contributions(x), expected)
+    x_test, kept = normal(3, 4, seed=2), x.clone()
+    points = x_test.clone()
+    pk = PathKernel(nn.Sequential(nn.ReLU(inplace=True), *net())).fit(x, y, steps=3)
+    assert pk.error(x_test) < 1e-10
+    pk.kernel(x_test), pk.alpha(x_test)
+    assert torch.equal(x, kept)
+    assert torch.equal(x_test, points)
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 0])
@@ -287,6 +301,30 @@ class Coupled(nn.Module):
         return self.layer(x - x.mean(0))
 
 
+class Along(Coupled):
+    """A recurrence along the examples, which the first one does not notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(4, 4).double()
+
+    def forward(self, x):
+        return self.layer(self.rnn(x)[0])
+
+
+class Detached(Coupled):
+    def forward(self, x):
+        return self.layer(x).detach()
+
+
+class Bound(Coupled):
+    """Its copy runs the parameters of the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = lambda x: self.layer(x)
+
+
 class Noisy(Coupled):
     def forward(self, x):
         return self.layer(F.dropout(x, 0.5, self.training))
@@ -314,6 +352,7 @@ class Deep(Coupled):
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), ValueError, r"p=0.1.*eval\(\)"),
         (lambda: nn.LSTM(4, 4, 2, dropout=0.5), ValueError, "dropout=0.5"),
         (lambda: nn.Embedding(4, 1, max_norm=1.0), ValueError, "max_norm=1"),
+        (lambda: nn.Embedding(4, 1, sparse=True), ValueError, "sparse=False; got sparse=True"),
         (lambda: nn.LazyLinear(1), ValueError, "not initialized"),
     ],
 )
@@ -338,6 +377,9 @@ def test_what_is_inactive_is_no_reason_to_refuse():
     ("model", "error", "message"),
     [
         (Coupled, ValueError, "must not depend on the others"),
+        (Along, ValueError, "must not depend on the others"),
+        (Bound, ValueError, "must depend on the trained parameters"),
+        (Detached, ValueError, "must depend on the trained parameters; got outputs without their gradients"),
         (Noisy, ValueError, "must be deterministic"),
         (Pair, TypeError, "must return a tensor; got tuple"),
         (Deep, ValueError, r"\(N,\), \(N, 1\) or \(N, C\); got \(3, 1, 1\)"),
@@ -383,6 +425,9 @@ def test_bad_settings_are_refused(how, error, message):
         ("mse", [[1.0]], torch.zeros(1), TypeError, "X must be a tensor; got list"),
         ("mse", data()[0].float(), data()[1], TypeError, "X must be torch.float64.*got torch.float32"),
         ("mse", data(0)[0], data(0)[1], ValueError, "at least one example"),
+        ("mse", normal(6, 3), data()[1], ValueError, r"that the model can take; got \(6, 3\) of torch.float64"),
+        ("mse", data()[0].long(), data()[1], ValueError, r"got \(6, 4\) of torch.int64, on which it fails"),
+        ("mse", data()[0].to_sparse(), data()[1], TypeError, "X must be a dense tensor; got torch.sparse_coo"),
         ("mse", torch.tensor(1.0).double(), data()[1], ValueError, r"shape \(N, ...\); got \(\)"),
         ("mse", data()[0].log(), data()[1], ValueError, "X must be finite; got"),
         ("mse", data()[0], data()[1].tolist(), TypeError, "y must be a tensor; got list"),

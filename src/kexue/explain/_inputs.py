@@ -41,6 +41,8 @@ def check_model(model: Any) -> None:
         random = _random(module)
         if random is not None:
             raise ValueError(f"{label} is random in training mode ({random}); call model.eval()")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"{label} must have dense gradients, sparse=False; got sparse=True")
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(f"{label} changes its weight when it is read; got max_norm={module.max_norm:g}")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -59,6 +61,8 @@ def check_inputs(name: str, x: Any, model: nn.Module, like: Tensor | None = None
     """Raise unless ``x`` is a finite tensor (N, ...) that fits the model and, if given, the rows of ``like``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {x.layout}")
     if x.dim() == 0 or (like is not None and x.shape[1:] != like.shape[1:]):
         expected = "(N, ...)" if like is None else f"(N, {', '.join(map(str, like.shape[1:]))})"
         raise ValueError(f"{name} must have the shape {expected}; got {tuple(x.shape)}")
@@ -75,19 +79,25 @@ def check_inputs(name: str, x: Any, model: nn.Module, like: Tensor | None = None
 
 @torch.no_grad()
 def check_rows(model: nn.Module, x: Tensor) -> None:
-    """Raise ValueError if outputs are random, or if those of an example depend on the others."""
+    """Raise ValueError if the model cannot run, outputs are random, or those of an example depend on the others."""
     rows = x[:32]
-    out = model(rows)
+    try:
+        out = model(rows)
+    except (RuntimeError, IndexError) as error:
+        got = f"{tuple(rows.shape)} of {rows.dtype}"
+        raise ValueError(f"X must be inputs that the model can take; got {got}, on which it fails: {error}") from error
     if not isinstance(out, Tensor):
         raise TypeError(f"the model must return a tensor; got {type(out).__name__}")
-    again, alone = model(rows), model(rows[:1])
-    if not torch.equal(out, again):
+    if not torch.equal(out, model(rows)):
         raise ValueError("the model must be deterministic; two runs on the same examples gave different outputs")
     if len(rows) > 1 and out.dim() and out.is_floating_point():
-        first, alone = out[0].reshape(-1), alone.reshape(-1)
         close = torch.finfo(out.dtype).eps ** 0.5
-        if first.shape != alone.shape or not torch.allclose(first, alone, rtol=close, atol=close):
-            raise ValueError("the output of an example must not depend on the others; it changes when it is run alone")
+        for row in (0, len(rows) - 1):  # a recurrent layer along the wrong axis leaves the first as it is
+            among, alone = out[row : row + 1].reshape(-1), model(rows[row : row + 1]).reshape(-1)
+            if among.shape != alone.shape or not torch.allclose(among, alone, rtol=close, atol=close):
+                raise ValueError(
+                    "the output of an example must not depend on the others; it changes when it is run alone"
+                )
 
 
 def check_targets(loss: str, y: Any, x: Tensor, width: int, squeezed: bool, dtype: torch.dtype) -> Tensor:

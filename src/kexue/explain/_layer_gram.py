@@ -65,11 +65,11 @@ class Gradients:
 
     Args:
         model: A copy of the user's model.
-        x: Training inputs; the first rows serve the check.
+        x: Training inputs; some rows serve the check.
 
     Raises:
         TypeError: The model does not return a tensor of its parameters' dtype.
-        ValueError: It does not return (N,), (N, 1) or (N, C).
+        ValueError: It does not return (N,), (N, 1) or (N, C), or gradients are missing or not those of the parameters.
 
     Attributes:
         width: C, outputs per example (1 for outputs (N,) and (N, 1)).
@@ -88,10 +88,11 @@ class Gradients:
         self.sizes = [p.numel() for p in found.values()]
         self.parameters = list(found.values())
         self._batched = self._batched_loose = self._stacked = False
-        rows = x[torch.arange(_ROWS, device=x.device) % len(x)]
+        rows = x[torch.arange(_ROWS, device=x.device) * (len(x) - 1) // (_ROWS - 1)]  # from the first to the last
         with torch.no_grad():
             out = model(rows)
         self._check_output(out)
+        self._check_gradients(rows)
         self.squeezed = out.dim() == 1 or out.shape[1] == 1
         self.width = 1 if out.dim() == 1 else int(out.shape[1])
         self.uses: list[Use] = []
@@ -116,11 +117,39 @@ class Gradients:
         if out.dtype != self.parameters[0].dtype:
             raise TypeError(f"the model must return {self.parameters[0].dtype}, like its parameters; got {out.dtype}")
 
+    @torch.enable_grad()
+    def _check_gradients(self, rows: Tensor) -> None:
+        """There are some, and they follow parameters that are passed instead of the model's own."""
+        start, theta = self.theta(), self._nearby(2)
+        self.move(theta)
+        out = self.model(rows)
+        if out.requires_grad:
+            exact = torch.autograd.grad(out, self.parameters, torch.ones_like(out), allow_unused=True)
+        if not out.requires_grad or all(g is None for g in exact):  # or a forward bound to another object
+            raise ValueError("the outputs must depend on the trained parameters; got outputs without their gradients")
+        self.move(start)
+        values = [v.clone().requires_grad_() for v in self.split(theta)]
+        out = functional_call(self.model, dict(zip(self.names, values, strict=True)), (rows,))
+        passed = torch.autograd.grad(out, values, torch.ones_like(out), allow_unused=True)
+        allowed = torch.finfo(theta.dtype).eps ** 0.5 * sum(g.abs().sum() for g in exact if g is not None)
+        for name, a, b in zip(self.names, exact, passed, strict=True):
+            if (a is None) != (b is None) or (a is not None and b is not None and bool((a - b).abs().sum() > allowed)):
+                raise ValueError(
+                    f"gradients must follow the parameters that the model is run with; got others for {name}: turn "
+                    "checkpointing off, which runs layers again with the parameters of then"
+                )
+
     # --- parameters -------------------------------------------------------------------------------------------------
 
     def theta(self) -> Tensor:
         """The current parameters as one vector (P,)."""
         return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def _nearby(self, seed: int) -> Tensor:
+        """(P,) parameters near the current ones, none of them 0: what starts at 0 hides what lies before it."""
+        theta = self.theta()
+        random = torch.randn(len(theta), generator=torch.Generator().manual_seed(seed), dtype=theta.dtype)
+        return theta + random.to(theta.device) * (float(theta.abs().mean()) or 1.0) / 8
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """(..., P) -> views (..., *shape), one per parameter."""
@@ -196,11 +225,14 @@ class Gradients:
 
     def _drop_wrong_layers(self, rows: Tensor) -> None:
         """Compare with autograd, for single rows: time before batch, or a weight that is also used directly."""
-        theta, count = self.theta(), len(rows)
+        theta, count = self._nearby(2), len(rows)
+        start = self.theta()
+        self.move(theta)
         self.loose = []
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(self.width, generator=generator, dtype=theta.dtype).to(theta.device)
         wrong: set[int] = set()
+        unseen, eps = set(self.names), torch.finfo(theta.dtype).eps  # a gradient of 0 shows nothing
         for row in (0, count - 1):
             upstream = torch.zeros(count, self.width, dtype=theta.dtype, device=theta.device)
             upstream[row] = random
@@ -208,22 +240,25 @@ class Gradients:
                 out = self.model(rows).reshape(count, -1)
                 exact = torch.autograd.grad(out, self.parameters, upstream, allow_unused=True)
             truth = dict(zip(self.names, exact, strict=True))
+            rounding = 16 * eps * max(float(g.abs().max()) for g in exact if g is not None and g.numel())
+            unseen -= {name for name, own in truth.items() if own is None or not own.numel() or bool(own.any())}
             _, sides = self.sides(theta[None], rows, lambda _out, u=upstream: u[None, None])  # type: ignore[misc]
             for side, (number, layer) in zip(sides.layers, self.layers.items(), strict=True):
                 for name, part in zip(layer.names, layer.gradients(side), strict=True):
                     expected, own = torch.zeros_like(part[0]), truth[name]
+                    if not expected.numel():
+                        continue
                     if own is not None:
                         expected[row] = own.reshape(-1)
-                    allowed = torch.finfo(theta.dtype).eps ** 0.5 * expected.abs().max()
+                    allowed = eps**0.5 * expected.abs().max() + rounding
                     if not bool((part[0] - expected).abs().max() <= allowed):
                         wrong.add(number)
-        self._drop(wrong)
+        self._drop(wrong | {number for number, layer in self.layers.items() if unseen & set(layer.names)})
+        self.move(start)
 
     def _try_batched(self, rows: Tensor) -> None:
         """Whether one call runs the model at many points, and which inputs do not depend on the parameters."""
-        theta = self.theta()
-        random = torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
-        two = torch.stack([theta, theta + random.to(theta.device) * theta.abs().mean() / 8])
+        two = torch.stack([self.theta(), self._nearby(1)])
         alone = self._forward(two, rows)[0].detach()
         close = torch.finfo(two.dtype).eps ** 0.5
         self._batched = True

@@ -109,20 +109,20 @@ class Dense(Layer):
     has_gram = True
 
     def inputs(self, a: Tensor) -> Tensor:
-        return a.reshape(*a.shape[:2], -1, a.shape[-1])
+        return a.flatten(2, -2)
 
     def outputs(self, d: Tensor) -> Tensor:
-        return d.reshape(*d.shape[:2], -1, d.shape[-1])
+        return d.flatten(2, -2)
 
     def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         return F.linear(a, weight, bias)
 
     def stacked(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        flat = a.reshape(len(weight), -1, a.shape[-1])
+        flat = a.unflatten(0, (len(weight), -1)).flatten(1, -2)
         return flat @ weight.mT if bias is None else torch.baddbmm(bias[:, None], flat, weight.mT)
 
     def unstacked(self, z: Tensor, a: Tensor) -> Tensor:
-        return z.view(*a.shape[:-1], -1)
+        return z.view(*a.shape[:-1], z.shape[-1])
 
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
@@ -133,8 +133,8 @@ class Dense(Layer):
                 total.addcmul_(a[:, point], d[:, point, 0])
             return total[:, :, 0]
         left = d.permute(0, 3, 2, 5, 1, 4).reshape(k * r, c * o, q * t)
-        right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, -1)
-        made = (left @ right).view(k, r, c, -1)
+        right = a.permute(0, 2, 1, 3, 4).reshape(k * r, q * t, a.shape[-1])
+        made = (left @ right).view(k, r, c, o * a.shape[-1])
         return made.transpose(1, 2).reshape(k, c * r, -1)
 
     def cross(self, a: Tensor, b: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Convolution(Dense):
 
     def inputs(self, a: Tensor) -> Tensor:
         conv = self.module
-        flat = a.reshape(-1, *a.shape[3:])
+        flat = a.flatten(0, 2)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         flat = F.pad(flat, conv._reversed_padding_repeated_twice, mode=mode)
         kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
@@ -181,10 +181,10 @@ class Table(Layer):
     has_gram = True
 
     def inputs(self, a: Tensor) -> Tensor:
-        return a.reshape(*a.shape[:2], -1)
+        return a.flatten(2)
 
     def outputs(self, d: Tensor) -> Tensor:
-        return d.reshape(*d.shape[:2], -1, d.shape[-1])
+        return d.flatten(2, -2)
 
     def plain(self, a: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         return F.embedding(a, weight, self.module.padding_idx)
@@ -218,15 +218,12 @@ class Scale(Layer):
         return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps)
 
     def inputs(self, a: Tensor) -> Tensor:
-        return self.outputs(self.plain(a.reshape(-1, *a.shape[3:]), None, None).view(a.shape))
+        return self.outputs(self.plain(a.flatten(0, 2), None, None).view(a.shape))
 
     def outputs(self, d: Tensor) -> Tensor:
         if isinstance(self.module, nn.GroupNorm):
             return d.unsqueeze(-1).flatten(4).mT.flatten(2, 3)
-        width = 1
-        for size in self.module.normalized_shape:
-            width *= size
-        return d.reshape(*d.shape[:2], -1, width)
+        return d.flatten(-len(self.module.normalized_shape)).flatten(2, -2)
 
     def weight_gradients(self, side: Side) -> Tensor:
         a, d = side.a, side.d
@@ -284,7 +281,7 @@ def inner(layer: Layer, test: Side, train: Side, total: bool) -> Tensor:
             of_gradients.addcmul_(of_gradients, of_inputs)
         else:
             of_gradients.mul_(of_inputs)
-        summed = [dim for dim, size in ((0, q), (3, t), (6, u)) if size > 1]
+        summed = [dim for dim, size in ((0, q), (3, t), (6, u)) if size != 1]
         return (of_gradients.sum(summed) if summed else of_gradients).reshape(c * m, c2 * n)
 
     if fixed:  # one matrix of products of inputs serves all steps

@@ -64,7 +64,8 @@ class PathKernel:
 
     Raises:
         TypeError: Not a module, or parameters of another dtype.
-        ValueError: An unknown loss or rule, nothing to train, or a module that couples examples.
+        ValueError: An unknown loss or rule, nothing to train, or a module that is refused (also one with sparse
+            gradients, or an embedding with max_norm).
 
     Reference:
         https://spaces.ac.cn/archives/8009
@@ -78,6 +79,8 @@ class PathKernel:
         >>> shares.shape, bool(pk.error(X[:3]) < 1e-10)
         (torch.Size([3, 20]), True)
         >>> bool(((pk.f0(X[:3]) + shares.sum(1) - model(X[:3])[:, 0]).abs() < 1e-10).all())
+        True
+        >>> torch.allclose(pk.kernel(X[:3]) * pk.alpha(X[:3]), shares)
         True
     """
 
@@ -94,6 +97,7 @@ class PathKernel:
         self._path: Path | None = None
         self._known: dict[str, Tensor] | None = None
 
+    @torch.inference_mode(False)
     def fit(
         self,
         X: Tensor,
@@ -133,7 +137,8 @@ class PathKernel:
 
         Raises:
             TypeError: Wrong kind of argument or dtype.
-            ValueError: A value or shape out of range, NaN, no example.
+            ValueError: A value or shape out of range, NaN, no example; a model that cannot take X, is random, lets the
+                output of an example depend on the others, whose outputs have no gradient, or that uses checkpointing.
             FloatingPointError: The training diverged; names the step.
         """
         settings = self._settings(lr, steps, momentum, weight_decay, optimizer, betas, eps)
@@ -142,8 +147,8 @@ class PathKernel:
         if not len(X):
             raise ValueError("X must have at least one example; got none")
         batches = self._batches(len(X), steps, batch_size, seed, X.device)
-        check_rows(self.model, X)
-        X = X.detach().clone()
+        X = X.detach().clone()  # first of all: a model may change its inputs in place
+        check_rows(self.model, X.clone())
         # a copy, so that what the caller does to the model afterwards does not change the explanation
         gradients = Gradients(copy.deepcopy(self.model), X)
         targets = check_targets(self.loss, y, X, gradients.width, gradients.squeezed, gradients.parameters[0].dtype)
@@ -214,6 +219,8 @@ class PathKernel:
             RuntimeError: Before :meth:`fit`.
             TypeError: Wrong kind of points.
             ValueError: Points of another shape, NaN.
+
+        The other explanations take the same points and raise the same errors.
         """
         return self._shaped(self._explain(X_test)["shares"])
 
@@ -299,6 +306,7 @@ class PathKernel:
         check_inputs("X_test", X_test, self._gradients.model, self._path.x)
         return self._path
 
+    @torch.inference_mode(False)  # gradients are needed wherever the caller is
     def _explain(self, X_test: Tensor) -> dict[str, Tensor]:
         """Everything about the points but the kernel; kept for the last ones asked for."""
         path = self._fitted(X_test)
@@ -315,12 +323,13 @@ class PathKernel:
         self._known = {"x": x, "before": before, "after": after, "shares": shares, "decay": decay}
         return self._known
 
+    @torch.inference_mode(False)
     def _kernel(self, X_test: Tensor) -> Tensor:
         """(M, N, C, C) in float64."""
         path, gradients = self._fitted(X_test), self._gradients
         if not len(X_test):
             return torch.zeros(0, len(path.x), gradients.width, gradients.width, dtype=torch.float64)
-        return contributions(path, gradients, X_test.detach(), self.rule, kernel=True)[0].transpose(1, 2)
+        return contributions(path, gradients, X_test.detach().clone(), self.rule, kernel=True)[0].transpose(1, 2)
 
     @staticmethod
     def _sum(known: dict[str, Tensor]) -> Tensor:
