@@ -338,3 +338,12 @@ def test_the_trainer_of_transformers_takes_the_optimizer(tmp_path):
     for name, depth in layer_depths(model).depth.items():
         if name.endswith("dense.weight"):
             assert moved[name] == pytest.approx(2e-3 * 0.5 ** (3 - depth), rel=0.1)
+
+
+def test_tables_with_sparse_gradients_do_not_decay():
+    model = nn.ModuleList([nn.Embedding(9, 4, sparse=True), nn.Embedding(9, 4)])
+    decays = {name: group["weight_decay"] for group in param_groups(model, lr=0.1) for name, _ in group["params"]}
+    assert decays == {"0.weight": 0.0, "1.weight": 0.01}
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.1), momentum=0.9)
+    sum(table(torch.tensor([1, 1])).sum() for table in model).backward()
+    optimizer.step()

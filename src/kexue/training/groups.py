@@ -69,8 +69,9 @@ def param_groups(
     pairs, so that the optimizer knows the names (``group["param_names"]``).
 
     Weight decay acts on matrices only, not on biases, other vectors and norms. Embeddings decay, unlike in
-    :func:`default_optimizers`; name them in ``no_decay`` if they should not. Schedulers, :func:`fit` and transformers'
-    Trainer (``optimizers=(optimizer, None)``) scale the rate of each group and keep their ratios.
+    :func:`default_optimizers` (those with sparse gradients cannot); name them in ``no_decay`` if they should not.
+    Schedulers, :func:`fit` and transformers' Trainer (``optimizers=(optimizer, None)``) scale the rate of each group
+    and keep their ratios.
 
     Args:
         model: The model.

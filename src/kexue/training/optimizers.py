@@ -28,11 +28,20 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def undecayed(model: nn.Module, embeddings: bool = False) -> set[nn.Parameter]:
-    """Parameters without weight decay: biases and other vectors, norms and (unless they decay) embeddings."""
+    """Parameters without weight decay: biases and other vectors, norms, and embeddings.
+
+    Args:
+        model: The model.
+        embeddings: Let embeddings decay, except those with sparse gradients, to which torch cannot add a decay.
+    """
     kinds = dict(model.named_modules(remove_duplicate=False))
-    named = model.named_parameters(remove_duplicate=False)
-    kept = NORMS if embeddings else EMBEDDINGS + NORMS
-    return {p for name, p in named if p.ndim < 2 or isinstance(kinds[owner(name)], kept)}
+    spared = set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        kind = kinds[owner(name)]
+        table = isinstance(kind, EMBEDDINGS) and (not embeddings or kind.sparse)
+        if p.ndim < 2 or table or isinstance(kind, NORMS):
+            spared.add(p)
+    return spared
 
 
 def default_optimizers(model: nn.Module, lr: float = _DEFAULT_LR, weight_decay: float = 0.01) -> list[Optimizer]:
