@@ -49,6 +49,17 @@ def test_depth_keeps_the_function(kind, tied):
         assert big.config.hidden_size == 32 * options.get("width", 1)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_times_one_is_a_copy(kind):
+    model = build(kind)
+    big = grow(model, width=1, noise=0.3)
+    assert big is not model
+    for (name, a), (other, b) in zip(model.named_parameters(), big.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
+
+
 def test_inserted_blocks_are_spread_and_copy_the_block_before_them():
     model = build("gpt2", n_layer=3)
     big = grow(model, depth=7)

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
         ({"width": 1.5}, ValueError, r"whole number; got 1.5.*hidden_size"),
         ({"width": True}, TypeError, "width"),
         ({"width": "2"}, TypeError, "width"),
-        ({"width": 1}, ValueError, "nothing to grow"),
         ({"depth": 2}, ValueError, "nothing to grow"),
         ({"hidden_size": 32}, ValueError, "nothing to grow"),
         ({"depth": 1}, ValueError, "depth must be at least 2"),

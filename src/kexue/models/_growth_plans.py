@@ -407,7 +407,7 @@ def measure(family: Family, config: Any, options: Options, parts: Parts) -> Grow
     for name, old, new in (("hidden_size", d, big), ("intermediate_size", f, inner), ("depth", layers, depth)):
         if new < old:
             raise ValueError(f"{name} must be at least {old}, that of the model (nothing can shrink); got {new}")
-    if (d, f, layers) == (big, inner, depth):
+    if (d, f, layers) == (big, inner, depth) and options.width is None:
         raise ValueError(f"nothing to grow: the model has hidden_size {d}, intermediate_size {f} and {layers} layers "
                          "already; give width=2, hidden_size, intermediate_size or depth")  # fmt: skip
     one: Pair = (1, 1)

@@ -345,7 +345,8 @@ def grow(
 
     Args:
         model: The small model, transformers' PreTrainedModel.
-        width: Factor of all widths. Default 2, or 1 if ``depth``, ``hidden_size`` or ``intermediate_size`` is given.
+        width: Factor of all widths; 1 alone gives an exact copy. Default 2, or 1 if ``depth``, ``hidden_size`` or
+            ``intermediate_size`` is given.
         heads: "more" heads of the same width, or the same number of "wider" ones.
         depth: Number of layers of the grown model. Exact with Pre-LN (GPT-2, Llama) and GAU-alpha.
         noise: Symmetry breaking: standard deviation of noise as a part of that of each weight, with sum 0 over the

@@ -125,7 +125,7 @@ def norm_gains(model: nn.Module, *, batch: Any = None) -> list[dict[str, Any]]:
         https://spaces.ac.cn/archives/8747
 
     Example:
-        >>> norm_gains(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.BatchNorm1d(4, affine=False)))
+        >>> norm_gains(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4, affine=False)))
         [{'name': '0', 'gain': 1.0, 'last': False}, {'name': '1', 'gain': None, 'last': True}]
     """
     if not isinstance(model, nn.Module):
