@@ -124,7 +124,8 @@ def test_ctrl_c_leaves_a_resumable_state(space, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    # Both are 130 in a shell. The second: the signal came while an import ran a string of code, which Python remembers.
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert "continue" in errors
     assert not out.exists()
     assert any(name.endswith(".partial") for name in os.listdir(tmp_path))
