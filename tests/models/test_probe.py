@@ -343,7 +343,10 @@ def test_figures_of_zeros_huge_ranges_and_gaps():
     for factors in ((0.0, 0.0), (1e200, 1e-300, 1e50), (math.inf, 1.0), (1.0, 0.0, 1.0), (1e-320, 1.0)):
         report = probe(nn.Sequential(nn.Identity(), *map(Times, factors)), x)
         for kind in ("out", "grad", "gain"):
-            report.plot(kind).canvas.draw()
+            figure = report.plot(kind)
+            figure.canvas.draw()
+            assert figure.axes[0].get_title()
+            assert figure.axes[0].get_xlabel() or figure.axes[0].get_ylabel()
 
 
 def test_figures_use_no_global_state():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kexue._checks import check_real
+from kexue._tensors import compute_dtype
 
 __all__ = [
     "Transform",
@@ -36,7 +37,6 @@ __all__ = [
     "zero",
 ]
 
-_LOW = (torch.bfloat16, torch.float16)
 Update = Callable[[Sequence[str], Sequence[Tensor], list[Tensor]], Sequence[Tensor | None]]
 
 
@@ -67,10 +67,6 @@ class Transform:
         return self.text
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _LOW else x.dtype
-
-
 def _alike(gradients: Sequence[Tensor]) -> list[list[int]]:
     """Numbers of the gradients that have one device and one dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -81,7 +77,7 @@ def _alike(gradients: Sequence[Tensor]) -> list[list[int]]:
 
 def _norms(gradients: list[Tensor], p: float) -> Tensor:
     """(N,) norms of tensors that are alike, float32 for low precision."""
-    dtype = _wide(gradients[0])
+    dtype = compute_dtype(gradients[0])
     if not all(g.numel() for g in gradients):  # torch has no norm of order inf of a tensor without entries
         nothing = gradients[0].new_zeros((), dtype=dtype)
         return torch.stack([_norms([g], p)[0] if g.numel() else nothing for g in gradients])
@@ -322,7 +318,7 @@ def centralize() -> Transform:
     """
 
     def centred(g: Tensor) -> Tensor:
-        wide = g.to(_wide(g))
+        wide = g.to(compute_dtype(g))
         return (wide - wide.mean(list(range(1, g.ndim)), keepdim=True)).to(g.dtype)
 
     def update(names: Sequence[str], parameters: Sequence[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -416,7 +412,7 @@ def project(direction: Tensor | Mapping[str, Tensor] | None = None) -> Transform
         made = []
         for name, p, g in zip(names, parameters, gradients, strict=True):
             along = p if direction is None else _looked_up("direction", direction, name, g)
-            d, wide = along.to(_wide(g)), g.to(_wide(g))
+            d, wide = along.to(compute_dtype(g)), g.to(compute_dtype(g))
             square = (d * d).sum()
             share = torch.where(square > 0, (wide * d).sum() / torch.where(square > 0, square, 1.0), 0.0)
             made.append((wide - share * d).to(g.dtype))
