@@ -1,4 +1,4 @@
-"""Decoding, tokenizers of released models, and text by search and sampling; loaded when first used, as it brings torch."""
+"""Decoding, tokenizers of released models, text by search and sampling; loaded on first use, as it brings torch."""
 
 from __future__ import annotations
 
