@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from kexue.generation.constraints import (
+        AllOf,
+        BannedTokens,
+        Constraint,
+        ContainsKeywords,
+        LengthBetween,
+        keywords_of,
+    )
+    from kexue.generation.targets import Target
 
-_MODULES: dict[str, str] = {}
+__all__ = [
+    "AllOf",
+    "BannedTokens",
+    "Constraint",
+    "ContainsKeywords",
+    "LengthBetween",
+    "Target",
+    "keywords_of",
+]
+
+_MODULES = {
+    "AllOf": "constraints",
+    "BannedTokens": "constraints",
+    "Constraint": "constraints",
+    "ContainsKeywords": "constraints",
+    "LengthBetween": "constraints",
+    "Target": "targets",
+    "keywords_of": "constraints",
+}
 
 
 def __getattr__(name: str) -> Any:
