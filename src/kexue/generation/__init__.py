@@ -14,26 +14,51 @@ if TYPE_CHECKING:
         LengthBetween,
         keywords_of,
     )
+    from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
+    from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.targets import Target
+    from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
     "AllOf",
     "BannedTokens",
+    "Chain",
     "Constraint",
     "ContainsKeywords",
+    "Gibbs",
+    "Kernel",
     "LengthBetween",
+    "Metropolis",
+    "MetropolisHastings",
+    "Proposal",
+    "RandomEdit",
+    "ReplaceToken",
+    "ReplicaExchange",
     "Target",
     "keywords_of",
+    "run_chain",
+    "transition_matrix",
 ]
 
 _MODULES = {
     "AllOf": "constraints",
     "BannedTokens": "constraints",
+    "Chain": "transition",
     "Constraint": "constraints",
     "ContainsKeywords": "constraints",
+    "Gibbs": "kernels",
+    "Kernel": "transition",
     "LengthBetween": "constraints",
+    "Metropolis": "kernels",
+    "MetropolisHastings": "kernels",
+    "Proposal": "proposals",
+    "RandomEdit": "proposals",
+    "ReplaceToken": "proposals",
+    "ReplicaExchange": "kernels",
     "Target": "targets",
     "keywords_of": "constraints",
+    "run_chain": "transition",
+    "transition_matrix": "transition",
 }
 
 
