@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kexue.generation.annealing import AnnealingResult, SimulatedAnnealing
     from kexue.generation.constraints import (
         AllOf,
         BannedTokens,
@@ -14,26 +15,77 @@ if TYPE_CHECKING:
         LengthBetween,
         keywords_of,
     )
+    from kexue.generation.importance import Estimate, ImportanceSampler
+    from kexue.generation.inverse import AliasTable, inverse_transform
+    from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
+    from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
+    from kexue.generation.rejection import RejectionSampler
+    from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
     from kexue.generation.targets import Target
+    from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
+    "AliasTable",
     "AllOf",
+    "AnnealingResult",
     "BannedTokens",
+    "Chain",
+    "Constant",
     "Constraint",
     "ContainsKeywords",
+    "Estimate",
+    "Geometric",
+    "Gibbs",
+    "ImportanceSampler",
+    "Kernel",
     "LengthBetween",
+    "Linear",
+    "Logarithmic",
+    "Metropolis",
+    "MetropolisHastings",
+    "Proposal",
+    "RandomEdit",
+    "RejectionSampler",
+    "ReplaceToken",
+    "ReplicaExchange",
+    "SimulatedAnnealing",
     "Target",
+    "inverse_transform",
     "keywords_of",
+    "run_chain",
+    "transition_matrix",
 ]
 
 _MODULES = {
+    "AliasTable": "inverse",
     "AllOf": "constraints",
+    "AnnealingResult": "annealing",
     "BannedTokens": "constraints",
+    "Chain": "transition",
+    "Constant": "schedules",
     "Constraint": "constraints",
     "ContainsKeywords": "constraints",
+    "Estimate": "importance",
+    "Geometric": "schedules",
+    "Gibbs": "kernels",
+    "ImportanceSampler": "importance",
+    "Kernel": "transition",
     "LengthBetween": "constraints",
+    "Linear": "schedules",
+    "Logarithmic": "schedules",
+    "Metropolis": "kernels",
+    "MetropolisHastings": "kernels",
+    "Proposal": "proposals",
+    "RandomEdit": "proposals",
+    "RejectionSampler": "rejection",
+    "ReplaceToken": "proposals",
+    "ReplicaExchange": "kernels",
+    "SimulatedAnnealing": "annealing",
     "Target": "targets",
+    "inverse_transform": "inverse",
     "keywords_of": "constraints",
+    "run_chain": "transition",
+    "transition_matrix": "transition",
 }
 
 

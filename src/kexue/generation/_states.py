@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Ids = tuple[int, ...]
@@ -89,3 +91,31 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def log_rho_of(target: Any) -> Callable[[list[Any]], NDArray[np.float64]]:
+    """Log rho of a list of states as (N,) float64, from a target object or a callable; NaN and +inf raise."""
+    function = getattr(target, "log_rho", target)
+    if not callable(function):
+        raise TypeError(f"target must be a Target or a callable, states -> log rho; got {type(target).__name__}")
+
+    def log_rho(states: list[Any]) -> NDArray[np.float64]:
+        values = vector(function(states), len(states), "target")
+        bad = np.isnan(values) | (values == np.inf)
+        if bad.any():
+            raise ValueError(
+                f"log rho must be a number or -inf; got {values[bad][0]} for {states[int(bad.argmax())]!r}"
+            )
+        return values
+
+    return log_rho
+
+
+def vector(values: Any, count: int, name: str) -> NDArray[np.float64]:
+    """What a user's function returned for ``count`` states, as (N,) float64."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    found = np.asarray(values, dtype=np.float64)
+    if found.shape != (count,):
+        raise ValueError(f"{name} must return one number for each of the {count} states; got the shape {found.shape}")
+    return found

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kexue._checks import check_int, check_real
-from kexue.generation._states import Ids, as_ids, as_states, evaluation, forward_options, logits_of
+from kexue.generation._states import Ids, as_ids, as_states, evaluation, forward_options, logits_of, vector
 from kexue.generation.constraints import Constraint
 
 __all__ = ["Target"]
@@ -211,7 +211,7 @@ class Target:
     def _relate(self, states: list[Ids]) -> NDArray[np.float64]:
         batch = getattr(self.sim, "batch", None)
         found = batch(states) if callable(batch) else [self.sim(state) for state in states]  # type: ignore[misc]
-        values = _vector(found, len(states), "sim")
+        values = vector(found, len(states), "sim")
         bad = ~(np.isfinite(values) & (values >= 0))
         if bad.any():
             raise ValueError(f"sim must be finite and at least 0; got {values[bad][0]} for {states[int(bad.argmax())]}")
@@ -221,7 +221,7 @@ class Target:
     def _score(self, states: list[Ids]) -> NDArray[np.float64]:
         self.evaluations += len(states)
         lm = self.lm
-        values = self._score_module(lm, states) if isinstance(lm, nn.Module) else _vector(lm(states), len(states), "lm")
+        values = self._score_module(lm, states) if isinstance(lm, nn.Module) else vector(lm(states), len(states), "lm")
         bad = np.isnan(values) | (values == np.inf)
         if bad.any():
             raise ValueError(
@@ -269,16 +269,6 @@ def _vocabulary(lm: Any) -> int | None:
     """V of a model that says so."""
     size = getattr(getattr(lm, "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
-
-
-def _vector(values: Any, count: int, name: str) -> NDArray[np.float64]:
-    """What a user's function returned, as (N,) float64."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
-    found = np.asarray(values, dtype=np.float64)
-    if found.shape != (count,):
-        raise ValueError(f"{name} must return one number for each of the {count} texts; got the shape {found.shape}")
-    return found
 
 
 def start_state(target: Target, ids: Any) -> Ids:
