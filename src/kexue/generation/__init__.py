@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.generation.annealing import AnnealingResult, SimulatedAnnealing
+    from kexue.generation.cgmh import CGMH
+    from kexue.generation.cgmh_result import CGMHResult
     from kexue.generation.constraints import (
         AllOf,
         BannedTokens,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from kexue.generation.importance import Estimate, ImportanceSampler
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
+    from kexue.generation.ngram_lm import NGramLM
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
@@ -29,6 +32,8 @@ __all__ = [
     "AllOf",
     "AnnealingResult",
     "BannedTokens",
+    "CGMH",
+    "CGMHResult",
     "Chain",
     "Constant",
     "Constraint",
@@ -43,6 +48,7 @@ __all__ = [
     "Logarithmic",
     "Metropolis",
     "MetropolisHastings",
+    "NGramLM",
     "Proposal",
     "RandomEdit",
     "RejectionSampler",
@@ -61,6 +67,8 @@ _MODULES = {
     "AllOf": "constraints",
     "AnnealingResult": "annealing",
     "BannedTokens": "constraints",
+    "CGMH": "cgmh",
+    "CGMHResult": "cgmh_result",
     "Chain": "transition",
     "Constant": "schedules",
     "Constraint": "constraints",
@@ -75,6 +83,7 @@ _MODULES = {
     "Logarithmic": "schedules",
     "Metropolis": "kernels",
     "MetropolisHastings": "kernels",
+    "NGramLM": "ngram_lm",
     "Proposal": "proposals",
     "RandomEdit": "proposals",
     "RejectionSampler": "rejection",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kexue._checks import check_int
 from kexue.generation._edits import Batch, Floats, Ints
 from kexue.generation._states import Ids, evaluation, forward_options, logits_of
+from kexue.generation.ngram_lm import NGramLM
 
 Context = tuple[Ids, Ids]
 
@@ -273,3 +274,25 @@ class CausalRanker:
                 rows_ = logits[torch.arange(len(some), device=device), last].float().log_softmax(-1)
             scores[some] = rows_[:, self.vocab.to(device)]
         return _checked(scores)
+
+
+class TableRanker:
+    """Scores p(y | the n - 1 words before the hole) of an n-gram table; the candidates are reweighted by the sentence.
+
+    Args:
+        lm: The model.
+        vocab: Allowed ids.
+    """
+
+    reweights = True
+
+    def __init__(self, lm: NGramLM, vocab: Ints) -> None:
+        self.lm, self.vocab = lm, vocab
+
+    def __call__(self, hole: Batch, position: Ints, rows: Ints | None) -> Tensor:
+        reach, begin = self.lm.order - 1, self.lm.vocab_size
+        scores = np.empty((len(hole), len(self.vocab)))
+        for k, (left, _) in enumerate(contexts_of(hole, position)):
+            history = ((begin,) * reach + left)[-reach:]
+            scores[k] = self.lm.table[history][self.vocab]
+        return torch.from_numpy(scores)

@@ -40,7 +40,7 @@ from kexue.generation._cgmh_setup import (
     first_states,
     length_bounds,
 )
-from kexue.generation._edits import DELETE, INSERT, OPERATIONS, REPLACE, SWAP, Batch, Edits, Floats, Ints
+from kexue.generation._edits import DELETE, INSERT, REPLACE, SWAP, Batch, Edits, Floats, Ints
 from kexue.generation._ngram_chain import TableChain
 from kexue.generation._scoring import CausalScorer, TargetScorer
 from kexue.generation._slots import Candidates, CausalRanker, Context, contexts_of, select
@@ -158,6 +158,8 @@ class CGMH:
         self._stable = not isinstance(target.lm if proposal is None else proposal, nn.Module)
         self._log_op = np.log(np.maximum(self.operations, 1e-300))
         self._log_op[self.operations == 0] = -np.inf
+        self._edges = np.cumsum(self.operations)
+        self._edges[self._edges >= self._edges[-1] - 1e-15] = 2.0  # rounding never draws an operation of probability 0
         self._memo: dict[Context, Floats] = {}
 
     # -- the law of one step ------------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ class CGMH:
         """One step of every chain, in place."""
         edits, count = self.edits, len(chains)
         draws = generator.random((7, count))
-        op = np.minimum(np.searchsorted(np.cumsum(self.operations), draws[0], side="right"), len(OPERATIONS) - 1)
+        op = np.searchsorted(self._edges, draws[0], side="right")
         possible = edits.possible(op, chains.lengths)
         recorder.tried(op, possible)
         rows = np.flatnonzero(possible & (op != SWAP))
