@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kexue.generation.importance import Estimate, ImportanceSampler
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
+    from kexue.generation.mlm_gibbs import GibbsResult, MLMGibbs
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
@@ -36,11 +37,13 @@ __all__ = [
     "Estimate",
     "Geometric",
     "Gibbs",
+    "GibbsResult",
     "ImportanceSampler",
     "Kernel",
     "LengthBetween",
     "Linear",
     "Logarithmic",
+    "MLMGibbs",
     "Metropolis",
     "MetropolisHastings",
     "Proposal",
@@ -68,11 +71,13 @@ _MODULES = {
     "Estimate": "importance",
     "Geometric": "schedules",
     "Gibbs": "kernels",
+    "GibbsResult": "mlm_gibbs",
     "ImportanceSampler": "importance",
     "Kernel": "transition",
     "LengthBetween": "constraints",
     "Linear": "schedules",
     "Logarithmic": "schedules",
+    "MLMGibbs": "mlm_gibbs",
     "Metropolis": "kernels",
     "MetropolisHastings": "kernels",
     "Proposal": "proposals",

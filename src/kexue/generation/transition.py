@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._progress import progress as progress_bar
+from kexue.generation._interrupt import noted_interrupt
 
 __all__ = ["Chain", "Kernel", "run_chain", "transition_matrix"]
 
@@ -173,16 +174,16 @@ def run_chain(
     check_run(steps, burn_in, thin)
     generator = np.random.default_rng(seed)
     samples, moved, done = [], 0, 0
-    with progress_bar("chain", steps, progress) as bar:
+    with noted_interrupt() as interrupt, progress_bar("chain", steps, progress) as bar:
         try:
-            for done in range(1, steps + 1):
+            while done < steps and not interrupt.came:
                 new = kernel.step(state, generator)
                 moved += bool(new != state)
-                state = new
+                state, done = new, done + 1
                 if done > burn_in and (done - burn_in) % thin == 0:
                     samples.append(state)
                 if done % 256 == 0:
                     bar.advance(256)
-        except KeyboardInterrupt:
-            return Chain(samples, state, moved / max(1, done), True)
-    return Chain(samples, state, moved / max(1, steps))
+        except KeyboardInterrupt:  # raised by the kernel, or a second Ctrl-C
+            pass
+    return Chain(samples, state, moved / max(1, done), done < steps)
