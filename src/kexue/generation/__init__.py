@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
     from kexue.generation.mlm_gibbs import GibbsResult, MLMGibbs
+    from kexue.generation.ngram import NGramChains, NGramTarget
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
@@ -46,6 +47,8 @@ __all__ = [
     "MLMGibbs",
     "Metropolis",
     "MetropolisHastings",
+    "NGramChains",
+    "NGramTarget",
     "Proposal",
     "RandomEdit",
     "RejectionSampler",
@@ -80,6 +83,8 @@ _MODULES = {
     "MLMGibbs": "mlm_gibbs",
     "Metropolis": "kernels",
     "MetropolisHastings": "kernels",
+    "NGramChains": "ngram",
+    "NGramTarget": "ngram",
     "Proposal": "proposals",
     "RandomEdit": "proposals",
     "RejectionSampler": "rejection",
