@@ -322,7 +322,8 @@ class MLMGibbs:
         log_p = self.model.log_probs(ids, real, places)
         if self.eps == 0:
             return log_p
-        uniform = torch.where(self.model._ban, -math.inf, -math.log(len(self.model.allowed))).double()
+        uniform = torch.zeros_like(self.model._ban, dtype=torch.float64).masked_fill(self.model._ban, -math.inf)
+        uniform -= math.log(len(self.model.allowed))
         mixed = uniform + math.log(self.eps)
         if self.eps == 1:
             return mixed.expand(log_p.shape)

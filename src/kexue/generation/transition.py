@@ -82,13 +82,15 @@ def transition_matrix(kernel: Any, states: Sequence[Any]) -> NDArray[np.float64]
     matrix = np.zeros((len(listed), len(listed)))
     for i, state in enumerate(listed):
         for following, probability in law(state):
+            if not probability >= 0:
+                raise ValueError(f"a probability must be at least 0; got {probability} from {state!r} to {following!r}")
+            if probability == 0:  # a refused move may lead out of the list
+                continue
             j = place.get(_hashable(following))
             if j is None:
                 raise ValueError(
                     f"the kernel goes from {state!r} to {following!r}, which is not among the {len(listed)} states"
                 )
-            if not probability >= 0:
-                raise ValueError(f"a probability must be at least 0; got {probability} from {state!r} to {following!r}")
             matrix[i, j] += probability
         if not abs(matrix[i].sum() - 1) <= _ROUNDING:
             raise ValueError(f"the probabilities from {state!r} must sum to 1; got {matrix[i].sum()}")
