@@ -20,14 +20,22 @@ class _Sampler:
         self.seed, self.kind = seed, kind
 
     def fit(self, texts: Any) -> _Sampler:
-        from kexue.generation import MetropolisHastings, NGramTarget, RandomEdit, SimulatedAnnealing, Target, run_chain
+        from kexue.generation import (
+            MetropolisHastings,
+            NGramLM,
+            NGramSampler,
+            RandomEdit,
+            SimulatedAnnealing,
+            Target,
+            run_chain,
+        )
 
-        target = NGramTarget.fit(texts)
+        lm = NGramLM.fit(texts, vocab_size=3)
         if self.kind == "compiled":
-            chains = target.run(texts[0], 300, kernel="edit", max_length=5, seed=self.seed)
+            chains = NGramSampler(lm).run(texts[0], 300, kernel="edit", max_length=5, seed=self.seed)
             self.samples_ = chains.samples[0]
         elif self.kind == "chain":
-            kernel = MetropolisHastings(Target(target), RandomEdit(target.vocab_size, 1, 5))
+            kernel = MetropolisHastings(Target(lm), RandomEdit(lm.vocab_size, 1, 5))
             self.samples_ = run_chain(kernel, texts[0], 200, seed=self.seed).samples
         else:
 
@@ -35,7 +43,7 @@ class _Sampler:
                 i = int(generator.integers(len(ids)))
                 return (*ids[:i], int(generator.integers(3)), *ids[i + 1 :]), 0.0
 
-            search = SimulatedAnnealing(Target(target), move, 0.5)
+            search = SimulatedAnnealing(Target(lm), move, 0.5)
             self.samples_ = search.run(texts[0], 200, restarts=3, seed=self.seed).states
         return self
 

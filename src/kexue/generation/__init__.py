@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.generation.annealing import AnnealingResult, SimulatedAnnealing
+    from kexue.generation.cgmh import CGMH
+    from kexue.generation.cgmh_result import CGMHResult
     from kexue.generation.constraints import (
         AllOf,
         BannedTokens,
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
     from kexue.generation.mlm_gibbs import GibbsResult, MLMGibbs
-    from kexue.generation.ngram import NGramChains, NGramTarget
+    from kexue.generation.ngram_lm import NGramLM
+    from kexue.generation.ngram_sampler import NGramChains, NGramSampler
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
     from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
+    "CGMH",
     "AliasTable",
     "AllOf",
     "AnnealingResult",
     "BannedTokens",
+    "CGMHResult",
     "Chain",
     "Constant",
     "Constraint",
@@ -48,7 +53,8 @@ __all__ = [
     "Metropolis",
     "MetropolisHastings",
     "NGramChains",
-    "NGramTarget",
+    "NGramLM",
+    "NGramSampler",
     "Proposal",
     "RandomEdit",
     "RejectionSampler",
@@ -67,6 +73,8 @@ _MODULES = {
     "AllOf": "constraints",
     "AnnealingResult": "annealing",
     "BannedTokens": "constraints",
+    "CGMH": "cgmh",
+    "CGMHResult": "cgmh_result",
     "Chain": "transition",
     "Constant": "schedules",
     "Constraint": "constraints",
@@ -83,8 +91,9 @@ _MODULES = {
     "MLMGibbs": "mlm_gibbs",
     "Metropolis": "kernels",
     "MetropolisHastings": "kernels",
-    "NGramChains": "ngram",
-    "NGramTarget": "ngram",
+    "NGramChains": "ngram_sampler",
+    "NGramLM": "ngram_lm",
+    "NGramSampler": "ngram_sampler",
     "Proposal": "proposals",
     "RandomEdit": "proposals",
     "RejectionSampler": "rejection",
