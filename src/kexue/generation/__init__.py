@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from kexue.generation.importance import Estimate, ImportanceSampler
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
+    from kexue.generation.mlm_gibbs import GibbsResult, MLMGibbs
     from kexue.generation.ngram_lm import NGramLM
+    from kexue.generation.ngram_sampler import NGramChains, NGramSampler
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
     from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
+    "CGMH",
     "AliasTable",
     "AllOf",
     "AnnealingResult",
     "BannedTokens",
-    "CGMH",
     "CGMHResult",
     "Chain",
     "Constant",
@@ -41,14 +43,18 @@ __all__ = [
     "Estimate",
     "Geometric",
     "Gibbs",
+    "GibbsResult",
     "ImportanceSampler",
     "Kernel",
     "LengthBetween",
     "Linear",
     "Logarithmic",
+    "MLMGibbs",
     "Metropolis",
     "MetropolisHastings",
+    "NGramChains",
     "NGramLM",
+    "NGramSampler",
     "Proposal",
     "RandomEdit",
     "RejectionSampler",
@@ -76,14 +82,18 @@ _MODULES = {
     "Estimate": "importance",
     "Geometric": "schedules",
     "Gibbs": "kernels",
+    "GibbsResult": "mlm_gibbs",
     "ImportanceSampler": "importance",
     "Kernel": "transition",
     "LengthBetween": "constraints",
     "Linear": "schedules",
     "Logarithmic": "schedules",
+    "MLMGibbs": "mlm_gibbs",
     "Metropolis": "kernels",
     "MetropolisHastings": "kernels",
+    "NGramChains": "ngram_sampler",
     "NGramLM": "ngram_lm",
+    "NGramSampler": "ngram_sampler",
     "Proposal": "proposals",
     "RandomEdit": "proposals",
     "RejectionSampler": "rejection",

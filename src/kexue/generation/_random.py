@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,18 @@ class MoveGenerator(torch.Generator):
     """
 
     def __new__(cls, seed: int) -> MoveGenerator:
-        return super().__new__(cls, device="cpu")  # torch takes a number for a device
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]  # torch takes a number for a device
 
     def __init__(self, seed: int) -> None:
         self.manual_seed(seed)
         self.numpy = np.random.default_rng(seed)
+
+    def copy(self) -> MoveGenerator:
+        """Another generator in the same state."""
+        other = MoveGenerator(0)
+        other.set_state(self.get_state())
+        other.numpy = copy.deepcopy(self.numpy)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         if name == "numpy":  # not yet there

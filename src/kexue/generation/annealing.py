@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._progress import progress as progress_bar
+from kexue.generation._interrupt import noted_interrupt
 from kexue.generation._random import MoveGenerator
 from kexue.generation._states import log_rho_of
 from kexue.generation.schedules import Constant, Schedule
@@ -147,19 +148,20 @@ class SimulatedAnnealing:
                 a negative temperature.
         """
         check_int("steps", steps, 0)
-        found = self._begin(init, restarts, seed, starts) if resume is None else resume
+        found = self._begin(init, restarts, seed, starts) if resume is None else _copy(resume)
         every = max(1, steps // _TRACE)
         trace = [found.trace]
-        with progress_bar("annealing", steps - found.steps, progress) as bar:
+        interrupted = False
+        with noted_interrupt() as interrupt, progress_bar("annealing", steps - found.steps, progress) as bar:
             try:
-                while found.steps < steps:
+                while found.steps < steps and not interrupt.came:
                     self._step(found, steps)
                     if found.steps % every == 0 or found.steps == steps:
                         trace.append(found.values[None].copy())
                         bar.advance(every, f"best {found.best_values.max():.4g}")
-                interrupted = False
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # raised by a move or the target, or a second Ctrl-C
                 interrupted = True
+        interrupted |= found.steps < steps
         k = int(found.best_values.argmax())
         return AnnealingResult(
             found.bests[k],
@@ -240,6 +242,18 @@ class SimulatedAnnealing:
                     run.bests[r], run.best_values[r] = new[k], values[k]
             run._accepted += int(taken.sum())
         run.steps += 1
+
+
+def _copy(run: AnnealingResult) -> AnnealingResult:
+    """A run that can go on without changing the result it comes from."""
+    return replace(
+        run,
+        bests=list(run.bests),
+        best_values=run.best_values.copy(),
+        states=list(run.states),
+        values=run.values.copy(),
+        _generator=run._generator.copy(),
+    )
 
 
 def _frozen(state: Any) -> Any:

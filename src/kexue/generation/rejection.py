@@ -92,8 +92,9 @@ class RejectionSampler:
         check_int("n", n, 0)
         kept: list[Any] = []
         self.draws, count, total = 0, 0, 0
-        if n == 0:
-            return draw(self.q, 0)
+        if n == 0:  # some distributions refuse to draw nothing
+            with seeded(0 if seed is None else seed):
+                return draw(self.q, 1)[:0]
         with seeded(seed), progress_bar("rejection", n, progress) as bar:
             while count < n:
                 x = draw(self.q, self.batch_size)

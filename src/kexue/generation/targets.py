@@ -256,12 +256,19 @@ class Target:
             return np.zeros(len(rows))
         device = next((p.device for p in lm.parameters()), torch.device("cpu"))
         ids = torch.tensor([row + (row[-1],) * (longest - len(row)) for row in rows], device=device)
-        logits = logits_of(lm(ids[:, :-1], **forward_options(lm)))
+        options = forward_options(lm)
+        pad = getattr(getattr(lm, "config", None), "pad_token_id", None)
+        lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
+        real = torch.arange(longest - 1, device=device) < lengths[:, None]
+        if pad is not None and bool((ids[:, :-1] == pad).any()):  # some models would hide these tokens of the text
+            options["attention_mask"] = real.long()
+        try:
+            logits = logits_of(lm(ids[:, :-1], **options))
+        except IndexError as error:  # a table of positions that ends
+            raise ValueError(f"the model refuses a text of {longest - 1} tokens: {error}") from error
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         terms = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
-        real = torch.arange(longest - 1, device=device) < lengths[:, None]
         return terms.double().masked_fill(~real, 0.0).sum(-1).cpu().numpy()
 
 

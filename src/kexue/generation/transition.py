@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._progress import progress as progress_bar
+from kexue.generation._interrupt import noted_interrupt
 
 __all__ = ["Chain", "Kernel", "run_chain", "transition_matrix"]
 
@@ -81,13 +82,15 @@ def transition_matrix(kernel: Any, states: Sequence[Any]) -> NDArray[np.float64]
     matrix = np.zeros((len(listed), len(listed)))
     for i, state in enumerate(listed):
         for following, probability in law(state):
+            if not probability >= 0:
+                raise ValueError(f"a probability must be at least 0; got {probability} from {state!r} to {following!r}")
+            if probability == 0:  # a refused move may lead out of the list
+                continue
             j = place.get(_hashable(following))
             if j is None:
                 raise ValueError(
                     f"the kernel goes from {state!r} to {following!r}, which is not among the {len(listed)} states"
                 )
-            if not probability >= 0:
-                raise ValueError(f"a probability must be at least 0; got {probability} from {state!r} to {following!r}")
             matrix[i, j] += probability
         if not abs(matrix[i].sum() - 1) <= _ROUNDING:
             raise ValueError(f"the probabilities from {state!r} must sum to 1; got {matrix[i].sum()}")
@@ -173,16 +176,16 @@ def run_chain(
     check_run(steps, burn_in, thin)
     generator = np.random.default_rng(seed)
     samples, moved, done = [], 0, 0
-    with progress_bar("chain", steps, progress) as bar:
+    with noted_interrupt() as interrupt, progress_bar("chain", steps, progress) as bar:
         try:
-            for done in range(1, steps + 1):
+            while done < steps and not interrupt.came:
                 new = kernel.step(state, generator)
                 moved += bool(new != state)
-                state = new
+                state, done = new, done + 1
                 if done > burn_in and (done - burn_in) % thin == 0:
                     samples.append(state)
                 if done % 256 == 0:
                     bar.advance(256)
-        except KeyboardInterrupt:
-            return Chain(samples, state, moved / max(1, done), True)
-    return Chain(samples, state, moved / max(1, steps))
+        except KeyboardInterrupt:  # raised by the kernel, or a second Ctrl-C
+            pass
+    return Chain(samples, state, moved / max(1, done), done < steps)
