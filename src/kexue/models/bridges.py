@@ -72,7 +72,8 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
         names |= _both(f"{layer}.output.dense", f"layers.{i}.feed_forward.down")
         names |= _both(f"{layer}.output.LayerNorm", f"layers.{i}.feed_forward_norm")
     ignored = {f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids"}
-    heads, pooler = {}, _both(f"{prefix}pooler.dense", "pooler.dense")
+    heads: dict[str, str] = {}
+    pooler = _both(f"{prefix}pooler.dense", "pooler.dense")
     language = any(key.startswith("cls.predictions.") for key in state)
     if language:
         heads |= _both("cls.predictions.transform.dense", "lm_head.dense")
