@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
+    from kexue.models.pseudo_likelihood import masked_token_log_probs
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
     from kexue.models.schemes import (
@@ -55,6 +56,7 @@ __all__ = [
     "hierarchical_positions",
     "initialization_plan",
     "initialize_model",
+    "masked_token_log_probs",
     "norm_gains",
     "plan_growth",
     "predict_gain",
@@ -94,6 +96,7 @@ _MODULES = {
     "hierarchical_positions": "positions",
     "initialization_plan": "schemes",
     "initialize_model": "schemes",
+    "masked_token_log_probs": "pseudo_likelihood",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "predict_gain": "initialization",
