@@ -113,4 +113,6 @@ def test_inputs_are_not_changed():
     assert torch.equal(input_ids, copies[0])
     assert torch.equal(mask, copies[1])
     # The model repeats its input, so that the masked token is one of 39 with equal scores.
-    torch.testing.assert_close(got, torch.full_like(got, -float(torch.log(torch.tensor(39 + torch.e)))), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got, torch.full_like(got, -float(torch.log(torch.tensor(39 + torch.e)))), rtol=1e-6, atol=0
+    )

@@ -6,9 +6,9 @@ Bidirectional Language Representations for Unsupervised Learning", ACL 2020 (T-T
     o_i = sum over j != own(i) of softmax_j(q_i k_j / sqrt(d)) v_j
 
 Row i is the same to the last bit whatever k and v hold at its own key, and its gradient there is exactly 0: the score
-is replaced by -inf before the softmax, whose weight is then 0. Taking the diagonal out of an unmasked result afterwards,
-(exp(lse_i) o_i - exp(s_ii) v_i) / (exp(lse_i) - exp(s_ii)), is equal on paper only: rounding lets the own token through,
-and it cancels where s_ii dominates. On CPUs the mask costs nothing: torch's flash kernel takes it as it is.
+is replaced by -inf before the softmax, whose weight is then 0. Taking the diagonal out of an unmasked result after the
+fact, (exp(lse_i) o_i - exp(s_ii) v_i) / (exp(lse_i) - exp(s_ii)), is equal on paper only: rounding lets the own token
+through, and it cancels where s_ii dominates. On CPUs the mask costs nothing: torch's flash kernel takes it as it is.
 A row that sees no key gives 0, not NaN.
 """
 
@@ -100,7 +100,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None) -> None:
 
 
 def diagonal_mask(
-    own: Tensor | None, keys: int, key_padding_mask: Tensor | None
+    own: Tensor | None, keys: int, key_padding_mask: Tensor | None, never_empty: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """What :func:`masked_attention` needs, made once for all layers.
 
@@ -108,6 +108,7 @@ def diagonal_mask(
         own: (T,) or (B, T), as in :func:`diagonal_attention`; None hides no own key.
         keys: S.
         key_padding_mask: (B, S) bool, or None.
+        never_empty: It is known that every query sees some key.
 
     Returns:
         The visible keys, (1 or B, 1, T or 1, S) bool, and the rows without any, (1 or B, 1, T or 1, 1); None where
@@ -121,7 +122,7 @@ def diagonal_mask(
         visible = visible[None, None] if own.dim() == 1 else visible[:, None]
         if padding is not None:
             visible = visible & padding
-    if visible is None or (padding is None and keys > 1):
+    if visible is None or never_empty or (padding is None and keys > 1):
         return visible, None
     empty = ~visible.any(-1, keepdim=True)
     # Such a row attends to everything and is thrown away: kernels differ in what they make of a row without keys.
