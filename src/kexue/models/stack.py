@@ -150,6 +150,11 @@ class KexuePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["Layer"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """True; transformers guesses it from the text of the source file."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         """Starting weights; transformers keeps torch's init functions from touching parameters that were loaded."""
         given = self.config.initializer_range
