@@ -189,7 +189,7 @@ def _pretrain_locked(
         Batches(pieces, tokenizer, settings),
         steps=steps,
         out=partial / "training",
-        save_every=200,
+        save_every=max(1, min(200, steps // 10)),
         lr=lr,
         seed=settings.seed,
         schedule="cosine",
