@@ -1,18 +1,16 @@
-"""Runs of several processes for the tests: as a program, one rank of the scenarios that are named on its command line."""
+"""Runs of several processes for the tests; as a program, one rank of the scenarios that its arguments name."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kexue.training import TrainingInterrupted, fit, newest_checkpoint, shuffled_batches
+from kexue.training import fit, shuffled_batches
 
 STEPS = 12
 
@@ -75,11 +73,9 @@ def train(out, batches=None, model=None, **options):
 
 
 def whole(model):
-    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).tolist() for name, v in model.state_dict().items()}
-
-
-def stop_after(step):
-    return lambda record: record["step"] == step
+    return {
+        name: (v.full_tensor() if hasattr(v, "full_tensor") else v).tolist() for name, v in model.state_dict().items()
+    }
 
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -36,7 +36,7 @@ from kexue.training.processes import joined
 from kexue.training.run import Run
 from kexue.training.schedule import lr_factor
 from kexue.training.step import Stepper, clip_gradients, finite, has_bf16, read_loss, train_mode
-from kexue.training.strategies import STRATEGIES, shard_, strategy_of
+from kexue.training.strategies import STRATEGIES, class_name, shard_, strategy_of
 
 __all__ = ["FitResult", "fit"]
 
@@ -189,7 +189,7 @@ def fit(
         optimizers = build_optimizers(model, optimizer, lr, weight_decay)
         numbering = numbering_of(batch_at, length, accumulate, processes, per_rank, seed, device)
         config = {
-            "model": f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} parameters",
+            "model": f"{class_name(model)} with {sum(p.numel() for p in model.parameters())} parameters",
             "batches": length,
             "steps": int(steps),
             "seed": seed,

@@ -1,9 +1,9 @@
 """The processes of one run (分布式训练): who takes part, and what they tell each other.
 
 Under ``torchrun`` every process calls ``fit`` with the same arguments. The environment says how many there are; the
-process group is made here, unless the caller has made one, and stays until the process ends. Rank 0 alone touches the disk, so
-that no shared file system is needed. What fails on one rank has to be known on all of them, or the others would wait
-in the next collective for ever: hence :meth:`Processes.first` and :meth:`Processes.agree`.
+process group is made here, unless the caller has made one, and stays until the process ends. Rank 0 alone touches the
+disk, so that no shared file system is needed. What fails on one rank has to be known on all of them, or the others
+would wait in the next collective for ever: hence :meth:`Processes.first` and :meth:`Processes.agree`.
 """
 
 from __future__ import annotations

@@ -203,6 +203,12 @@ def spread_like(tensor: torch.Tensor, pattern: Any) -> torch.Tensor:
     return distribute_tensor(tensor.to(pattern.device), mesh, placements)
 
 
+def class_name(model: nn.Module) -> str:
+    """Name of the model's class; sharding gives it one of its own."""
+    name = type(model).__name__
+    return name.removeprefix("FSDP") if any(c.__name__ == "FSDPModule" for c in type(model).__mro__) else name
+
+
 def strategy_of(name: str, model: nn.Module, read_loss: LossReader, processes: Processes) -> OneProcess:
     """The strategy of a run; with one process there is nothing to distribute."""
     if processes.world == 1:
