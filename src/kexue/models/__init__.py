@@ -7,18 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
+    from kexue.models.family import (
+        KexueConfig,
+        KexueForCausalLM,
+        KexueForMaskedLM,
+        KexueForNextSentence,
+        KexueForPreTraining,
+        KexueForSequenceClassification,
+        KexueForTextAutoencoding,
+        KexueModel,
+        KexueOutput,
+    )
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.gradient_size import gradient_norms
     from kexue.models.growth import GrowthPlan, grow, plan_growth
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.pseudo_likelihood import masked_token_log_probs
     from kexue.models.schemes import (
         DeepNormConstants,
         InitRow,
@@ -32,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "BagEncoder",
+    "Candidate",
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
@@ -42,19 +57,33 @@ __all__ = [
     "GrowthReport",
     "HierarchicalPositionEmbedding",
     "InitRow",
+    "KexueConfig",
+    "KexueForCausalLM",
+    "KexueForMaskedLM",
+    "KexueForNextSentence",
+    "KexueForPreTraining",
+    "KexueForSequenceClassification",
+    "KexueForTextAutoencoding",
+    "KexueModel",
+    "KexueOutput",
     "NTKLinear",
+    "OnePassCache",
     "ProbeReport",
     "ScheduledResidual",
     "SimSiam",
+    "Suggestion",
     "deepnorm_constants",
     "extend_positions",
     "fan",
+    "from_bert",
+    "from_gpt2",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
     "hierarchical_positions",
     "initialization_plan",
     "initialize_model",
+    "masked_token_log_probs",
     "norm_gains",
     "plan_growth",
     "predict_gain",
@@ -71,6 +100,7 @@ __all__ = [
 _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
+    "Candidate": "suggestions",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
@@ -81,19 +111,33 @@ _MODULES = {
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
     "InitRow": "schemes",
+    "KexueConfig": "family",
+    "KexueForCausalLM": "family",
+    "KexueForMaskedLM": "family",
+    "KexueForNextSentence": "family",
+    "KexueForPreTraining": "family",
+    "KexueForSequenceClassification": "family",
+    "KexueForTextAutoencoding": "family",
+    "KexueModel": "family",
+    "KexueOutput": "family",
     "NTKLinear": "parameterization",
+    "OnePassCache": "one_pass_cache",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "Suggestion": "suggestions",
     "deepnorm_constants": "schemes",
     "extend_positions": "extension",
     "fan": "initialization",
+    "from_bert": "bridges",
+    "from_gpt2": "bridges",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
     "hierarchical_positions": "positions",
     "initialization_plan": "schemes",
     "initialize_model": "schemes",
+    "masked_token_log_probs": "pseudo_likelihood",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "predict_gain": "initialization",
