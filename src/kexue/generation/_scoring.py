@@ -102,7 +102,7 @@ class CausalScorer(TargetScorer):
         self.head: Callable[[Tensor], Tensor] = _head(lm)
         self.device = next(lm.parameters()).device
         self.before = int(target.bos_id is not None)
-        self.work = sum(int(p.numel()) for p in lm.base_model.parameters() if p.dim() > 1)  # type: ignore[union-attr,misc]
+        self.work = sum(int(p.numel()) for p in self.body.parameters() if p.dim() > 1)
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._slot: tuple[Ints, Ints, Tensor] | None = None
         self._ahead: tuple[_Part, Ints, Floats, Ints] | None = None

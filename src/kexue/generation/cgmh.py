@@ -119,7 +119,7 @@ class CGMH:
         >>> sampler = CGMH(target, vocab=3, max_length=3, n_chains=2, seed=1)
         >>> states = sampler.states()
         >>> states[:2], len(states)
-        ([((2,), (0,)), ((0, 2), (1,))], 34)
+        ([((2,), (0,)), ((2, 0), (0,))], 34)
         >>> pi = np.exp(target.log_rho([ids for ids, _ in states]))
         >>> bool(abs(pi @ transition_matrix(sampler, states) - pi).max() < 1e-12 * pi.sum())
         True
@@ -443,11 +443,15 @@ class CGMH:
         self._advance(1, chains, log_rho, screened, scorer, recorder, generator)
         return self._state(chains.tuples()[0], tuple(chains.starts[0].tolist()))
 
+    def continues(self) -> bool:
+        """Whether the target's model can go on from the edit: what ``screen="next"`` needs."""
+        return self.target.gamma > 0 and CausalScorer.fits(self.target)
+
     def _scorer(self) -> TargetScorer:
         """What scores the chains of a run; a causal model continues from the edit where it can."""
         if isinstance(self._rank, CausalRanker):
             self._rank.kept = None
-        if self.target.gamma == 0 or not CausalScorer.fits(self.target):
+        if not self.continues():
             return TargetScorer(self.target)
         scorer = CausalScorer(self.target, self.edits.high)
         if isinstance(self._rank, CausalRanker):
