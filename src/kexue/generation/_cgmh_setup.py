@@ -99,7 +99,9 @@ def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None
     else:
         given = as_ids(vocab, "vocab")
     if limits and given and max(given) >= min(limits):
-        raise ValueError(f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}")
+        raise ValueError(
+            f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}"
+        )
     banned = special_ids(target, proposal, mask_id, vocab is None)
     found = tuple(token for token in dict.fromkeys(given) if token not in banned)
     if not found:

@@ -236,7 +236,8 @@ class Edits:
         for order in orders:
             rank = {word: place for place, word in enumerate(order)}
             if any(
-                self.keywords[i] == self.keywords[j] and rank[i] > rank[j] for i, j in itertools.combinations(range(k), 2)
+                self.keywords[i] == self.keywords[j] and rank[i] > rank[j]
+                for i, j in itertools.combinations(range(k), 2)
             ):
                 continue
             for cut in itertools.combinations_with_replacement(range(gaps + 1), k):

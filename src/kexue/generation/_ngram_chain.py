@@ -330,9 +330,7 @@ class TableChain:
         chain, place = np.divmod(best, max(1, recorder.kept))
         texts = [
             tuple(row[:n])
-            for row, n in zip(
-                recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True
-            )
+            for row, n in zip(recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True)
         ]
         recorder.visit(texts, flat[best])
 

@@ -141,7 +141,9 @@ class Recorder:
             return
         self.visit(chains.rows(rows).tuples(), log_rho[rows])
         if self.traced:
-            self.add_trace(np.full(len(rows), step), rows, op[rows], position[rows], old[rows], new[rows], log_rho[rows])
+            self.add_trace(
+                np.full(len(rows), step), rows, op[rows], position[rows], old[rows], new[rows], log_rho[rows]
+            )
 
     def add_trace(
         self, step: Ints, chain: Ints, op: Ints, position: Ints, old: Ints, new: Ints, log_rho: Floats
