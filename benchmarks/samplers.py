@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,15 @@ import torch
 
 from benchmarks.harness import Table, compare
 from kexue.generation import (
-    MetropolisHastings,
     MLMGibbs,
     NGramLM,
     NGramSampler,
-    RandomEdit,
-    Target,
-    run_chain,
 )
 from kexue.models import KexueConfig, KexueForMaskedLM
 
 SECTION = "Samplers"
 
-VOCABULARY, HIGH, STEPS = 20, 12, 20_000
+VOCABULARY, HIGH, STEPS, SWEEPS = 20, 12, 200_000, 10_000
 CHAINS, TOKENS, LENGTH, CHAIN_STEPS = 64, 8000, 20, 2
 
 
@@ -34,7 +31,7 @@ def _python_edits(table: list[list[float]], steps: int) -> list[int]:
 
     def score(x: list[int]) -> float:
         total = table[end][x[0]]
-        for a, b in zip(x, x[1:], strict=False):
+        for a, b in pairwise(x):
             total += table[a][b]
         return total + table[x[-1]][end]
 
@@ -61,6 +58,21 @@ def _python_edits(table: list[list[float]], steps: int) -> list[int]:
     return x
 
 
+def _python_gibbs(table: list[list[float]], steps: int) -> list[int]:
+    """The same with conditionals: every token tried at a random place, numpy draws from their probabilities."""
+    end, source, x = VOCABULARY, np.random.default_rng(0), [0] * 8
+
+    def score(x: list[int]) -> float:
+        return table[end][x[0]] + sum(table[a][b] for a, b in pairwise(x)) + table[x[-1]][end]
+
+    for _ in range(steps):
+        i = int(source.integers(8))
+        z = np.array([score([*x[:i], y, *x[i + 1 :]]) for y in range(VOCABULARY)])
+        z = np.exp(z - z.max())
+        x[i] = int(source.choice(VOCABULARY, p=z / z.sum()))
+    return x
+
+
 def _language() -> NGramLM:
     table = np.random.default_rng(0).dirichlet(np.full(VOCABULARY + 1, 0.5), VOCABULARY + 1) + 1e-3
     return NGramLM(np.log(table / table.sum(1, keepdims=True)))
@@ -80,19 +92,19 @@ def _one_chain(model: KexueForMaskedLM, steps: int) -> None:
 
 
 def run() -> list[Table]:
-    """Measure two comparisons."""
+    """Measure three comparisons."""
     lm = _language()
-    table, start = lm.table.tolist(), (0,)
-    sampler, edits = NGramSampler(lm), RandomEdit(VOCABULARY, 1, HIGH)
-    options: dict[str, Any] = {"burn_in": STEPS - 1, "max_length": HIGH, "progress": False}
+    table = lm.table.tolist()
+    sampler = NGramSampler(lm)
     n_gram: dict[str, Callable[[], Any]] = {
         "Python script": lambda: _python_edits(table, STEPS),
-        "kexue MetropolisHastings (any target)": lambda: run_chain(
-            MetropolisHastings(Target(lm, cache_size=0), edits), start, STEPS, STEPS, progress=False
+        "kexue NGramSampler": lambda: sampler.run(
+            (0,), STEPS, STEPS - 1, kernel="edit", max_length=HIGH, progress=False
         ),
-        "kexue compiled, edit": lambda: sampler.run(start, STEPS, kernel="edit", **options),
-        "kexue compiled, replace": lambda: sampler.run((0,) * 8, STEPS, kernel="replace", **options),
-        "kexue compiled, gibbs": lambda: sampler.run((0,) * 8, STEPS, kernel="gibbs", **options),
+    }
+    gibbs_chains: dict[str, Callable[[], Any]] = {
+        "Python script": lambda: _python_gibbs(table, SWEEPS),
+        "kexue NGramSampler": lambda: sampler.run((0,) * 8, SWEEPS, SWEEPS - 1, kernel="gibbs", progress=False),
     }
     torch.manual_seed(0)
     config = KexueConfig(TOKENS, 128, 4, 4, mask_token_id=4, max_position=64)
@@ -112,19 +124,28 @@ def run() -> list[Table]:
     }
     return [
         compare(
-            "Markov chains over an n-gram target",
-            f"{STEPS} steps of one chain over a bigram model of {VOCABULARY} tokens, texts of up to {HIGH} "
-            "(the two at a fixed length: 8), float64, one thread.",
+            "Edits over an n-gram target",
+            f"{STEPS} Metropolis-Hastings steps of one chain (insert, delete, replace) over a bigram model of {VOCABULARY} "
+            f"tokens, texts of up to {HIGH}, float64, one thread.",
             n_gram,
             peer="Python script",
             packages=("numpy", "numba"),
             repeats=5,
-            remarks=["MetropolisHastings scores whole texts through a Target, whatever that is; here none is kept."],
+            remarks=["The script uses lists and random.Random only; most of its texts have a few tokens."],
+        ),
+        compare(
+            "Gibbs sampling over an n-gram target",
+            f"{SWEEPS} steps of one chain over the same model, texts of 8, float64, one thread.",
+            gibbs_chains,
+            peer="Python script",
+            packages=("numpy", "numba"),
+            repeats=5,
+            remarks=["The script draws with numpy's choice and scores whole texts."],
         ),
         compare(
             "Gibbs sampling with a masked language model",
-            f"{CHAIN_STEPS} steps of {CHAINS} chains of {LENGTH} tokens, model of width 128, 4 layers, {TOKENS} tokens, "
-            f"float32, {torch.get_num_threads()} thread(s).",
+            f"{CHAIN_STEPS} steps of {CHAINS} chains of {LENGTH} tokens, model of width 128, 4 layers, vocabulary "
+            f"{TOKENS}, float32, {torch.get_num_threads()} thread(s).",
             masked,
             peer="script, chain by chain",
             packages=("torch",),

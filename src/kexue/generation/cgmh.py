@@ -165,7 +165,7 @@ class CGMH:
     # -- the law of one step ------------------------------------------------------------------------------------------
 
     def _candidates(self, hole: Batch, position: Ints, rows: Ints | None) -> Candidates:
-        """q of each hole."""
+        """Q of each hole."""
         weigh = None
         if self.reweight or getattr(self._rank, "reweights", False):
             weigh = lambda columns: self._sentences(hole, position, columns)  # noqa: E731

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kexue.generation._edits import OPERATIONS, SKIP, SWAP, Batch, Edits, Floats, Ints
+from kexue.generation._edits import OPERATIONS, SKIP, Batch, Edits, Floats, Ints
 from kexue.generation._states import Ids
 
 __all__ = ["CGMHResult"]
