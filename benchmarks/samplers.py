@@ -125,8 +125,8 @@ def run() -> list[Table]:
     return [
         compare(
             "Edits over an n-gram target",
-            f"{STEPS} Metropolis-Hastings steps of one chain (insert, delete, replace) over a bigram model of {VOCABULARY} "
-            f"tokens, texts of up to {HIGH}, float64, one thread.",
+            f"{STEPS} Metropolis-Hastings steps of one chain (insert, delete, replace) over a bigram model of "
+            f"{VOCABULARY} tokens, texts of up to {HIGH}, float64, one thread.",
             n_gram,
             peer="Python script",
             packages=("numpy", "numba"),

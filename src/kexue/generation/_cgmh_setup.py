@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from kexue._checks import check_int, check_real
-from kexue.generation._edits import OPERATIONS, Edits, Floats, Ints
+from kexue.generation._edits import OPERATIONS, Edits, Floats, Ints, parts_of
 from kexue.generation._slots import CausalRanker, FunctionRanker, MaskedRanker, SentenceRanker, TableRanker
 from kexue.generation._states import Ids, as_ids
 from kexue.generation.constraints import ContainsKeywords, LengthBetween
@@ -23,8 +23,7 @@ _DEFAULT_LENGTH = 32
 
 def length_bounds(target: Target, low: int | None, high: int | None, keywords: tuple[Ids, ...]) -> tuple[int, int]:
     """Least and greatest length, from the arguments, the constraint and the positions of the model."""
-    parts = getattr(target.constraint, "parts", (target.constraint,))
-    ranges = [part for part in parts if isinstance(part, LengthBetween)]
+    ranges = [part for part in parts_of(target.constraint) if isinstance(part, LengthBetween)]
     config = getattr(target.lm, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
     room = positions - (target.bos_id is not None) if isinstance(positions, int) else None
@@ -99,9 +98,7 @@ def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None
     else:
         given = as_ids(vocab, "vocab")
     if limits and given and max(given) >= min(limits):
-        raise ValueError(
-            f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}"
-        )
+        raise ValueError(f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}")
     banned = special_ids(target, proposal, mask_id, vocab is None)
     found = tuple(token for token in dict.fromkeys(given) if token not in banned)
     if not found:

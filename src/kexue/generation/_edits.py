@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kexue.generation._states import Ids
+from kexue.generation.constraints import AllOf
 
 OPERATIONS = ("insert", "delete", "replace", "swap", "skip")
 INSERT, DELETE, REPLACE, SWAP, SKIP = range(5)
@@ -24,6 +26,11 @@ INSERT, DELETE, REPLACE, SWAP, SKIP = range(5)
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+
+
+def parts_of(constraint: Any) -> tuple[Any, ...]:
+    """The constraints that a composition is made of; none for None."""
+    return () if constraint is None else constraint.parts if isinstance(constraint, AllOf) else (constraint,)
 
 
 @dataclass
@@ -236,8 +243,7 @@ class Edits:
         for order in orders:
             rank = {word: place for place, word in enumerate(order)}
             if any(
-                self.keywords[i] == self.keywords[j] and rank[i] > rank[j]
-                for i, j in itertools.combinations(range(k), 2)
+                self.keywords[i] == self.keywords[j] and rank[i] > rank[j] for i, j in itertools.combinations(range(k), 2)
             ):
                 continue
             for cut in itertools.combinations_with_replacement(range(gaps + 1), k):

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from kexue._progress import progress as progress_bar
-from kexue.generation._edits import Batch, Floats, Ints
+from kexue.generation._edits import Batch, Floats, Ints, parts_of
 from kexue.generation._states import Ids
 from kexue.generation.cgmh_result import CGMHResult, Recorder
 from kexue.generation.constraints import ContainsKeywords, LengthBetween
@@ -250,7 +250,7 @@ class TableChain:
         self.tops = sampler.vocab[order].astype(np.int32)
         self.logs = np.ascontiguousarray(rows.ravel())
         self.probs = np.exp(self.logs)
-        bounds = [p for p in _parts(sampler) if isinstance(p, LengthBetween)]
+        bounds = [p for p in parts_of(sampler.target.constraint) if isinstance(p, LengthBetween)]
         self.low = max([sampler.edits.low, *(p.low for p in bounds)])
         self.high = min([sampler.edits.high, *(p.high for p in bounds if p.high is not None)])
 
@@ -265,7 +265,7 @@ class TableChain:
             and sampler.proposal is None
             and sampler.screen is None
             and sampler.operations[3] == 0
-            and all(isinstance(part, ContainsKeywords | LengthBetween) for part in _parts(sampler))
+            and all(isinstance(part, ContainsKeywords | LengthBetween) for part in parts_of(target.constraint))
         )
 
     def run(
@@ -330,11 +330,8 @@ class TableChain:
         chain, place = np.divmod(best, max(1, recorder.kept))
         texts = [
             tuple(row[:n])
-            for row, n in zip(recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True)
+            for row, n in zip(
+                recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True
+            )
         ]
         recorder.visit(texts, flat[best])
-
-
-def _parts(sampler: CGMH) -> tuple[Any, ...]:
-    constraint = sampler.target.constraint
-    return () if constraint is None else getattr(constraint, "parts", (constraint,))

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from kexue.generation._edits import Batch, Floats, Ints
+from kexue.generation._edits import DELETE, INSERT, SWAP, Batch, Floats, Ints, parts_of
 from kexue.generation._states import Ids, evaluation, logits_of
 from kexue.generation.constraints import ContainsKeywords
 from kexue.generation.targets import Target
@@ -32,9 +33,8 @@ class TargetScorer:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        parts = getattr(target.constraint, "parts", (target.constraint,))
         # The kernel itself sees to the keywords.
-        self._rest = [part for part in parts if part is not None and not isinstance(part, ContainsKeywords)]
+        self._rest = [part for part in parts_of(target.constraint) if not isinstance(part, ContainsKeywords)]
 
     def begin(self, batch: Batch) -> Floats:
         """(C,) log rho of the first states; chain c is row c from now on."""
@@ -42,12 +42,15 @@ class TargetScorer:
 
     def score(self, rows: Ints, new: Batch, changed: Ints) -> Floats:
         """(N,) log rho of new states of the chains ``rows``, equal to the current ones before token ``changed``."""
-        texts = new.tuples()
-        log_rho = self.relations(texts)
+        log_rho = self.relations(new.tuples())
         some = np.flatnonzero(np.isfinite(log_rho))
         if len(some) and self.target.gamma > 0:
-            log_rho[some] += self.target.gamma * self.log_p(rows[some], new.rows(some), changed[some], some)
+            log_rho[some] += self.target.gamma * self.log_p(rows[some], new.rows(some), changed[some])
         return log_rho
+
+    def local(self, rows: Ints, new: Batch, changed: Ints, op: Ints) -> Floats:
+        """(N,) how much the factors next to the edit gain, see :class:`CausalScorer`."""
+        raise ValueError("screen='next' needs a causal model that can continue from kept keys and values")
 
     def relations(self, texts: list[Ids]) -> Floats:
         """(N,) log sim + log chi."""
@@ -59,23 +62,23 @@ class TargetScorer:
             values[allowed] = self.target.log_sim([t for t, ok in zip(texts, allowed, strict=True) if ok])
         return values
 
-    def log_p(self, rows: Ints, new: Batch, changed: Ints, place: Ints) -> Floats:
-        """(N,) log p of new states; ``place``: their index in the call of :meth:`score`."""
+    def log_p(self, rows: Ints, new: Batch, changed: Ints) -> Floats:
+        """(N,) log p of new states."""
         return self.target.log_p(new.tuples())
 
     def keep(self, accepted: Ints) -> None:
-        """Which of the states scored last (by index) their chains have moved to."""
+        """Chains that have moved to the states scored last."""
 
 
 @dataclass
 class _Part:
     """What one forward pass has found, until it is known which of the new states are accepted.
 
-    ``index`` (n,) of the states among those scored, ``begin`` (n,) and ``count`` (n,) of the tokens that were run,
-    ``hidden`` (n, S, D) and, for each layer, keys and values (n, H, S, d).
+    ``rows`` (n,) chains, ``begin`` (n,) and ``count`` (n,) of the tokens that were run, ``hidden`` (n, S, D) and, for
+    each layer, keys and values (n, H, S, d).
     """
 
-    index: Ints
+    rows: Ints
     begin: Ints
     count: Ints
     hidden: Tensor
@@ -101,7 +104,8 @@ class CausalScorer(TargetScorer):
         self.before = int(target.bos_id is not None)
         self.work = sum(p.numel() for p in self.body.parameters() if p.dim() > 1)
         self._layers: list[tuple[Tensor, Tensor]] = []
-        self._slot: tuple[Ints, Tensor] | None = None
+        self._slot: tuple[Ints, Ints, Tensor] | None = None
+        self._ahead: tuple[_Part, Ints, Floats, Ints] | None = None
         self._parts: list[_Part] = []
 
     @staticmethod
@@ -120,8 +124,9 @@ class CausalScorer(TargetScorer):
             device = next(lm.parameters()).device
             ids = (torch.arange(10, device=device) * 7 % size).view(2, 5)
             with torch.inference_mode(), evaluation(lm):
-                whole = logits_of(lm(ids))
-                first = base(ids[:, :3], use_cache=True)
+                seen = torch.ones_like(ids)
+                whole = logits_of(lm(ids, attention_mask=seen))
+                first = base(ids[:, :3], attention_mask=seen[:, :3], use_cache=True)
                 mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]], device=device)
                 places = torch.tensor([[2, 3], [3, 4]], device=device)
                 tokens = torch.stack([ids[0, 2:4], ids[1, 3:5]])
@@ -140,14 +145,16 @@ class CausalScorer(TargetScorer):
     def begin(self, batch: Batch) -> Floats:
         """(C,) log rho; fills what is kept."""
         chains, places = len(batch), self.before + self.width
-        self._layers, self._slot = [], None
+        self._layers, self._slot, self._ahead = [], None, None
+        self._parts: list[_Part] = []
         self.terms = np.zeros((chains, places + 1))
         rows = np.arange(chains)
-        values = self.relations(batch.tuples())
-        start = np.full(chains, -self.before)  # BOS, too, is run
-        values = values + self.target.gamma * self._continue(rows, batch, start, np.arange(chains))
-        self.keep(np.arange(chains))
-        return values
+        self._relation = self.relations(batch.tuples())
+        self._new_relation = self._relation.copy()
+        # BOS, too, is run.
+        log_p = self.log_p(rows, batch, np.full(chains, -self.before))
+        self.keep(rows)
+        return self._relation + self.target.gamma * log_p
 
     def log_slots(self, rows: Ints, position: Ints) -> Tensor:
         """(N, V) log-probabilities of what stands at ``position`` of chains (ascending), from kept hidden states.
@@ -159,47 +166,102 @@ class CausalScorer(TargetScorer):
             found = _wide(self.head(self.hidden[self._to(rows), place])).log_softmax(-1)
             if not self.before:
                 found[self._to(position == 0)] = 0.0
-        self._slot = (rows, found)
+        self._slot = (rows, position, found)
         return found
 
     def _to(self, x: Any) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
-    def log_p(self, rows: Ints, new: Batch, changed: Ints, place: Ints) -> Floats:
-        """(N,) log p: the kept factors before the edit, the factor at it, and those that follow."""
-        return self._continue(rows, new, changed, place)
+    def relations(self, texts: list[Ids]) -> Floats:
+        """(N,) log sim + log chi."""
+        found = super().relations(texts)
+        self._relations = found.copy()
+        return found
 
-    def _continue(self, rows: Ints, new: Batch, changed: Ints, place: Ints) -> Floats:
-        self._parts = []
-        first = changed + self.before  # of the sequence with BOS
-        ends = new.lengths + self.before
-        eos = self.target.eos_id
+    def score(self, rows: Ints, new: Batch, changed: Ints) -> Floats:
+        """As :meth:`TargetScorer.score`; goes on from what :meth:`local` has run for these states."""
+        log_rho = super().score(rows, new, changed)
+        self._new_relation[rows] = self._relations
+        return log_rho
+
+    def local(self, rows: Ints, new: Batch, changed: Ints, op: Ints) -> Floats:
+        """(N,) gain of log rho as far as it is known from the edit and the token after it.
+
+        With t the log-probability of a token, y_i the token at the edit: t(y_i) + t(y_i+1) - t(x_i) - t(x_i+1) for a
+        replacement, without t(x_i+1) for an insertion, without t(y_i+1) for a deletion; and the gain of log sim. The
+        gain of the reverse edit is its negative, which is all that the first of two stages needs. A deletion costs
+        nothing, the others one token; what was run is not run again for the states that pass. Of a swap log sim alone counts here.
+        """
+        found = self.relations(new.tuples()) - self._relation[rows]
+        some = np.flatnonzero(np.isfinite(found) & (op != SWAP))
+        self._parts, self._ahead = [], None
+        if not len(some):
+            return found
+        chain, kinds, at = rows[some], op[some], changed[some]
+        part = new.rows(some)
+        full, first, ends = self._frame(part, at)
+        last = ends - (self.target.eos_id is None)  # index of the last factor
+        fresh = np.zeros((len(some), self.terms.shape[1] + 1))
+        known = np.flatnonzero((first > 0) & (first <= last))
+        if len(known):
+            fresh[known, first[known]] = self._at_edit(chain[known], at[known], full[known, first[known]])
+        longer = np.flatnonzero(kinds != DELETE)
+        if len(longer):
+            self._run(longer, np.ones(len(longer), np.int64), chain, full, first, last, fresh)
+            self._ahead = (self._parts[0], chain[longer], fresh[longer], first[longer])
+        old = np.pad(self.terms[chain], ((0, 0), (0, 1)))
+        index = np.arange(len(some))
+        gain = fresh[index, first] - old[index, first]
+        gain += np.where(kinds != DELETE, fresh[index, first + 1], 0.0)
+        gain -= np.where(kinds != INSERT, old[index, first + 1], 0.0)
+        found[some] += self.target.gamma * gain
+        return found
+
+    def _frame(self, new: Batch, changed: Ints) -> tuple[Ints, Ints, Ints]:
+        """(N, P + 1) sequences with BOS and EOS, (N,) index of the first changed token, (N,) index of EOS."""
+        first, ends = changed + self.before, new.lengths + self.before
         full = np.zeros((len(new), self.before + self.width + 1), np.int64)
         if self.before:
             full[:, 0] = self.target.bos_id
         full[:, self.before : -1] = new.ids
-        index = np.arange(len(new))
-        full[index, ends] = 0 if eos is None else eos
+        full[np.arange(len(new)), ends] = 0 if self.target.eos_id is None else self.target.eos_id
+        return full, first, ends
+
+    def log_p(self, rows: Ints, new: Batch, changed: Ints) -> Floats:
+        """(N,) log p: the kept factors before the edit, the factor at it, and those that follow."""
+        full, first, ends = self._frame(new, changed)
+        last = ends - (self.target.eos_id is None)
         terms = self.terms[rows].copy()
         terms[np.arange(terms.shape[1]) >= first[:, None]] = 0.0
-        # The factor at the edit, from the hidden state before it.
-        known = np.flatnonzero((first > 0) & ((first < ends) | (eos is not None)))
+        ran = np.zeros(len(rows), bool)
+        if self._ahead is None:
+            self._parts = []
+        else:  # the token at the edit has been run for some
+            _, chains, fresh, _ = self._ahead
+            place = np.searchsorted(chains, rows)
+            ran = (place < len(chains)) & (chains[np.minimum(place, len(chains) - 1)] == rows)
+            terms[ran] += fresh[place[ran], :-1]
+        known = np.flatnonzero((first > 0) & (first <= last) & ~ran)
         if len(known):
             terms[known, first[known]] = self._at_edit(rows[known], changed[known], full[known, first[known]])
-        todo = np.flatnonzero(ends > first)
-        for group in self._groups(ends[todo] - first[todo]):
-            self._run(todo[group], rows, full, first, ends, terms)
-        used = np.arange(terms.shape[1]) <= (ends - (eos is None))[:, None]
-        log_p: Floats = np.where(used, terms, 0.0).sum(1)
-        self._scored = (rows, place, new, terms)
+        begin = first + ran
+        todo = np.flatnonzero(ends > begin)
+        for group in self._groups(ends[todo] - begin[todo]):
+            chosen = todo[group]
+            self._run(chosen, ends[chosen] - begin[chosen], rows, full, begin, last, terms)
+        log_p: Floats = terms.sum(1)
+        self._scored = (rows, terms)
         return log_p
 
     def _at_edit(self, rows: Ints, position: Ints, tokens: Ints) -> Floats:
         """(N,) log-probability of the token at the edit, from the rows that ranked the candidates if there are any."""
-        slot = self._slot
-        if slot is not None and np.isin(rows, slot[0]).all():
-            found = slot[1][self._to(np.searchsorted(slot[0], rows))]
-        else:
+        found = None
+        if self._slot is not None:
+            held, places, kept = self._slot
+            place = np.minimum(np.searchsorted(held, rows), max(0, len(held) - 1))
+            if len(held) and (held[place] == rows).all() and (places[place] == position).all():
+                found = kept[self._to(place)]
+        if found is None:
             found = self.log_slots(rows, position)
         values: Floats = found.gather(1, self._to(tokens)[:, None])[:, 0].double().cpu().numpy()
         return values
@@ -220,32 +282,53 @@ class CausalScorer(TargetScorer):
             order = order[:cut]
         return groups
 
-    def _run(self, chosen: Ints, rows: Ints, full: Ints, first: Ints, ends: Ints, terms: Floats) -> None:
-        """One forward pass for some of the new states; fills their factors and remembers what may be kept."""
-        begin, count = first[chosen], ends[chosen] - first[chosen]
-        steps, past = int(count.max()), int(begin.max())
+    def _run(
+        self, chosen: Ints, count: Ints, rows: Ints, full: Ints, begin: Ints, last: Ints, terms: Floats
+    ) -> None:
+        """One forward pass over ``count`` tokens of some new states from ``begin`` on.
+
+        Fills the factors of the tokens that follow each of them (up to ``last``), and remembers what may be kept.
+        """
+        first, chains = begin[chosen], rows[chosen]
+        steps, past = int(count.max()), int(first.max())
         offset = np.arange(steps)
         real = offset < count[:, None]
-        place = np.minimum(begin[:, None] + offset, full.shape[1] - 2)
-        to = self._to
-        tokens = to(np.where(real, np.take_along_axis(full, place, 1), 0))
-        chain = to(rows[chosen])
-        options: dict[str, Any] = {"use_cache": True, "position_ids": to(place)}
-        if past:
-            seen = np.concatenate([np.arange(past) < begin[:, None], np.ones((len(chosen), steps), bool)], 1)
-            options["attention_mask"] = to(seen.astype(np.int64))
-            options["past_key_values"] = _cache([(k[chain, :, :past], v[chain, :, :past]) for k, v in self._layers])
+        place = np.minimum(first[:, None] + offset, full.shape[1] - 2)
+        tokens = self._to(np.where(real, np.take_along_axis(full[chosen], place, 1), 0))
+        # What was not kept of a row lies between its prefix and its new tokens; what follows those is not looked at.
+        seen = np.concatenate([np.arange(past) < first[:, None], np.ones((len(chosen), steps), bool)], 1)
+        options: dict[str, Any] = {
+            "use_cache": True, "position_ids": self._to(place), "attention_mask": self._to(seen * 1)
+        }  # fmt: skip
         with torch.inference_mode(), evaluation(self.lm):
+            if past:
+                options["past_key_values"] = _cache(self._prefix(chains, past))
             output = self.body(tokens, **options)
             hidden = output[0]
             layers = [(k[:, :, past:], v[:, :, past:]) for k, v in _pairs(output.past_key_values)]
-            # Factors of what follows each token that was run: of the next token, or of EOS.
-            predicts = real & (offset < (count if self.target.eos_id is not None else count - 1)[:, None])
-            r, s = np.nonzero(predicts)
+            r, s = np.nonzero(real & (place < last[chosen][:, None]))
             if len(r):
-                following = full[chosen[r], begin[r] + s + 1]
-                terms[chosen[r], begin[r] + s + 1] = self._log_probs(hidden[to(r), to(s)], following)
-        self._parts.append(_Part(chosen, begin, count, hidden, layers))
+                following = place[r, s] + 1
+                terms[chosen[r], following] = self._log_probs(
+                    hidden[self._to(r), self._to(s)], full[chosen[r], following]
+                )
+        self._parts.append(_Part(chains, first, count, hidden, layers))
+
+    def _prefix(self, chains: Ints, past: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (n, H, past, d) of each layer, with those of the token that was run ahead."""
+        index = self._to(chains)
+        found = [(k[index, :, :past], v[index, :, :past]) for k, v in self._layers]
+        if self._ahead is None:
+            return found
+        part, ahead, _, first = self._ahead
+        place = np.minimum(np.searchsorted(ahead, chains), len(ahead) - 1)
+        mine = np.flatnonzero((ahead[place] == chains) & (first[place] < past))
+        if len(mine):
+            to, at, source = self._to(mine), self._to(first[place[mine]]), self._to(place[mine])
+            for (keys, values), (k, v) in zip(found, part.layers, strict=True):
+                keys[to, :, at] = k[source, :, 0]
+                values[to, :, at] = v[source, :, 0]
+        return found
 
     def _log_probs(self, hidden: Tensor, tokens: Ints) -> Floats:
         """(M,) log-probabilities of tokens after hidden states (M, D), a block of logits at a time."""
@@ -254,31 +337,30 @@ class CausalScorer(TargetScorer):
         block = max(1, _MAX_LOGITS // (self.target.vocab_size or 1))
         for at in range(0, len(tokens), block):
             logits = _wide(self.head(hidden[at : at + block]))
-            picked = logits.gather(1, target[at : at + block, None])[:, 0]
-            values.append((picked - logits.logsumexp(-1)).double())
+            values.append(-F.cross_entropy(logits, target[at : at + block], reduction="none").double())
         return torch.cat(values).cpu().numpy()
 
     def keep(self, accepted: Ints) -> None:
-        """Write what was found for the accepted states over what is kept of their chains."""
-        rows, place, new, terms = self._scored
-        taken = np.isin(place, accepted)
+        """Write what was found for the chains that have moved over what is kept of them."""
+        rows, terms = self._scored
+        taken = np.isin(rows, accepted)
         self.terms[rows[taken]] = terms[taken]
+        self._relation[accepted] = self._new_relation[accepted]
         for part in self._parts:
             if not self._layers:
                 self._allocate(part.hidden, part.layers)
             real = np.arange(part.hidden.shape[1]) < part.count[:, None]
-            r, s = np.nonzero(real & taken[part.index][:, None])
+            r, s = np.nonzero(real & np.isin(part.rows, accepted)[:, None])
             if not len(r):
                 continue
-            to = self._to
-            chain, where, r_, s_ = to(rows[part.index[r]]), to(part.begin[r] + s), to(r), to(s)
+            chain, where = self._to(part.rows[r]), self._to(part.begin[r] + s)
+            r_, s_ = self._to(r), self._to(s)
             with torch.inference_mode():
                 self.hidden[chain, where] = part.hidden[r_, s_]
                 for (keys, values), (k, v) in zip(self._layers, part.layers, strict=True):
                     keys[chain, :, where] = k[r_, :, s_]
                     values[chain, :, where] = v[r_, :, s_]
-        self._parts = []
-        self._slot = None
+        self._parts, self._ahead, self._slot = [], None, None
 
     def _allocate(self, hidden: Tensor, layers: list[tuple[Tensor, Tensor]]) -> None:
         chains, places = len(self.terms), self.before + self.width
@@ -288,6 +370,32 @@ class CausalScorer(TargetScorer):
                 tuple(x.new_zeros((chains, x.shape[1], places, x.shape[3])) for x in pair)  # type: ignore[misc]
                 for pair in layers
             ]
+
+
+def token_terms(target: Target, texts: list[Ids]) -> list[list[float]]:
+    """For each text the log-probability of each token and of the end, as far as the law has these factors.
+
+    For checks: one whole forward pass for each length.
+    """
+    lm = target.lm
+    if not isinstance(lm, nn.Module):
+        raise ValueError(f"screen='next' needs a causal language model, a module; got {type(lm).__name__}")
+    head = () if target.bos_id is None else (target.bos_id,)
+    tail = () if target.eos_id is None else (target.eos_id,)
+    device = next((p.device for p in lm.parameters()), torch.device("cpu"))
+    found: list[list[float]] = [[] for _ in texts]
+    for length in sorted(set(map(len, texts))):
+        some = [i for i, text in enumerate(texts) if len(text) == length]
+        ids = torch.tensor([(*head, *texts[i], *tail) for i in some], device=device)
+        with torch.inference_mode(), evaluation(lm):
+            log_p = _wide(logits_of(lm(ids[:, :-1]))).log_softmax(-1) if ids.shape[1] > 1 else ids.new_zeros((0,))
+        if ids.shape[1] > 1:
+            values = log_p.gather(-1, ids[:, 1:, None])[..., 0].double().tolist()
+        else:
+            values = [[] for _ in some]
+        for i, row in zip(some, values, strict=True):
+            found[i] = row if head else [0.0, *row]
+    return found
 
 
 def _head(lm: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,7 @@ states only, from the edit on (``_scoring.py``); with an n-gram target all of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from kexue.generation._cgmh_setup import (
 )
 from kexue.generation._edits import DELETE, INSERT, REPLACE, SWAP, Batch, Edits, Floats, Ints
 from kexue.generation._ngram_chain import TableChain
-from kexue.generation._scoring import CausalScorer, TargetScorer
+from kexue.generation._scoring import CausalScorer, TargetScorer, token_terms
 from kexue.generation._slots import Candidates, CausalRanker, Context, contexts_of, select
 from kexue.generation._states import Ids
 from kexue.generation.cgmh_result import CGMHResult, Recorder
@@ -53,6 +54,18 @@ from kexue.generation.transition import check_run
 __all__ = ["CGMH"]
 
 _MEMO = 2**25  # float64 numbers of remembered proposals: 256 MiB
+
+
+@dataclass(frozen=True)
+class _Move:
+    """An edit: the new state, the probability of its being proposed, and what its acceptance is multiplied by."""
+
+    ids: Ids
+    starts: tuple[int, ...]
+    chance: float
+    log_hastings: float
+    op: int
+    position: int
 
 
 class CGMH:
@@ -83,9 +96,10 @@ class CGMH:
             each and .1 for "swap" where two or more keywords may change their order.
         reweight: Draw among the K candidates by the probability of the whole sentence, as the article does: K more
             sentences to score for each step, a higher acceptance.
-        screen: ``list of ids -> (N,)`` a cheap approximation of log rho (an n-gram :class:`Target`, say): a move must
-            pass it first, and log rho is computed for those that do. Two stages (delayed acceptance), the same
-            stationary law. Its values must be finite where rho > 0.
+        screen: A first stage that a move must pass before log rho is computed (delayed acceptance); the stationary law
+            stays the same. "next": the target's own causal model, the factors of the edited token and of the one after
+            it; one token is run instead of the rest of the sentence. Or a cheap approximation of log rho, ``list of
+            ids -> (N,)``, such as an n-gram :class:`Target`, finite where rho > 0. None: one stage.
         mask_id: Mask token of the proposal. None: from its configuration or the target's tokenizer.
         prefix: Ids before every text in the input of the proposal; None: the tokenizer's [CLS], if it has one.
         suffix: Ids after every text likewise; None: the tokenizer's [SEP].
@@ -127,16 +141,17 @@ class CGMH:
         *,
         operations: Mapping[str, float] | None = None,
         reweight: bool = False,
-        screen: Callable[[list[Ids]], Any] | None = None,
+        screen: Callable[[list[Ids]], Any] | str | None = None,
         mask_id: int | None = None,
         prefix: Sequence[int] | None = None,
         suffix: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(target, Target):
             raise TypeError(f"target must be a kexue.generation.Target; got {type(target).__name__}")
-        for name, part in (("proposal", proposal), ("screen", screen)):
-            if part is not None and not callable(part):
-                raise TypeError(f"{name} must be callable or None; got {type(part).__name__}")
+        if proposal is not None and not callable(proposal):
+            raise TypeError(f"proposal must be callable or None; got {type(proposal).__name__}")
+        if screen is not None and screen != "next" and not callable(screen):
+            raise TypeError(f"screen must be callable, 'next' or None; got {screen!r}")
         check_int("n_chains", n_chains, 1)
         check_int("candidates", candidates, 1)
         check_real("eps", eps, minimum=0.0)
@@ -161,11 +176,12 @@ class CGMH:
         self._edges = np.cumsum(self.operations)
         self._edges[self._edges >= self._edges[-1] - 1e-15] = 2.0  # rounding never draws an operation of probability 0
         self._memo: dict[Context, Floats] = {}
+        self._terms: dict[Ids, list[float]] = {}
 
     # -- the law of one step ------------------------------------------------------------------------------------------
 
     def _candidates(self, hole: Batch, position: Ints, rows: Ints | None) -> Candidates:
-        """Q of each hole."""
+        """q of each hole."""
         weigh = None
         if self.reweight or getattr(self._rank, "reweights", False):
             weigh = lambda columns: self._sentences(hole, position, columns)  # noqa: E731
@@ -189,8 +205,9 @@ class CGMH:
             shrunk = log_op[INSERT] - log_op[DELETE] + free - np.log(edits.slots(lengths - 1)) + log_q_old
             return np.where(op == INSERT, grown, np.where(op == DELETE, shrunk, log_q_old - log_q_new))
 
-    def _screened(self, texts: list[Ids]) -> Floats:
-        values = np.asarray(self.screen(texts), dtype=np.float64)  # type: ignore[misc]
+    def _surrogate(self, texts: list[Ids]) -> Floats:
+        """(N,) values of the user's screen."""
+        values = np.asarray(self.screen(texts), dtype=np.float64)  # type: ignore[operator,misc]
         if values.shape != (len(texts),) or np.isnan(values).any() or (values == np.inf).any():
             raise ValueError(f"screen must return ({len(texts)},) numbers below +inf; got {values!r}")
         return values
@@ -236,33 +253,51 @@ class CGMH:
             ValueError: A state outside the chain's space.
         """
         ids, starts = self._pair(state)
-        moves = [move for move in self._moves(ids, starts) if move[2] > 0 and (move[0], move[1]) != (ids, starts)]
-        texts = [ids] + [move[0] for move in moves]
+        moves = [m for m in self._moves(ids, starts) if m.chance > 0 and (m.ids, m.starts) != (ids, starts)]
+        texts = [ids] + [move.ids for move in moves]
         rho = self.target.log_rho(texts)
         if not np.isfinite(rho[0]):
             raise ValueError(f"a chain must be where rho > 0; got log rho = {rho[0]} for {state!r}")
-        hastings = np.array([move[3] for move in moves])
-        passed = self._accepted(hastings, rho[1:] - rho[0], self._screened(texts) if self.screen else None)
+        hastings = np.array([move.log_hastings for move in moves])
+        gain = rho[1:] - rho[0]
+        passed = self._accepted(hastings, gain, self._first_stage(texts, moves))
         found, staying = [], 1.0
-        for (new, places, chance, _), probability in zip(moves, passed.tolist(), strict=True):
-            found.append((self._state(new, places), chance * probability))
-            staying -= chance * probability
+        for move, probability in zip(moves, passed.tolist(), strict=True):
+            found.append((self._state(move.ids, move.starts), move.chance * probability))
+            staying -= move.chance * probability
         return [*found, (self._state(ids, starts), max(0.0, staying))]
 
-    @staticmethod
-    def _accepted(hastings: Floats, gain: Floats, screened: Floats | None) -> Floats:
-        """(N,) probability of acceptance; ``screened`` (1 + N,): of the state itself first."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            if screened is None:
-                exponent = np.minimum(hastings + gain, 0.0)
-                return np.where(np.isnan(exponent), 0.0, np.exp(exponent))
-            first = np.minimum(hastings + screened[1:] - screened[0], 0.0)
-            second = np.minimum(gain - (screened[1:] - screened[0]), 0.0)
-            both = first + second
-            return np.where(np.isnan(both), 0.0, np.exp(both))
+    def _first_stage(self, texts: list[Ids], moves: list[_Move]) -> Floats | None:
+        """(N,) what a screen takes for the gain of log rho from texts[0] to each other; None without one."""
+        if self.screen is None:
+            return None
+        if self.screen != "next":
+            values = self._surrogate(texts)
+            return values[1:] - values[0]
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._terms]
+        self._terms.update(zip(fresh, token_terms(self.target, fresh), strict=True))
+        old = [*self._terms[texts[0]], 0.0, 0.0]
+        gains = self.target.log_sim(texts)[1:] - self.target.log_sim(texts[:1])
+        for k, move in enumerate(moves):
+            if move.op == SWAP:
+                continue
+            i, new = move.position, [*self._terms[texts[k + 1]], 0.0, 0.0]
+            gain = new[i] - old[i] + (new[i + 1] if move.op != DELETE else 0.0)
+            gains[k] += self.target.gamma * (gain - (old[i + 1] if move.op != INSERT else 0.0))
+        return gains
 
-    def _moves(self, ids: Ids, starts: tuple[int, ...]) -> Iterator[tuple[Ids, tuple[int, ...], float, float]]:
-        """(new ids, new starts, probability of being proposed, log Hastings factor) of all edits."""
+    @staticmethod
+    def _accepted(hastings: Floats, gain: Floats, first: Floats | None) -> Floats:
+        """(N,) probability of acceptance, of both stages if there are two."""
+        with np.errstate(invalid="ignore"):
+            if first is None:
+                exponent = np.minimum(hastings + gain, 0.0)
+            else:
+                exponent = np.minimum(hastings + first, 0.0) + np.minimum(gain - first, 0.0)
+            return np.where(np.isnan(exponent), 0.0, np.exp(exponent))
+
+    def _moves(self, ids: Ids, starts: tuple[int, ...]) -> Iterator[_Move]:
+        """All edits of a state."""
         edits, one = self.edits, Batch.of([(ids, starts)], self.edits.high, len(self.edits.keywords))
         chance = self.operations
         for op in (INSERT, DELETE, REPLACE):
@@ -280,18 +315,20 @@ class CGMH:
                 new = edits.close(hole, places)
                 factor = self._log_hastings(ops, batch.lengths, old, old)
                 for k, text in enumerate(new.tuples()):
-                    yield text, tuple(new.starts[k].tolist()), each, float(factor[k])
+                    yield _Move(text, tuple(new.starts[k].tolist()), each, float(factor[k]), op, int(places[k]))
                 continue
             for column, token in enumerate(self.vocab.tolist()):
                 factor = self._log_hastings(ops, batch.lengths, old, log_q[:, column])
                 new = edits.fill(hole, places, np.full(len(places), token))
+                chances = each * np.exp(log_q[:, column])
                 for k, text in enumerate(new.tuples()):
-                    yield text, tuple(new.starts[k].tolist()), each * float(np.exp(log_q[k, column])), float(factor[k])
+                    where = tuple(new.starts[k].tolist())
+                    yield _Move(text, where, float(chances[k]), float(factor[k]), op, int(places[k]))
         if chance[SWAP] > 0:
             for a, b, share in edits.swap_pairs(len(ids), starts):
                 moved = edits.swap(ids, starts, a, b)
                 if moved is not None:
-                    yield (*moved, chance[SWAP] * share, 0.0)
+                    yield _Move(*moved, chance[SWAP] * share, 0.0, SWAP, 0)
 
     def _columns(self, tokens: Ints) -> Ints:
         """Columns of tokens that are not keywords; ids that are not allowed are refused before."""
@@ -364,7 +401,7 @@ class CGMH:
             raise ValueError(
                 f"the start must have rho > 0; got log rho = {log_rho[bad[0]]} for {chains.tuples()[bad[0]]}"
             )
-        screened = self._screened(chains.tuples()) if self.screen else None
+        screened = self._surrogate(chains.tuples()) if callable(self.screen) else None
         if screened is not None and not np.isfinite(screened).all():
             raise ValueError("screen must be finite at the start; got -inf")
         recorder.begin(chains, log_rho)
@@ -393,11 +430,11 @@ class CGMH:
         """
         ids, starts = self._pair(state)
         chains = Batch.of([(ids, starts)], self.edits.high, len(self.edits.keywords))
-        scorer = TargetScorer(self.target)
+        scorer = self._scorer() if self.screen == "next" else TargetScorer(self.target)
         log_rho = scorer.begin(chains)
         if not np.isfinite(log_rho[0]):
             raise ValueError(f"a chain must be where rho > 0; got log rho = {log_rho[0]} for {state!r}")
-        screened = self._screened(chains.tuples()) if self.screen else None
+        screened = self._surrogate(chains.tuples()) if callable(self.screen) else None
         recorder = Recorder(self.edits, 1, 1, 0, 1, False)
         recorder.begin(chains, log_rho)
         if isinstance(self._rank, CausalRanker):
@@ -428,7 +465,7 @@ class CGMH:
     ) -> None:
         """One step of every chain, in place."""
         edits, count = self.edits, len(chains)
-        draws = generator.random((7, count))
+        draws = generator.random((8, count))
         op = np.searchsorted(self._edges, draws[0], side="right")
         possible = edits.possible(op, chains.lengths)
         recorder.tried(op, possible)
@@ -462,22 +499,23 @@ class CGMH:
                 moves[row] = True
         fresh = np.flatnonzero(moves)
         with np.errstate(divide="ignore"):
-            threshold = np.log(draws[6])
-        if screened is not None and len(fresh):
+            threshold = np.log(draws[6:])
+        if self.screen is not None and len(fresh):
             cheap = np.full(count, -np.inf)
-            cheap[fresh] = self._screened(new.rows(fresh).tuples())
-            with np.errstate(invalid="ignore"):
-                passed = np.log(generator.random(count)) < hastings + cheap - screened
-            fresh = fresh[passed[fresh]]
-            hastings = screened - cheap  # what the first stage has judged is not judged again
+            if screened is None:
+                gain = scorer.local(fresh, new.rows(fresh), changed[fresh], op[fresh])
+            else:
+                cheap[fresh] = self._surrogate(new.rows(fresh).tuples())
+                gain = cheap[fresh] - screened[fresh]
+            passed = threshold[1, fresh] < hastings[fresh] + gain
+            fresh = fresh[passed]
+            hastings[fresh] = -gain[passed]  # what the first stage has judged is not judged again
         if not len(fresh):
             return
         found = scorer.score(fresh, new.rows(fresh), changed[fresh])
-        with np.errstate(invalid="ignore"):
-            taken = threshold[fresh] < hastings[fresh] + found - log_rho[fresh]
-        taken &= np.isfinite(found)
-        scorer.keep(np.flatnonzero(taken))
+        taken = threshold[0, fresh] < hastings[fresh] + found - log_rho[fresh]
         winners = fresh[taken]
+        scorer.keep(winners)
         chains.put(winners, new.rows(winners))
         log_rho[winners] = found[taken]
         if screened is not None:
