@@ -40,11 +40,12 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer_losses(model, out, batch_size, accumulate, steps):
+    """With SGD: the bias of the keys has no gradient but rounding errors, which Adam would scale up."""
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         str(out), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate, max_steps=steps,
-        learning_rate=0.01, lr_scheduler_type="constant", weight_decay=0.0, adam_epsilon=1e-8, max_grad_norm=1.0,
+        learning_rate=0.5, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, optim="sgd",
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
 
@@ -66,12 +67,12 @@ def test_trainer_and_fit_take_the_same_steps(tmp_path, kind, accumulate):
     ours = build(kind)
     batches = [{name: values[a : a + size] for name, values in data(kind).items()} for a in range(0, ROWS, size)]
     result = fit(
-        ours, batches, steps=steps, out=tmp_path / "fit", accumulate=accumulate, lr=0.01, weight_decay=0.0,
-        schedule="constant",
+        ours, batches, steps=steps, out=tmp_path / "fit", accumulate=accumulate, schedule="constant",
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
     )  # fmt: skip
     assert losses == pytest.approx(result.history, abs=1e-3)  # the trainer rounds what it logs
     for name, value in ours.state_dict().items():
-        torch.testing.assert_close(theirs.state_dict()[name], value, atol=1e-4, rtol=0)
+        torch.testing.assert_close(theirs.state_dict()[name], value, atol=1e-5, rtol=0)
 
 
 def test_accumulation_with_the_number_of_items_equals_the_big_batch(tmp_path):
@@ -80,4 +81,4 @@ def test_accumulation_with_the_number_of_items_equals_the_big_batch(tmp_path):
     big = trainer_losses(models[1], tmp_path / "b", 32, 1, 4)
     assert small == pytest.approx(big, abs=1e-3)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
