@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         LengthBetween,
         keywords_of,
     )
+    from kexue.generation.extraction import Extract, extract_words, split_words
     from kexue.generation.importance import Estimate, ImportanceSampler
     from kexue.generation.inverse import AliasTable, inverse_transform
     from kexue.generation.kernels import Gibbs, Metropolis, MetropolisHastings, ReplicaExchange
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
     from kexue.generation.ngram_sampler import NGramChains, NGramSampler
     from kexue.generation.proposals import Proposal, RandomEdit, ReplaceToken
     from kexue.generation.rejection import RejectionSampler
+    from kexue.generation.relations import Diversity, JointRelation, SentenceMatch, WordMatch
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
     from kexue.generation.targets import Target
+    from kexue.generation.text_search import (
+        SearchSettings,
+        SentenceFound,
+        compress,
+        informative_tokens,
+        keywords_to_sentence,
+        paraphrase,
+    )
     from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
@@ -40,11 +50,14 @@ __all__ = [
     "Constant",
     "Constraint",
     "ContainsKeywords",
+    "Diversity",
     "Estimate",
+    "Extract",
     "Geometric",
     "Gibbs",
     "GibbsResult",
     "ImportanceSampler",
+    "JointRelation",
     "Kernel",
     "LengthBetween",
     "Linear",
@@ -60,11 +73,21 @@ __all__ = [
     "RejectionSampler",
     "ReplaceToken",
     "ReplicaExchange",
+    "SearchSettings",
+    "SentenceFound",
+    "SentenceMatch",
     "SimulatedAnnealing",
     "Target",
+    "WordMatch",
+    "compress",
+    "extract_words",
+    "informative_tokens",
     "inverse_transform",
     "keywords_of",
+    "keywords_to_sentence",
+    "paraphrase",
     "run_chain",
+    "split_words",
     "transition_matrix",
 ]
 
@@ -79,11 +102,14 @@ _MODULES = {
     "Constant": "schedules",
     "Constraint": "constraints",
     "ContainsKeywords": "constraints",
+    "Diversity": "relations",
     "Estimate": "importance",
+    "Extract": "extraction",
     "Geometric": "schedules",
     "Gibbs": "kernels",
     "GibbsResult": "mlm_gibbs",
     "ImportanceSampler": "importance",
+    "JointRelation": "relations",
     "Kernel": "transition",
     "LengthBetween": "constraints",
     "Linear": "schedules",
@@ -99,11 +125,21 @@ _MODULES = {
     "RejectionSampler": "rejection",
     "ReplaceToken": "proposals",
     "ReplicaExchange": "kernels",
+    "SearchSettings": "text_search",
+    "SentenceFound": "text_search",
+    "SentenceMatch": "relations",
     "SimulatedAnnealing": "annealing",
     "Target": "targets",
+    "WordMatch": "relations",
+    "compress": "text_search",
+    "extract_words": "extraction",
+    "informative_tokens": "text_search",
     "inverse_transform": "inverse",
     "keywords_of": "constraints",
+    "keywords_to_sentence": "text_search",
+    "paraphrase": "text_search",
     "run_chain": "transition",
+    "split_words": "extraction",
     "transition_matrix": "transition",
 }
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from kexue._checks import check_int, check_real
 from kexue.generation._edits import OPERATIONS, Edits, Floats, Ints, parts_of
+from kexue.generation._mlm import special_ids
 from kexue.generation._slots import CausalRanker, FunctionRanker, MaskedRanker, SentenceRanker, TableRanker
 from kexue.generation._states import Ids, as_ids
 from kexue.generation.constraints import ContainsKeywords, LengthBetween
@@ -70,19 +71,18 @@ def check_operations(given: Mapping[str, float]) -> Floats:
     return found / found.sum()
 
 
-def special_ids(target: Target, proposal: Any, mask_id: int | None, everything: bool) -> set[int]:
+def _banned(target: Target, proposal: Any, mask_token_id: int | None, everything: bool) -> set[int]:
     """Ids that are no words: of the target, the tokenizer and the mask; ``everything``: also of the configurations."""
-    found = {target.bos_id, target.eos_id, mask_id}
+    found = {target.bos_id, target.eos_id, mask_token_id}
     found.update(getattr(target.tokenizer, "all_special_ids", None) or ())
-    configs = [getattr(model, "config", None) for model in (target.lm, proposal)]
-    found.update(getattr(config, "mask_token_id", None) for config in configs)
-    if everything:
-        names = ("bos", "eos", "pad", "cls", "sep", "unk", "mask", "decoder_start")
-        found.update(getattr(config, f"{name}_token_id", None) for config in configs for name in names)
-    return {int(i) for i in found if isinstance(i, int)}
+    for model in (target.lm, proposal):
+        found.add(getattr(getattr(model, "config", None), "mask_token_id", None))
+        if everything and isinstance(model, nn.Module):
+            found |= special_ids(model, target.tokenizer)
+    return {token for token in found if isinstance(token, int)}
 
 
-def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None, mask_id: int | None) -> Ids:
+def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None, mask_token_id: int | None) -> Ids:
     """Ids of words that may be written."""
     sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (target.lm, proposal)]
     sizes.append(target.lm.vocab_size if isinstance(target.lm, NGramLM) else None)
@@ -98,8 +98,10 @@ def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None
     else:
         given = as_ids(vocab, "vocab")
     if limits and given and max(given) >= min(limits):
-        raise ValueError(f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}")
-    banned = special_ids(target, proposal, mask_id, vocab is None)
+        raise ValueError(
+            f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}"
+        )
+    banned = _banned(target, proposal, mask_token_id, vocab is None)
     found = tuple(token for token in dict.fromkeys(given) if token not in banned)
     if not found:
         raise ValueError(f"vocab must hold at least one id that is no special token; got {list(given)[:8]}")
@@ -110,7 +112,7 @@ def choose_ranker(
     target: Target,
     proposal: Any,
     vocab: Ints,
-    mask_id: int | None,
+    mask_token_id: int | None,
     prefix: Sequence[int] | None,
     suffix: Sequence[int] | None,
 ) -> Any:
@@ -119,19 +121,22 @@ def choose_ranker(
         tokenizer = target.tokenizer
         for source in (getattr(proposal, "config", None), tokenizer):
             found = getattr(source, "mask_token_id", None)
-            mask_id = found if mask_id is None and isinstance(found, int) else mask_id
-        if mask_id is None:
+            mask_token_id = found if mask_token_id is None and isinstance(found, int) else mask_token_id
+        if mask_token_id is None:
             raise ValueError(
                 "the proposal's mask token is unknown: neither its configuration nor the target's tokenizer has "
-                "mask_token_id; give mask_id"
+                "mask_token_id; give mask_token_id"
             )
+        check_int("mask_token_id", mask_token_id, 0)
+        if not _inside(mask_token_id, proposal):
+            raise ValueError(f"mask_token_id must be inside the proposal's vocabulary; got {mask_token_id}")
         ends = [getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")]
         ends = [end if _inside(end, proposal) else None for end in ends]
         if prefix is None:
             prefix = () if ends[0] is None else (ends[0],)
         if suffix is None:
             suffix = () if ends[1] is None else (ends[1],)
-        return MaskedRanker(proposal, mask_id, vocab, as_ids(prefix, "prefix"), as_ids(suffix, "suffix"))
+        return MaskedRanker(proposal, mask_token_id, vocab, as_ids(prefix, "prefix"), as_ids(suffix, "suffix"))
     if proposal is not None:
         return FunctionRanker(proposal, vocab)
     if isinstance(target.lm, NGramLM):
@@ -214,9 +219,3 @@ def _checked(
             f"a start may hold, apart from keywords, only the {len(vocab)} allowed ids; got {wrong[0]} in {ids}"
         )
     return ids, starts
-
-
-__all__ = [
-    "allowed_ids", "check_operations", "choose_ranker", "default_operations", "first_states", "length_bounds",
-    "special_ids",
-]  # fmt: skip

@@ -1,7 +1,7 @@
 """The edits of CGMH on a batch of sentences with protected keywords: where they may happen, and what they make.
 
-A state is (ids, starts): the tokens, and where each keyword begins. C chains are one ``Batch`` of arrays. Everything that
-the acceptance needs is counted here, in the same way for the running chains and for the transition matrix:
+A state is (ids, starts): the tokens, and where each keyword begins. C chains are one ``Batch`` of arrays. Everything
+that the acceptance needs is counted here, in the same way for the running chains and for the transition matrix:
 
     slots(x)      n + 1 less the places inside a keyword of several tokens: n + 1 - sum_k (len_k - 1)
     deletable(x)  tokens outside the keywords: n - sum_k len_k
@@ -243,7 +243,8 @@ class Edits:
         for order in orders:
             rank = {word: place for place, word in enumerate(order)}
             if any(
-                self.keywords[i] == self.keywords[j] and rank[i] > rank[j] for i, j in itertools.combinations(range(k), 2)
+                self.keywords[i] == self.keywords[j] and rank[i] > rank[j]
+                for i, j in itertools.combinations(range(k), 2)
             ):
                 continue
             for cut in itertools.combinations_with_replacement(range(gaps + 1), k):

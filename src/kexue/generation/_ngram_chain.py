@@ -2,18 +2,19 @@
 
 All that an edit at position i changes are the factors of the n tokens from i on. With a hole at i the factor at t >= i
 is the entry ``base_t + y * (V + 1)^(t - i)`` of the flat table, so the weight of a candidate y is a product of at most
-n entries. Random numbers: one SplitMix64 sequence for each chain, so a run does not depend on how it is cut into blocks.
+n entries. Random numbers: one SplitMix64 sequence for each chain, so that no run depends on how it is cut into blocks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 
 from kexue._progress import progress as progress_bar
 from kexue.generation._edits import Batch, Floats, Ints, parts_of
+from kexue.generation._interrupt import noted_interrupt
 from kexue.generation._states import Ids
 from kexue.generation.cgmh_result import CGMHResult, Recorder
 from kexue.generation.constraints import ContainsKeywords, LengthBetween
@@ -55,7 +56,7 @@ def _log_p(s, m, logs, order, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _advance(
+def _advance(  # type: ignore[no-untyped-def]
     ids, lengths, starts, log_p, random,
     widths, low, high, gamma,
     probs, logs, order, size, tops, vocab, eps,
@@ -64,7 +65,7 @@ def _advance(
     out_ids, out_lengths, out_starts, out_rho,
     tries, best, best_ids,
     trace, trace_rho,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Steps ``first + 1`` to ``first + steps`` of every chain, in place; returns the number of edits traced."""
     chains, keywords, words, count = len(lengths), len(widths), len(vocab), tops.shape[1]
     inner, covered = 0, 0
@@ -126,7 +127,7 @@ def _advance(
                 for d in range(reach):
                     base[d] = _base(s, m, i + d, order, size)
                 history = base[0] // size
-                total, mine = 0.0, 0.0
+                total = 0.0
                 for r in range(count):
                     y = tops[history, r]
                     w, stride = 1.0, 1
@@ -288,27 +289,25 @@ class TableChain:
         block = max(1, min(recorder.steps, _BLOCK // len(pairs)))
         room = block * len(pairs) if recorder.traced else 0
         trace, trace_rho = np.zeros((room, 6), np.int64), np.zeros(room)
-        edges = np.cumsum(sampler.operations)
-        edges[edges >= edges[-1] - 1e-15] = 2.0  # rounding never draws an operation of probability 0
         log_p, done = np.zeros(len(pairs)), 0
-        with progress_bar("CGMH", recorder.steps, progress) as bar:
-            try:
-                while done < recorder.steps:
-                    now = min(block, recorder.steps - done)
-                    traced = _advance(
-                        chains.ids, chains.lengths, chains.starts, log_p, random,
-                        edits.widths, self.low, self.high, sampler.target.gamma,
-                        self.probs, self.logs, self.order, self.size, self.tops, sampler.vocab, sampler.eps,
-                        edges, sampler._log_op,
-                        done, now, recorder.burn_in, recorder.thin,
-                        recorder.ids, recorder.lengths, recorder.positions, recorder.log_rho,
-                        recorder.tries, best, best_ids, trace, trace_rho,
-                    )  # fmt: skip
-                    self._record(recorder, trace[:traced], trace_rho[:traced])
-                    done += now
-                    bar.advance(now, f"best {best[0]:.2f}")
-            except KeyboardInterrupt:
-                recorder.interrupted = True
+        with progress_bar("CGMH", recorder.steps, progress) as bar, noted_interrupt() as interrupt:
+            while done < recorder.steps:
+                now = min(block, recorder.steps - done)
+                traced = _advance(
+                    chains.ids, chains.lengths, chains.starts, log_p, random,
+                    edits.widths, self.low, self.high, sampler.target.gamma,
+                    self.probs, self.logs, self.order, self.size, self.tops, sampler.vocab, sampler.eps,
+                    sampler._edges, sampler._log_op,
+                    done, now, recorder.burn_in, recorder.thin,
+                    recorder.ids, recorder.lengths, recorder.positions, recorder.log_rho,
+                    recorder.tries, best, best_ids, trace, trace_rho,
+                )  # fmt: skip
+                self._record(recorder, trace[:traced], trace_rho[:traced])
+                done += now
+                bar.advance(now, f"best {best[0]:.2f}")
+                if interrupt.came:
+                    recorder.interrupted = True
+                    break
         recorder.kept = max(0, done - recorder.burn_in) // recorder.thin
         if best[1]:
             recorder.visit([tuple(best_ids[: int(best[1])].tolist())], best[:1])
@@ -319,8 +318,8 @@ class TableChain:
     def _record(recorder: Recorder, trace: Ints, log_rho: Floats) -> None:
         if len(trace):
             order = np.lexsort((trace[:, 1], trace[:, 0]))
-            columns: list[Any] = [trace[order, j].copy() for j in range(6)]
-            recorder.add_trace(*columns, log_rho[order])
+            step, chain, op, place, old, new = trace[order].T
+            recorder.add_trace(step, chain, op, place, old, new, log_rho[order])
 
     @staticmethod
     def _remember(recorder: Recorder) -> None:
@@ -330,8 +329,6 @@ class TableChain:
         chain, place = np.divmod(best, max(1, recorder.kept))
         texts = [
             tuple(row[:n])
-            for row, n in zip(
-                recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True
-            )
+            for row, n in zip(recorder.ids[chain, place].tolist(), recorder.lengths[chain, place].tolist(), strict=True)
         ]
         recorder.visit(texts, flat[best])

@@ -102,7 +102,7 @@ class CausalScorer(TargetScorer):
         self.head: Callable[[Tensor], Tensor] = _head(lm)
         self.device = next(lm.parameters()).device
         self.before = int(target.bos_id is not None)
-        self.work = sum(p.numel() for p in self.body.parameters() if p.dim() > 1)
+        self.work = sum(int(p.numel()) for p in self.body.parameters() if p.dim() > 1)
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._slot: tuple[Ints, Ints, Tensor] | None = None
         self._ahead: tuple[_Part, Ints, Floats, Ints] | None = None
@@ -145,8 +145,7 @@ class CausalScorer(TargetScorer):
     def begin(self, batch: Batch) -> Floats:
         """(C,) log rho; fills what is kept."""
         chains, places = len(batch), self.before + self.width
-        self._layers, self._slot, self._ahead = [], None, None
-        self._parts: list[_Part] = []
+        self._layers, self._slot, self._ahead, self._parts = [], None, None, []
         self.terms = np.zeros((chains, places + 1))
         rows = np.arange(chains)
         self._relation = self.relations(batch.tuples())
@@ -190,7 +189,8 @@ class CausalScorer(TargetScorer):
         With t the log-probability of a token, y_i the token at the edit: t(y_i) + t(y_i+1) - t(x_i) - t(x_i+1) for a
         replacement, without t(x_i+1) for an insertion, without t(y_i+1) for a deletion; and the gain of log sim. The
         gain of the reverse edit is its negative, which is all that the first of two stages needs. A deletion costs
-        nothing, the others one token; what was run is not run again for the states that pass. Of a swap log sim alone counts here.
+        nothing, the others one token; what was run is not run again for the states that pass. Of a
+        swap log sim alone counts here.
         """
         found = self.relations(new.tuples()) - self._relation[rows]
         some = np.flatnonzero(np.isfinite(found) & (op != SWAP))
@@ -222,7 +222,7 @@ class CausalScorer(TargetScorer):
         first, ends = changed + self.before, new.lengths + self.before
         full = np.zeros((len(new), self.before + self.width + 1), np.int64)
         if self.before:
-            full[:, 0] = self.target.bos_id
+            full[:, 0] = self.target.bos_id or 0
         full[:, self.before : -1] = new.ids
         full[np.arange(len(new)), ends] = 0 if self.target.eos_id is None else self.target.eos_id
         return full, first, ends
@@ -282,9 +282,7 @@ class CausalScorer(TargetScorer):
             order = order[:cut]
         return groups
 
-    def _run(
-        self, chosen: Ints, count: Ints, rows: Ints, full: Ints, begin: Ints, last: Ints, terms: Floats
-    ) -> None:
+    def _run(self, chosen: Ints, count: Ints, rows: Ints, full: Ints, begin: Ints, last: Ints, terms: Floats) -> None:
         """One forward pass over ``count`` tokens of some new states from ``begin`` on.
 
         Fills the factors of the tokens that follow each of them (up to ``last``), and remembers what may be kept.
@@ -400,7 +398,7 @@ def token_terms(target: Target, texts: list[Ids]) -> list[list[float]]:
 
 def _head(lm: nn.Module) -> Callable[[Tensor], Tensor]:
     """The map from hidden states to logits."""
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    head = getattr(lm, "get_output_embeddings", lambda: None)()
     if not callable(head):
         raise ValueError(f"{type(lm).__name__} has no output embeddings")
     return head

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kexue._checks import check_int
 from kexue.generation._edits import Batch, Floats, Ints
+from kexue.generation._mlm import Conditionals
 from kexue.generation._states import Ids, evaluation, forward_options, logits_of
 from kexue.generation.ngram_lm import NGramLM
 
@@ -160,83 +160,54 @@ class MaskedRanker:
 
     Args:
         mlm: Module whose ``forward(input_ids)`` gives logits (B, T, V).
-        mask_id: Token that stands in the hole.
+        mask_token_id: Token that stands in the hole.
         vocab: Allowed ids.
         prefix: Ids before every text, such as [CLS].
         suffix: Ids after every text, such as [SEP].
     """
 
     def __init__(
-        self, mlm: nn.Module, mask_id: int, vocab: Ints, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+        self, mlm: nn.Module, mask_token_id: int, vocab: Ints, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
     ) -> None:
-        check_int("mask_id", mask_id, 0)
-        self.mlm, self.mask_id, self.prefix, self.suffix = mlm, int(mask_id), tuple(prefix), tuple(suffix)
+        self.mlm, self.mask, self.prefix, self.suffix = mlm, mask_token_id, tuple(prefix), tuple(suffix)
         self.vocab = torch.from_numpy(vocab)
-        self._takes_mask = "attention_mask" in inspect.signature(mlm.forward).parameters
-        self._options = forward_options(mlm)
-        self._head: Callable[[Tensor], Tensor] | None = None
-        self._tried = False
+        self.device = next((p.device for p in mlm.parameters()), torch.device("cpu"))
+        sized = isinstance(getattr(getattr(mlm, "config", None), "vocab_size", None), int)
+        takes_mask = "attention_mask" in inspect.signature(mlm.forward).parameters
+        self._fast = Conditionals(mlm, None, mask_token_id, 1.0, 0, ()) if sized and takes_mask else None
 
     def __call__(self, hole: Batch, position: Ints, rows: Ints | None) -> Tensor:
-        device = next((p.device for p in self.mlm.parameters()), torch.device("cpu"))
-        before, after = len(self.prefix), len(self.suffix)
-        lengths = hole.lengths + before + after
+        before, index = len(self.prefix), np.arange(len(hole))
+        lengths = hole.lengths + before + len(self.suffix)
         width = int(lengths.max())
-        ids = np.full((len(hole), width), self.mask_id, np.int64)
+        ids = np.full((len(hole), width), self.mask, np.int64)
         ids[:, :before] = self.prefix
-        inner = width - before - after
+        inner = int(hole.lengths.max())
         ids[:, before : before + inner] = hole.ids[:, :inner]
-        ids[np.arange(len(hole)), before + position] = self.mask_id
+        ids[index, before + position] = self.mask
         for offset, token in enumerate(self.suffix):
-            ids[np.arange(len(hole)), before + hole.lengths + offset] = token
-        place = torch.from_numpy(position + before).to(device)
-        tokens = torch.from_numpy(ids).to(device)
-        real = torch.from_numpy(np.arange(width) < lengths[:, None]).to(device)
+            ids[index, before + hole.lengths + offset] = token
+        place = torch.from_numpy(position + before).to(self.device)
+        tokens = torch.from_numpy(ids).to(self.device)
+        real = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)
         with torch.inference_mode(), evaluation(self.mlm):
-            if self._takes_mask:
-                scores = self._scores(tokens, place, real)
-            else:  # padding would be read as text: one length at a time
-                scores = None
-                for length in np.unique(lengths).tolist():
-                    some = torch.from_numpy(np.flatnonzero(lengths == length)).to(device)
-                    part = self._scores(tokens[some, :length], place[some], None)
-                    scores = part.new_empty((len(hole), part.shape[1])) if scores is None else scores
-                    scores[some] = part
-        return _checked(scores[:, self.vocab.to(device)].log_softmax(-1))
+            if self._fast is not None:
+                scores = self._fast.log_probs(tokens, real, place[:, None])[:, 0]
+            else:
+                scores = self._by_length(tokens, place, lengths)
+        return _checked(scores[:, self.vocab.to(self.device)])
 
-    def _scores(self, tokens: Tensor, place: Tensor, real: Tensor | None) -> Tensor:
-        """(N, V) logits of the holes; the vocabulary is multiplied for them alone if the model allows it."""
-        mask = {} if real is None else {"attention_mask": real.long()}
-        row = torch.arange(len(tokens), device=tokens.device)
-        if self._head is not None:
-            hidden = self.mlm.base_model(tokens, **mask)[0]  # type: ignore[union-attr,operator]
-            return self._head(hidden[row, place][:, None])[:, 0].float()
-        logits = logits_of(self.mlm(tokens, **mask, **self._options))[row, place].float()
-        if not self._tried:
-            self._tried = True
-            self._head = self._find_head(tokens, place, mask, logits)
-        return logits
-
-    def _find_head(
-        self, tokens: Tensor, place: Tensor, mask: dict[str, Tensor], logits: Tensor
-    ) -> Callable[[Tensor], Tensor] | None:
-        """The module that turns hidden states into logits, if applying it to single positions gives the same logits."""
-        base = getattr(self.mlm, "base_model", None)
-        if not isinstance(base, nn.Module) or base is self.mlm:
-            return None
-        row = torch.arange(len(tokens), device=tokens.device)
-        for name in ("cls", "lm_head", "head", "predictions"):
-            head = getattr(self.mlm, name, None)
-            if not isinstance(head, nn.Module):
-                continue
-            try:
-                found = head(base(tokens, **mask)[0][row, place][:, None])
-            except (TypeError, ValueError, RuntimeError, IndexError):
-                continue
-            if isinstance(found, Tensor) and found.shape[::2] == logits.shape:
-                if torch.allclose(found[:, 0].float(), logits, rtol=1e-3, atol=1e-3):
-                    return head
-        return None
+    def _by_length(self, tokens: Tensor, place: Tensor, lengths: Ints) -> Tensor:
+        """For a model that knows no padding: texts of one length at a time."""
+        found: dict[int, Tensor] = {}
+        options = forward_options(self.mlm)
+        for length in np.unique(lengths).tolist():
+            some = np.flatnonzero(lengths == length)
+            chosen = torch.from_numpy(some).to(self.device)
+            logits = logits_of(self.mlm(tokens[chosen, :length], **options))
+            values = logits[torch.arange(len(some), device=self.device), place[chosen]].log_softmax(-1)
+            found.update(zip(some.tolist(), values, strict=True))
+        return torch.stack([found[row] for row in range(len(lengths))])
 
 
 class CausalRanker:

@@ -42,6 +42,7 @@ from kexue.generation._cgmh_setup import (
     length_bounds,
 )
 from kexue.generation._edits import DELETE, INSERT, REPLACE, SWAP, Batch, Edits, Floats, Ints
+from kexue.generation._interrupt import noted_interrupt
 from kexue.generation._ngram_chain import TableChain
 from kexue.generation._scoring import CausalScorer, TargetScorer, token_terms
 from kexue.generation._slots import Candidates, CausalRanker, Context, contexts_of, select
@@ -100,7 +101,7 @@ class CGMH:
             stays the same. "next": the target's own causal model, the factors of the edited token and of the one after
             it; one token is run instead of the rest of the sentence. Or a cheap approximation of log rho, ``list of
             ids -> (N,)``, such as an n-gram :class:`Target`, finite where rho > 0. None: one stage.
-        mask_id: Mask token of the proposal. None: from its configuration or the target's tokenizer.
+        mask_token_id: Mask token of the proposal. None: from its configuration or the target's tokenizer.
         prefix: Ids before every text in the input of the proposal; None: the tokenizer's [CLS], if it has one.
         suffix: Ids after every text likewise; None: the tokenizer's [SEP].
 
@@ -118,7 +119,7 @@ class CGMH:
         >>> sampler = CGMH(target, vocab=3, max_length=3, n_chains=2, seed=1)
         >>> states = sampler.states()
         >>> states[:2], len(states)
-        ([((2,), (0,)), ((0, 2), (1,))], 34)
+        ([((2,), (0,)), ((2, 0), (0,))], 34)
         >>> pi = np.exp(target.log_rho([ids for ids, _ in states]))
         >>> bool(abs(pi @ transition_matrix(sampler, states) - pi).max() < 1e-12 * pi.sum())
         True
@@ -142,7 +143,7 @@ class CGMH:
         operations: Mapping[str, float] | None = None,
         reweight: bool = False,
         screen: Callable[[list[Ids]], Any] | str | None = None,
-        mask_id: int | None = None,
+        mask_token_id: int | None = None,
         prefix: Sequence[int] | None = None,
         suffix: Sequence[int] | None = None,
     ) -> None:
@@ -166,10 +167,10 @@ class CGMH:
         if operations is None:
             operations = default_operations(self.edits)
         self.operations = check_operations(operations)
-        self.vocab = np.array(allowed_ids(target, proposal, vocab, mask_id), np.int64)
+        self.vocab = np.array(allowed_ids(target, proposal, vocab, mask_token_id), np.int64)
         self._column = np.full(int(self.vocab.max()) + 1, -1, np.int64)
         self._column[self.vocab] = np.arange(len(self.vocab))
-        self._rank = choose_ranker(target, proposal, self.vocab, mask_id, prefix, suffix)
+        self._rank = choose_ranker(target, proposal, self.vocab, mask_token_id, prefix, suffix)
         self._stable = not isinstance(target.lm if proposal is None else proposal, nn.Module)
         self._log_op = np.log(np.maximum(self.operations, 1e-300))
         self._log_op[self.operations == 0] = -np.inf
@@ -181,7 +182,7 @@ class CGMH:
     # -- the law of one step ------------------------------------------------------------------------------------------
 
     def _candidates(self, hole: Batch, position: Ints, rows: Ints | None) -> Candidates:
-        """q of each hole."""
+        """The law q of each hole."""
         weigh = None
         if self.reweight or getattr(self._rank, "reweights", False):
             weigh = lambda columns: self._sentences(hole, position, columns)  # noqa: E731
@@ -405,14 +406,14 @@ class CGMH:
         if screened is not None and not np.isfinite(screened).all():
             raise ValueError("screen must be finite at the start; got -inf")
         recorder.begin(chains, log_rho)
-        with progress_bar("CGMH", steps, progress) as bar:
-            try:
-                for step in range(1, steps + 1):
-                    self._advance(step, chains, log_rho, screened, scorer, recorder, generator)
-                    recorder.keep(step, chains, log_rho)
-                    bar.advance(1, f"best {recorder.best_log_rho:.2f}" if step % 16 == 0 else None)
-            except KeyboardInterrupt:
-                recorder.interrupted = True
+        with progress_bar("CGMH", steps, progress) as bar, noted_interrupt() as interrupt:
+            for step in range(1, steps + 1):
+                self._advance(step, chains, log_rho, screened, scorer, recorder, generator)
+                recorder.keep(step, chains, log_rho)
+                bar.advance(1, f"best {recorder.best_log_rho:.2f}" if step % 16 == 0 else None)
+                if interrupt.came:
+                    recorder.interrupted = True
+                    break
         return recorder.result(chains)
 
     def step(self, state: Any, generator: np.random.Generator) -> Any:
@@ -442,11 +443,15 @@ class CGMH:
         self._advance(1, chains, log_rho, screened, scorer, recorder, generator)
         return self._state(chains.tuples()[0], tuple(chains.starts[0].tolist()))
 
+    def continues(self) -> bool:
+        """Whether the target's model can go on from the edit: what ``screen="next"`` needs."""
+        return self.target.gamma > 0 and CausalScorer.fits(self.target)
+
     def _scorer(self) -> TargetScorer:
         """What scores the chains of a run; a causal model continues from the edit where it can."""
         if isinstance(self._rank, CausalRanker):
             self._rank.kept = None
-        if self.target.gamma == 0 or not CausalScorer.fits(self.target):
+        if not self.continues():
             return TargetScorer(self.target)
         scorer = CausalScorer(self.target, self.edits.high)
         if isinstance(self._rank, CausalRanker):

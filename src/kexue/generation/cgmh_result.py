@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kexue.generation._edits import OPERATIONS, SKIP, SWAP, Batch, Edits, Floats, Ints
+from kexue.generation._edits import OPERATIONS, SKIP, Batch, Edits, Floats, Ints
 from kexue.generation._states import Ids
 
 __all__ = ["CGMHResult"]
@@ -141,7 +141,9 @@ class Recorder:
             return
         self.visit(chains.rows(rows).tuples(), log_rho[rows])
         if self.traced:
-            self.add_trace(np.full(len(rows), step), rows, op[rows], position[rows], old[rows], new[rows], log_rho[rows])
+            self.add_trace(
+                np.full(len(rows), step), rows, op[rows], position[rows], old[rows], new[rows], log_rho[rows]
+            )
 
     def add_trace(
         self, step: Ints, chain: Ints, op: Ints, position: Ints, old: Ints, new: Ints, log_rho: Floats
