@@ -106,7 +106,7 @@ def pretrain(
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     _offline()
-    with interruptible("interrupted; give the same command again to continue"), option_names(skip_errors):
+    with interruptible("interrupted; give the same command again to continue", orderly=True), option_names(skip_errors):
         train(
             list(corpus) if corpus else None,
             out,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,14 @@ class MoveGenerator(torch.Generator):
     def __init__(self, seed: int) -> None:
         self.manual_seed(seed)
         self.numpy = np.random.default_rng(seed)
+        # The usual ones at hand: __getattr__ is asked after torch has failed, which takes longer than a draw.
+        self.random, self.integers, self.choice = self.numpy.random, self.numpy.integers, self.numpy.choice
 
     def copy(self) -> MoveGenerator:
         """Another generator in the same state."""
         other = MoveGenerator(0)
         other.set_state(self.get_state())
-        other.numpy = copy.deepcopy(self.numpy)
+        other.numpy.bit_generator.state = self.numpy.bit_generator.state
         return other
 
     def __getattr__(self, name: str) -> Any:

@@ -215,25 +215,23 @@ class SimulatedAnnealing:
         tau = float(self.schedule(run.steps, steps))
         if not (math.isfinite(tau) and tau >= 0):
             raise ValueError(f"the schedule must give temperatures of at least 0; got {tau} at step {run.steps}")
-        generator = run._generator
-        rows, new, ratios, thresholds = [], [], [], []
-        for r, state in enumerate(run.states):
-            move = self.moves[int(generator.integers(len(self.moves)))] if len(self.moves) > 1 else self.moves[0]
-            moved = move(state, generator)
-            threshold = math.log1p(-generator.random())
-            if moved is None:
-                continue
-            state, ratio = _pair(moved)
-            rows.append(r)
-            new.append(state)
-            ratios.append(ratio)
-            thresholds.append(threshold)
+        generator, count = run._generator, len(run.states)
+        thresholds = np.log1p(-generator.random(count))
+        chosen = generator.integers(len(self.moves), size=count) if len(self.moves) > 1 else np.zeros(count, np.int64)
+        rows, new, ratios = [], [], []
+        for r, (state, number) in enumerate(zip(run.states, chosen.tolist(), strict=True)):
+            moved = self.moves[number](state, generator)
+            if moved is not None:
+                y, ratio = _pair(moved)
+                rows.append(r)
+                new.append(y)
+                ratios.append(ratio)
         if rows:
             values, old, log_q = self.values(new), run.values[rows], np.array(ratios)
             if tau == 0:
                 taken = (values >= old) & (log_q > -np.inf)
             else:
-                taken = np.array(thresholds) < (values - old) / tau + log_q
+                taken = thresholds[rows] < (values - old) / tau + log_q
             taken &= values > -np.inf
             for k in np.flatnonzero(taken):
                 r = rows[k]

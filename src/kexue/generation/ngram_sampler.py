@@ -157,18 +157,19 @@ class NGramSampler:
         accepted = total = 0
         with noted_interrupt() as interrupt, progress_bar("n-gram", steps * len(starts), progress) as bar:
             for c, start in enumerate(starts):
-                x, n = np.zeros(capacity + 1, np.int64), len(start)
-                x[:n] = start
+                lead, n = self.lm.order - 1, len(start)
+                y = np.full(capacity + lead + 2, self.lm.vocab_size)
+                y[lead : lead + n] = start
                 done = kept = 0
                 while done < steps and not interrupt.came:
                     piece = min(_PIECE, steps - done)
                     n, taken, fresh = _ngram_moves.chain(
-                        _KINDS[kernel], x, n, piece, done, burn_in, thin, min_length, max_length, self._powers,
+                        _KINDS[kernel], y, n, piece, done, burn_in, thin, min_length, max_length, self._powers,
                         self.lm.vocab_size + 1, self.lm.order, words[c], tokens[c, kept:], lengths[c, kept:], scratch,
                     )  # fmt: skip
                     done, kept, accepted, total = done + piece, kept + fresh, accepted + taken, total + piece
                     bar.advance(piece)
-                states.append(tuple(x[:n].tolist()))
+                states.append(tuple(y[lead : lead + n].tolist()))
         return NGramChains(tokens, lengths, accepted / max(1, total), states, total < steps * len(starts))
 
     def _starts(self, init: Any, chains: int, kernel: str, low: int, high: int) -> list[Ids]:

@@ -8,6 +8,11 @@
 Everything that a step needs is a function of its number, so that resuming means: load the last checkpoint, go on. A run
 that was killed ends with the weights of one that was not, bit for bit on a CPU with the same number of threads.
 Nothing wraps the data, so there is nothing whose position could be lost.
+
+Under ``torchrun`` the same call trains with several processes, by DDP or FSDP2. Rank r of W takes the batches r, W + r,
+2W + r, ...: W processes do what one process does with ``accumulate`` W times as large, up to the order of additions,
+noise included. The loss is the mean over all predicted items of all ranks, whatever their number on each. Rank 0 alone
+writes and speaks; a signal, an exception or a bad number on one rank ends the run on all of them at the same step.
 """
 
 from __future__ import annotations
@@ -94,8 +99,9 @@ def fit(
 
     The model is called as ``model(**batch)`` and returns its loss: a scalar tensor, an object or mapping with ``loss``,
     or a tuple that begins with it. It may also give ``num_items``, the number of predicted items that the loss is the
-    mean of; then a step with several batches is normalised by their total. The model stays on its device, and the
-    tensors of a batch are moved there. Dropout and other users of the global generators are seeded by (seed, step).
+    mean of; then a step with several batches or processes is normalised by their total. The model stays on its device,
+    and the tensors of a batch are moved there. Dropout and other users of the global generators are seeded by
+    (seed, step).
 
     ``out`` receives ``metrics.jsonl`` (one line per step) and the folders ``step-N`` (see
     :mod:`kexue.training.checkpoint`). SIGINT and SIGTERM let the step finish, save, and raise
@@ -104,7 +110,8 @@ def fit(
     Args:
         model: Module to train; a loss with parameters of its own belongs inside.
         batches: Sequence of dicts, used in turn and again from the start; or a function from the number of the batch,
-            from 0, to a dict. Make noise in it from :func:`numpy_generator` or :func:`torch_generator`.
+            from 0, to a dict. Make noise in it from :func:`numpy_generator` or :func:`torch_generator`. With several
+            processes see ``per_rank``.
         steps: Optimizer steps of the whole run.
         out: Folder of the run, made if missing.
         save_every: Steps between checkpoints; the last step is always saved.
@@ -121,14 +128,16 @@ def fit(
         clip: Largest norm of all dense gradients together; None switches it off. Sparse gradients are not clipped.
         accumulate: Batches per step; their gradients are averaged by ``num_items``, else by rows.
         precision: "fp32", "bf16" for autocast, or "auto": bf16 on a GPU or CPU that has instructions for it.
-        strategy: With several processes, "ddp" or "fsdp"; see the head of this module. In one process it means nothing.
-        per_rank: With several processes: True if the function ``batches`` already gives each rank its own part of a
-            step, False if it does not know the rank. None finds out by comparing batch 0 between the ranks.
+        strategy: What several processes do: "ddp" keeps the whole model on each; "fsdp" shards it, block by block, and
+            leaves it sharded (its parameters are DTensors). A single process ignores it.
+        per_rank: With several processes: False if the function ``batches`` does not know the rank; then it is called
+            with the numbers of this rank's batches. True if it gives this rank's own part of a batch; then it is called
+            with the same number on all ranks. None finds out by comparing batch 0 between the ranks.
         compile: Compile each block with ``torch.compile(dynamic=False)``. Every new shape of a batch is compiled anew,
             so give few shapes. Goes on eagerly, with a warning, where compiling fails.
         fingerprint: Any text that identifies data and model; a run with another one is not continued.
         keep: Checkpoints that stay.
-        on_step: Called after each step with its line of metrics; returning True saves and ends the run.
+        on_step: Called after each step with its line of metrics, on every rank; returning True saves and ends the run.
         label: Name beside the progress bar.
         show_progress: None shows the bar if standard error is a terminal.
 
