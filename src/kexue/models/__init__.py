@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.kept_tokens import gather_attention_bias, gather_tokens
+    from kexue.models.mask_embedding import correct_mask_embedding, uncorrect_mask_embedding
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     )
     from kexue.models.simsiam import SimSiam, simsiam_loss
     from kexue.models.skip_path import norm_gains, skip_gain
+    from kexue.models.token_dropping import DroppedTokens, DropToken, column_mask_equivalent, drop_token
 
 __all__ = [
     "BYOL",
@@ -35,6 +38,8 @@ __all__ = [
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
+    "DropToken",
+    "DroppedTokens",
     "GAUAlphaConfig",
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
@@ -46,9 +51,14 @@ __all__ = [
     "ProbeReport",
     "ScheduledResidual",
     "SimSiam",
+    "column_mask_equivalent",
+    "correct_mask_embedding",
     "deepnorm_constants",
+    "drop_token",
     "extend_positions",
     "fan",
+    "gather_attention_bias",
+    "gather_tokens",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
@@ -63,6 +73,7 @@ __all__ = [
     "skip_gain",
     "tie_positions",
     "truncated_normal_",
+    "uncorrect_mask_embedding",
     "unit_activation",
     "variance_scaling_",
     "verify_growth",
@@ -74,6 +85,8 @@ _MODULES = {
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
+    "DropToken": "token_dropping",
+    "DroppedTokens": "token_dropping",
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
@@ -85,9 +98,14 @@ _MODULES = {
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "column_mask_equivalent": "token_dropping",
+    "correct_mask_embedding": "mask_embedding",
     "deepnorm_constants": "schemes",
+    "drop_token": "token_dropping",
     "extend_positions": "extension",
     "fan": "initialization",
+    "gather_attention_bias": "kept_tokens",
+    "gather_tokens": "kept_tokens",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
@@ -102,6 +120,7 @@ _MODULES = {
     "skip_gain": "skip_path",
     "tie_positions": "extension",
     "truncated_normal_": "initialization",
+    "uncorrect_mask_embedding": "mask_embedding",
     "unit_activation": "parameterization",
     "variance_scaling_": "initialization",
     "verify_growth": "growth_check",
