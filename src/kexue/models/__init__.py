@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
+    from kexue.models.family import (
+        KexueConfig,
+        KexueForCausalLM,
+        KexueForMaskedLM,
+        KexueForNextSentence,
+        KexueForPreTraining,
+        KexueForSequenceClassification,
+        KexueModel,
+        KexueOutput,
+    )
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.gradient_size import gradient_norms
     from kexue.models.growth import GrowthPlan, grow, plan_growth
@@ -47,6 +58,14 @@ __all__ = [
     "GrowthReport",
     "HierarchicalPositionEmbedding",
     "InitRow",
+    "KexueConfig",
+    "KexueForCausalLM",
+    "KexueForMaskedLM",
+    "KexueForNextSentence",
+    "KexueForPreTraining",
+    "KexueForSequenceClassification",
+    "KexueModel",
+    "KexueOutput",
     "NTKLinear",
     "ProbeReport",
     "ScheduledResidual",
@@ -57,6 +76,8 @@ __all__ = [
     "drop_token",
     "extend_positions",
     "fan",
+    "from_bert",
+    "from_gpt2",
     "gather_attention_bias",
     "gather_tokens",
     "gradient_norms",
@@ -94,6 +115,14 @@ _MODULES = {
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
     "InitRow": "schemes",
+    "KexueConfig": "family",
+    "KexueForCausalLM": "family",
+    "KexueForMaskedLM": "family",
+    "KexueForNextSentence": "family",
+    "KexueForPreTraining": "family",
+    "KexueForSequenceClassification": "family",
+    "KexueModel": "family",
+    "KexueOutput": "family",
     "NTKLinear": "parameterization",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
@@ -104,6 +133,8 @@ _MODULES = {
     "drop_token": "token_dropping",
     "extend_positions": "extension",
     "fan": "initialization",
+    "from_bert": "bridges",
+    "from_gpt2": "bridges",
     "gather_attention_bias": "kept_tokens",
     "gather_tokens": "kept_tokens",
     "gradient_norms": "gradient_size",
