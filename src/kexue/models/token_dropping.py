@@ -82,11 +82,14 @@ def _check_protect(protect: Any) -> tuple[int, ...]:
 
 
 def _share(n: Any, rate: float) -> Any:
-    """ceil((1 - rate) n) of a number or a tensor; what floating point adds to a whole number does not count."""
+    """ceil((1 - rate) n) of a number or a tensor, 1 at least of something.
+
+    What floating point adds to a whole number does not count.
+    """
     if isinstance(n, Tensor):
         wide = n.to(torch.float32 if n.device.type == "mps" else torch.float64)
-        return torch.ceil(wide * (1 - rate) - 1e-9).to(torch.int64)
-    return math.ceil(n * (1 - rate) - 1e-9)
+        return torch.maximum(torch.ceil(wide * (1 - rate) - 1e-9).to(n.dtype), n.clamp(max=1))
+    return max(math.ceil(n * (1 - rate) - 1e-9), min(n, 1))
 
 
 def _positions(position_ids: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
