@@ -278,7 +278,7 @@ def uncorrect_mask_embedding(model: Any) -> Any:
             warnings.warn(
                 "the decoder was tied to the word embeddings before the correction, but the two no longer agree (was "
                 "one of them trained?): they stay apart, config.tie_word_embeddings=False",
-                stacklevel=2,
+                stacklevel=3,  # past the decorator
             )
         else:
             config.tie_word_embeddings = record["tied"]
