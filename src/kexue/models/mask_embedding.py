@@ -12,7 +12,8 @@ The decoder keeps the table it was trained with: if it was tied, it is untied fi
 correction leaves v as it is (s a_mask E'_m + s a_rand mean' = v), so that the inverse is E = (E' - v) / c with v from
 the corrected table: the solution of the 2 x 2 system for E_m and the mean, whose determinant is c, for every split and
 every set of random tokens. At c = 0 (all tokens selected, none kept) all rows would become the same vector, and nothing
-could bring the tokens back: refused.
+could bring the tokens back: refused. All of this is about models that norm the sum of their embeddings, as BERT does:
+without that norm the corrected vectors, which are shorter, count for less beside the positions.
 
 What we do beyond the article: any selection rate and split; the record of it in the configuration, so that a model
 cannot be corrected twice, also after it was saved; the inverse. Arithmetic in float64, rounded once.
