@@ -64,6 +64,28 @@ class Block:
     scale: float
 
 
+@dataclass(frozen=True)
+class Head:
+    """Pooler and next-sentence map: state of [CLS] (N, D) -> logits (N, 2)."""
+
+    pooler: nn.Module
+    last: nn.Module
+    sequence: bool  # the pooler takes (N, T, D) and reads the first token
+
+    def __call__(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.pooler(states[:, None] if self.sequence else states))
+        return logits
+
+
+def head_of(model: Any) -> Head | None:
+    """The head of a model, or None if it is not known."""
+    if hasattr(model, "next_sentence") and hasattr(model, "pooler"):
+        return Head(model.pooler, model.next_sentence, False)
+    base, last = getattr(model, getattr(model, "base_model_prefix", ""), None), getattr(model, "cls", None)
+    pooler, last = getattr(base, "pooler", None), getattr(last, "seq_relationship", None)
+    return None if pooler is None or last is None else Head(pooler, last, True)
+
+
 def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
@@ -75,7 +97,7 @@ class ClsForward:
         embed: (ids, positions, segments), (U,) each -> (U, D).
         blocks: The layers.
         final: Norm after the last layer, or None.
-        finish: State of [CLS] (N, D) -> logits (N, 2).
+        head: Pooler and next-sentence map.
     """
 
     def __init__(
@@ -83,9 +105,9 @@ class ClsForward:
         embed: Callable[[Tensor, Tensor, Tensor], Tensor],
         blocks: Sequence[Block],
         final: nn.Module | None,
-        finish: Callable[[Tensor], Tensor],
+        head: Head,
     ) -> None:
-        self.embed, self.blocks, self.final, self.finish = embed, list(blocks), final, finish
+        self.embed, self.blocks, self.final, self.head = embed, list(blocks), final, head
 
     def __call__(self, ids: Tensor, positions: Tensor, segments: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits of the pairs.
@@ -96,7 +118,7 @@ class ClsForward:
             segments: 0 or 1, (M,).
             lengths: Tokens of each pair, (N,), each at least 1.
         """
-        return self.finish(self.states(ids, positions, segments, lengths))
+        return self.head(self.states(ids, positions, segments, lengths))
 
     def states(self, ids: Tensor, positions: Tensor, segments: Tensor, lengths: Sequence[int]) -> Tensor:
         """The final state of [CLS] of each pair, (N, D): what the pooler reads."""
@@ -191,7 +213,9 @@ def _bert_forward(model: Any) -> ClsForward | None:
     )
     if type(model).__name__ not in known:
         return None
-    config, base = model.config, getattr(model, model.base_model_prefix)
+    config, base, head = model.config, getattr(model, model.base_model_prefix), head_of(model)
+    if head is None:
+        return None
     softmax = getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa", "flash_attention_2")
     absolute = getattr(config, "position_embedding_type", "absolute") == "absolute"
     if not softmax or not absolute or config.is_decoder or getattr(config, "add_cross_attention", False):
@@ -211,12 +235,8 @@ def _bert_forward(model: Any) -> ClsForward | None:
             x = x + parts.task_type_embeddings(torch.zeros_like(ids))
         return parts.LayerNorm(x) if family in _POST_NORM else x
 
-    def finish(states: Tensor) -> Tensor:
-        logits: Tensor = model.cls.seq_relationship(base.pooler(states[:, None]))
-        return logits
-
     blocks = [_bert_block(layer, config.num_attention_heads, family in _PRE_NORM) for layer in layers]
-    return ClsForward(embed, blocks, base.encoder.ln if family in _PRE_NORM else None, finish)
+    return ClsForward(embed, blocks, base.encoder.ln if family in _PRE_NORM else None, head)
 
 
 def _bert_block(layer: Any, heads: int, before: bool) -> Block:
@@ -238,7 +258,8 @@ def _kexue_forward(model: Any) -> ClsForward | None:
     from kexue.models.stack import Attention, FeedForward, Layer
     from kexue.models.text_heads import KexueForNextSentence, KexueForPreTraining
 
-    if type(model) not in (KexueForNextSentence, KexueForPreTraining):
+    head = head_of(model)
+    if type(model) not in (KexueForNextSentence, KexueForPreTraining) or head is None:
         return None
     config, base = model.config, model.kexue
     softmax = getattr(config, "_attn_implementation", "eager") in ("eager", "sdpa", "flash_attention_2")
@@ -259,12 +280,8 @@ def _kexue_forward(model: Any) -> ClsForward | None:
             x = x + parts.segment(segments)
         return x if parts.norm is None else parts.norm(x)
 
-    def finish(states: Tensor) -> Tensor:
-        logits: Tensor = model.next_sentence(model.pooler(states))
-        return logits
-
     blocks = [_kexue_block(layer, config.num_heads) for layer in base.layers]
-    return ClsForward(embed, blocks, base.final_norm, finish)
+    return ClsForward(embed, blocks, base.final_norm, head)
 
 
 def _kexue_block(layer: Any, heads: int) -> Block:
@@ -283,5 +300,5 @@ def _kexue_block(layer: Any, heads: int) -> Block:
         feed=layer.feed_forward,
         norms=(None, first, None, second) if layer.post_norm else (first, None, second, None),
         heads=heads,
-        scale=(own.out.in_features // heads) ** -0.5,
+        scale=(own.config.hidden_size // heads) ** -0.5,
     )

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kexue.tasks._nsp_model import NextSentenceModel, head_of
+from kexue.tasks._cls_forward import head_of
+from kexue.tasks._nsp_model import NextSentenceModel
 from kexue.tasks.next_sentence import SPECIALS, NextSentenceScorer
 
 #: Texts in one step.
@@ -40,12 +41,14 @@ class _HeadLoss(_PairLoss):
     """From states of [CLS] that do not change while only pooler and head are trained."""
 
     def __init__(self, model: nn.Module, index: int) -> None:
-        modules, finish = head_of(model)  # type: ignore[misc]  # NextSentenceModel.states has found it
-        super().__init__(nn.ModuleList(modules), index)
-        self.finish = finish
+        head = head_of(model)
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no pooler that is known; few_shot='all' trains it whole")
+        super().__init__(nn.ModuleList([head.pooler, head.last]), index)
+        self.head = head
 
     def logits(self, **inputs: Tensor) -> Tensor:
-        return self.finish(inputs["states"])
+        return self.head(inputs["states"])
 
 
 class _WholeLoss(_PairLoss):
@@ -111,6 +114,8 @@ def few_shot_model(
     else:
         states = _states(scorer, pairs).view(number, width, -1)
         loss = _HeadLoss(model, scorer.is_next_index)
+
+    loss.requires_grad_(True)  # the copy's; the given model may be frozen
 
     def batch(step: int) -> dict[str, Any]:
         rows = batch_indices(seed, step, size, number).copy()

@@ -69,6 +69,8 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"{folder} holds no tokenizer that can be loaded ({_first_line(error)})") from error
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+            raise ValueError(f"{folder} holds no tokenizer: its vocabulary would be {len(tokenizer)} special tokens")
     if not callable(tokenizer):
         raise TypeError(f"tokenizer must be a tokenizer of transformers or a path; got {type(tokenizer).__name__}")
     for name in ("cls_token_id", "sep_token_id"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kexue._checks import check_choice
-from kexue.tasks._cls_forward import ClsForward, cls_forward
+from kexue.tasks._cls_forward import ClsForward, Head, cls_forward, head_of
 from kexue.tasks._nsp_int8 import quantized
 from kexue.tasks._nsp_loading import HINT, check_head
 
@@ -55,13 +55,16 @@ class NextSentenceModel:
             check_choice("precision", precision, ("bf16", "int8"))
         check_head(model)
         names = inspect.signature(model.forward).parameters
-        self._any = any(p.kind is p.VAR_KEYWORD for p in names.values())
-        self._names = set(names)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        own = not _is_pretrained(model)
         # Padding needs a mask; a model that takes none (FNet mixes all positions) gets equal lengths only.
-        self.pads = "attention_mask" in names
+        self.pads = "attention_mask" in names or (takes_any and own)
+        self._options: dict[str, Any] = {} if own and "return_dict" not in names else {"return_dict": True}
+        if "next_sentence_label" in names and "return_logits" in names:
+            self._options["return_logits"] = False  # of tokens
         config = getattr(model, "config", None)
         self.max_positions: int | None = _positions(config)
-        self.takes_segments = "token_type_ids" in names or self._any
+        self.takes_segments = "token_type_ids" in names or takes_any
         self.segments = self.takes_segments and int(getattr(config, "type_vocab_size", 2) or 0) >= 2
         if not self.segments:
             warnings.warn(
@@ -76,14 +79,24 @@ class NextSentenceModel:
             model = copy.deepcopy(model).to(device)
         self.model = model
         self._fast: ClsForward | None = None
+        self._head: Head | None = None
         self._fast = self._verified(cls_forward(model) if fast else None)
+        # 8 bits of a bfloat16 logit would tie candidates: the head stays as it is
         if precision == "bf16":
+            self._head = copy.deepcopy(head_of(model))
             self.model = copy.deepcopy(model).to(torch.bfloat16)
         elif precision == "int8":
             self.model = quantized(model, self._fast.blocks[-1].folded if self._fast and self._fast.blocks else ())
         if precision is not None and self._fast is not None:
             self._fast = cls_forward(self.model)
         self.device = next(self.model.parameters()).device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fast": self._fast is not None}  # its parts are functions of the model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fast = cls_forward(self.model) if state["_fast"] else None
 
     @property
     def engine(self) -> str:
@@ -121,13 +134,15 @@ class NextSentenceModel:
         return None
 
     def logits(self, pairs: Sequence[Pair]) -> NDArray[np.float64]:
-        """Logits (N, 2) of pairs (ids, segments), lengths in any order but best sorted.
+        """Logits (N, 2) of pairs (ids, segments), sorted by length.
 
         The memory of a batch is that of its tokens; the caller cuts the work into batches.
         """
         lengths = [len(ids) for ids, _ in pairs]
         with evaluating(self.model):
-            if self._fast is None:
+            if self._head is not None:
+                out = self._head(self.states(pairs).float())
+            elif self._fast is None:
                 out = self._plain(pairs, lengths)
             else:
                 out = self._fast(*self.stream(pairs, lengths), lengths)
@@ -154,21 +169,21 @@ class NextSentenceModel:
             if self._fast is not None:
                 return self._fast.states(*self.stream(pairs, lengths), lengths)
             seen: list[Tensor] = []
-            hook = head[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            hook = head.pooler.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             try:
                 self._plain(pairs, lengths)
             finally:
                 hook.remove()
             return torch.cat([x[:, 0] if x.dim() == 3 else x for x in seen])
 
-    def stream(self, pairs: Sequence[Pair], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    def stream(self, pairs: Sequence[Pair], lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, positions and segments of the pairs one after the other, (M,) each."""
         ids = np.concatenate([np.asarray(ids, np.int64) for ids, _ in pairs])
         segments = np.concatenate([np.asarray(segments, np.int64) for _, segments in pairs]) * self.segments
         starts = np.cumsum(lengths) - lengths
         positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-        ids, positions, segments = (torch.from_numpy(x).to(self.device) for x in (ids, positions, segments))
-        return ids, positions, segments
+        a, b, c = (torch.from_numpy(x).to(self.device) for x in (ids, positions, segments))
+        return a, b, c
 
     def padded(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         """The pairs as a padded batch of input_ids, token_type_ids and attention_mask."""
@@ -201,10 +216,7 @@ class NextSentenceModel:
             pooled = getattr(model, model.base_model_prefix)(**batch, return_dict=True).pooler_output
             logits: Tensor = model.cls.seq_relationship(pooled)
             return logits
-        extra = {"return_dict": True} if "return_dict" in self._names or self._any else {}
-        if "next_sentence_label" in self._names and "return_logits" in self._names:
-            extra["return_logits"] = False
-        outputs = model(**batch, **extra)
+        outputs = model(**batch, **self._options)
         for name in ("next_sentence_logits", "seq_relationship_logits", "logits"):
             found = getattr(outputs, name, None)
             if isinstance(found, Tensor):
@@ -212,15 +224,10 @@ class NextSentenceModel:
         raise ValueError(f"{type(model).__name__} returns no next-sentence logits; {HINT}")
 
 
-def head_of(model: Any) -> tuple[list[nn.Module], Callable[[Tensor], Tensor]] | None:
-    """Pooler and next-sentence map, and the function from the state of [CLS] (N, D) to logits (N, 2); None: unknown."""
-    if hasattr(model, "next_sentence") and hasattr(model, "pooler"):
-        return [model.pooler, model.next_sentence], lambda x: model.next_sentence(model.pooler(x))
-    base, last = getattr(model, getattr(model, "base_model_prefix", ""), None), getattr(model, "cls", None)
-    pooler, last = getattr(base, "pooler", None), getattr(last, "seq_relationship", None)
-    if pooler is None or last is None:
-        return None
-    return [pooler, last], lambda x: last(pooler(x[:, None]))
+def _is_pretrained(model: nn.Module) -> bool:
+    from kexue._transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def _positions(config: Any) -> int | None:
@@ -232,5 +239,5 @@ def _positions(config: Any) -> int | None:
 
 
 def log_odds(logits: NDArray[np.float64], is_next_index: int) -> NDArray[np.float64]:
-    """The log-odds ln P(IsNext) - ln P(NotNext): the difference of the logits, which does not saturate as the softmax does."""
+    """Log-odds ln P(IsNext) - ln P(NotNext), (N,): unlike the softmax, a difference of logits does not saturate."""
     return logits[:, is_next_index] - logits[:, 1 - is_next_index]

@@ -31,9 +31,9 @@ BUILT_IN: tuple[tuple[tuple[str, str], ...], ...] = (
 def check_order(scorer: NextSentenceScorer, pairs: Any, prompts: Sequence[str]) -> None:
     """Warn if the logits seem to stand in the other order.
 
-    Every first text is scored with its own second text and with the others. A head in the right order gives its own a
-    clearly higher score; a reversed one a clearly lower one. So do pairs that all count as "does not follow", by a
-    margin that no untrained head has (log-odds below -1), without their own standing out.
+    Every first text is scored with its own second text and with the others. With a head in the right order its own
+    scores clearly higher. Warned is if pairs that follow each other count as not following and score clearly lower than
+    the others; or if they do so by a margin that no untrained head has (log-odds below -1) without scoring higher.
 
     Args:
         scorer: The model.
@@ -56,7 +56,7 @@ def check_order(scorer: NextSentenceScorer, pairs: Any, prompts: Sequence[str]) 
         scores = scorer.pairs([a for a in first for _ in second], second * n, show_progress=False).reshape(n, n)
         own = float(np.diag(scores).mean())
         contrast = own - float(scores[~np.eye(n, dtype=bool)].mean()) if n > 1 else 0.0
-        if contrast < -1 or (own < -1 and contrast < 1):
+        if (own < 0 and contrast < -1) or (own < -1 and contrast < 1):
             other = 1 - scorer.is_next_index
             warnings.warn(
                 f"the next-sentence head seems to be in reversed order: pairs that follow each other have log-odds "

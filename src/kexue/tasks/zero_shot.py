@@ -182,13 +182,13 @@ class NSPZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     @staticmethod
     def _warn_of_ties(scorer: NextSentenceScorer, prompts: list[str], owners: NDArray[np.int64], classes: Any) -> None:
-        seen: dict[tuple[int, ...], int] = {}
+        names, seen = classes.tolist(), {}  # type: ignore[var-annotated]
         for number, ids in enumerate(scorer.encode(prompts, "prompts")):
             other = seen.setdefault(tuple(ids), number)
             if owners[other] != owners[number]:
                 warnings.warn(
                     f"{prompts[other]!r} and {prompts[number]!r} are the same tokens to the tokenizer, so the labels "
-                    f"{classes[owners[other]]!r} and {classes[owners[number]]!r} cannot be told apart by them",
+                    f"{names[owners[other]]!r} and {names[owners[number]]!r} cannot be told apart by them",
                     UserWarning,
                     stacklevel=3,
                 )
