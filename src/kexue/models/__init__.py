@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KexueForNextSentence,
         KexueForPreTraining,
         KexueForSequenceClassification,
+        KexueForTextAutoencoding,
         KexueModel,
         KexueOutput,
     )
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.pseudo_likelihood import masked_token_log_probs
     from kexue.models.schemes import (
         DeepNormConstants,
         InitRow,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "BagEncoder",
+    "Candidate",
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
@@ -59,12 +63,15 @@ __all__ = [
     "KexueForNextSentence",
     "KexueForPreTraining",
     "KexueForSequenceClassification",
+    "KexueForTextAutoencoding",
     "KexueModel",
     "KexueOutput",
     "NTKLinear",
+    "OnePassCache",
     "ProbeReport",
     "ScheduledResidual",
     "SimSiam",
+    "Suggestion",
     "deepnorm_constants",
     "extend_positions",
     "fan",
@@ -76,6 +83,7 @@ __all__ = [
     "hierarchical_positions",
     "initialization_plan",
     "initialize_model",
+    "masked_token_log_probs",
     "norm_gains",
     "plan_growth",
     "predict_gain",
@@ -92,6 +100,7 @@ __all__ = [
 _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
+    "Candidate": "suggestions",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
@@ -108,12 +117,15 @@ _MODULES = {
     "KexueForNextSentence": "family",
     "KexueForPreTraining": "family",
     "KexueForSequenceClassification": "family",
+    "KexueForTextAutoencoding": "family",
     "KexueModel": "family",
     "KexueOutput": "family",
     "NTKLinear": "parameterization",
+    "OnePassCache": "one_pass_cache",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "Suggestion": "suggestions",
     "deepnorm_constants": "schemes",
     "extend_positions": "extension",
     "fan": "initialization",
@@ -125,6 +137,7 @@ _MODULES = {
     "hierarchical_positions": "positions",
     "initialization_plan": "schemes",
     "initialize_model": "schemes",
+    "masked_token_log_probs": "pseudo_likelihood",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "predict_gain": "initialization",
