@@ -21,20 +21,6 @@ def _classifier(seed: int) -> tuple[Any, list[str]]:
     return clf, TEXTS
 
 
-def _few_shot(seed: int) -> tuple[Any, list[str]]:
-    clf, texts = _classifier(seed)
-    clf.set_params(few_shot="head", few_shot_steps=3)
-
-    class Shots(type(clf)):  # type: ignore[misc]
-        """Fits texts with the labels that the zero-shot classifier gives them."""
-
-        def fit(self, X: Any = None, y: Any = None) -> Any:
-            return super().fit(X, ["sports", "food", "money", "money"][: len(X)])
-
-    clf.__class__ = Shots
-    return clf, texts
-
-
 def _contrast(seed: int) -> tuple[Any, list[float]]:
     import numpy as np
 
@@ -45,6 +31,5 @@ def _contrast(seed: int) -> tuple[Any, list[float]]:
 
 CASES["nsp-zero-shot"] = [
     EstimatorCase("NSPZeroShotClassifier", _classifier, lambda fitted: fitted.decision_function(TEXTS), []),
-    EstimatorCase("few shots", _few_shot, lambda fitted: fitted.decision_function(TEXTS), []),
     EstimatorCase("SamplesContrast", _contrast, lambda fitted: fitted.predict([-2.0, -0.5, 0.0, 0.5, 2.0]), []),
 ]
