@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from kexue.generation.cpm_tokenizer import CPMTokenizer
+    from kexue.generation.few_shot import few_shot
+    from kexue.generation.loading import load_causal_lm
+    from kexue.generation.roundtrip import RoundTrip, check_roundtrip
 
-_MODULES: dict[str, str] = {}
+__all__ = [
+    "CPMTokenizer",
+    "RoundTrip",
+    "check_roundtrip",
+    "few_shot",
+    "load_causal_lm",
+]
+
+_MODULES = {
+    "CPMTokenizer": "cpm_tokenizer",
+    "RoundTrip": "roundtrip",
+    "check_roundtrip": "roundtrip",
+    "few_shot": "few_shot",
+    "load_causal_lm": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:
