@@ -33,7 +33,13 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+    sdpa_mask,
+)
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, MaskedLMOutput
 from transformers.utils import ModelOutput
 
@@ -69,6 +75,8 @@ __all__ = [
     "RobertaPreLayerNormForMaskedLM",
     "bidirectional_mask_function",
     "causal_mask_function",
+    "create_bidirectional_mask",
+    "create_causal_mask",
     "find_class",
     "sdpa_mask",
     "show_loading",

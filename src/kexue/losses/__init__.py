@@ -4,6 +4,7 @@ from kexue.losses._common import lse0
 from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_diameter, ranking_certificate
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
+from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "contrastive_diagnostics",
     "flat_cross_entropy",
     "info_nce",
+    "linear_cross_entropy",
     "lse0",
     "margin_cross_entropy",
     "margin_softmax_loss",

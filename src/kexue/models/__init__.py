@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
+    from kexue.models.family import (
+        KexueConfig,
+        KexueForCausalLM,
+        KexueForMaskedLM,
+        KexueForNextSentence,
+        KexueForPreTraining,
+        KexueForSequenceClassification,
+        KexueModel,
+        KexueOutput,
+    )
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.gradient_size import gradient_norms
     from kexue.models.growth import GrowthPlan, grow, plan_growth
@@ -42,6 +53,14 @@ __all__ = [
     "GrowthReport",
     "HierarchicalPositionEmbedding",
     "InitRow",
+    "KexueConfig",
+    "KexueForCausalLM",
+    "KexueForMaskedLM",
+    "KexueForNextSentence",
+    "KexueForPreTraining",
+    "KexueForSequenceClassification",
+    "KexueModel",
+    "KexueOutput",
     "NTKLinear",
     "ProbeReport",
     "ScheduledResidual",
@@ -49,6 +68,8 @@ __all__ = [
     "deepnorm_constants",
     "extend_positions",
     "fan",
+    "from_bert",
+    "from_gpt2",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
@@ -81,6 +102,14 @@ _MODULES = {
     "GrowthReport": "growth_check",
     "HierarchicalPositionEmbedding": "positions",
     "InitRow": "schemes",
+    "KexueConfig": "family",
+    "KexueForCausalLM": "family",
+    "KexueForMaskedLM": "family",
+    "KexueForNextSentence": "family",
+    "KexueForPreTraining": "family",
+    "KexueForSequenceClassification": "family",
+    "KexueModel": "family",
+    "KexueOutput": "family",
     "NTKLinear": "parameterization",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
@@ -88,6 +117,8 @@ _MODULES = {
     "deepnorm_constants": "schemes",
     "extend_positions": "extension",
     "fan": "initialization",
+    "from_bert": "bridges",
+    "from_gpt2": "bridges",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
