@@ -2,6 +2,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jieba
 import numpy as np
@@ -228,7 +229,8 @@ def test_bad_input_is_refused(tok, tmp_path):
         CPMTokenizer(5)
     with pytest.raises(TypeError, match="cut must be callable"):
         CPMTokenizer(tok.model_file, cut="jieba")
-    for name, content in (("empty", b""), ("text", b"no model" * 40), ("cut", open(tok.model_file, "rb").read()[:300])):
+    start = Path(tok.model_file).read_bytes()[:300]
+    for name, content in (("empty", b""), ("text", b"no model" * 40), ("cut", start)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="sentencepiece model|word list of CPM"):
             CPMTokenizer(tmp_path / name)

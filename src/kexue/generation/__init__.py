@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.generation.cpm_tokenizer import CPMTokenizer
-    from kexue.generation.few_shot import few_shot
     from kexue.generation.loading import load_causal_lm
+    from kexue.generation.prompting import few_shot
     from kexue.generation.roundtrip import RoundTrip, check_roundtrip
 
 __all__ = [
@@ -23,7 +23,7 @@ _MODULES = {
     "CPMTokenizer": "cpm_tokenizer",
     "RoundTrip": "roundtrip",
     "check_roundtrip": "roundtrip",
-    "few_shot": "few_shot",
+    "few_shot": "prompting",
     "load_causal_lm": "loading",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -21,13 +22,18 @@ _RANK = re.compile(r"mp_rank_(\d+)(?:_model_states\.pt)?")
 _ITERATION = re.compile(r"(?:iter_0*|global_step)?(\d+)")
 _INSIDE = ("model_optim_rng.pt", "model_states.pt", "model_rng.pt")  # of a folder mp_rank_XX
 _MARKERS = ("latest_checkpointed_iteration.txt", "latest")
-_FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @contextlib.contextmanager
 def _state_of_numpy() -> Iterator[None]:
     """Allow plain numpy arrays, as training scripts save the state of numpy's random numbers beside the weights."""
-    core: Any = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    core: Any = importlib.import_module("numpy._core.multiarray")
     kinds = {type(np.dtype(c)) for c in "?bBhHiIlLqQfd"}
     allowed: list[Any] = [np.ndarray, np.dtype, *kinds, core._reconstruct]
     allowed.append((core._reconstruct, "numpy.core.multiarray._reconstruct"))  # its name before numpy 2

@@ -1,10 +1,11 @@
 """The tokenizer of CPM-LM, with spaces and line breaks kept (CPM 分词器).
 
-Source: Scientific Spaces article 7912; the CPM-LM release (TsinghuaAI/CPM-1-Generate), whose word list has 30000 pieces.
+Source: Scientific Spaces article 7912; the CPM-LM release (TsinghuaAI/CPM-1-Generate), whose list has 30000 pieces.
 
-Formula. encode: cut the text into words (jieba), write " " as U+2582 and a line break as U+2583, join the words with one
-space, encode by the unigram model of sentencepiece. decode: decode the pieces, drop every space, write U+2582 as " " and
-U+2583 as a line break. The first ids are <unk> 0, <s> 1, </s> 2, U+2583 or <cls> 3, <sep> 4, <pad> 5, <mask> 6, <eod> 7.
+Formula. encode: cut the text into words (jieba), write " " as U+2582 and a line break as U+2583, join the words with
+one space, encode by the unigram model of sentencepiece. decode: decode the pieces, drop every space, write U+2582 as
+" " and U+2583 as a line break. The first ids are <unk> 0, <s> 1, </s> 2, U+2583 or <cls> 3, <sep> 4, <pad> 5, <mask> 6,
+<eod> 7.
 
 What we do differently, and why:
 - Two files were published: in the older one id 3 is <cls> and stands for the line break, which is no piece of its own.
@@ -138,13 +139,13 @@ class CPMTokenizer:
             _needed("jieba")
         with open(model_file, "rb") as file:
             proto = file.read()
+        if not proto:  # sentencepiece would take it for no model at all
+            raise ValueError(f"{model_file} is no sentencepiece model: it is empty")
         self.model_file, self.strict, self.cut = os.fspath(model_file), bool(strict), cut
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto) if proto else None
+            self._pieces: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise ValueError(f"{model_file} is no sentencepiece model or is damaged: {error}") from None
-        if self._pieces is None:  # an empty one is taken for none at all
-            raise ValueError(f"{model_file} is no sentencepiece model: it is empty")
         self._number()
 
     def _number(self) -> None:
@@ -161,7 +162,9 @@ class CPMTokenizer:
         newline = known.get(NEWLINE, self.cls_token_id)
         if SPACE not in known or newline is None:
             lacking = "U+2582, the mark of a space" if SPACE not in known else "both U+2583 and <cls>"
-            raise ValueError(f"{self.model_file} is no word list of CPM: of its {self.vocab_size} pieces none is {lacking}")
+            raise ValueError(
+                f"{self.model_file} is no word list of CPM: of its {self.vocab_size} pieces none is {lacking}"
+            )
         self.space_token_id, self.newline_token_id = known[SPACE], newline
         self._newline_is_piece = NEWLINE in known
         self._table[newline] = NEWLINE
@@ -205,7 +208,9 @@ class CPMTokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text must be valid Unicode; character {error.start} is half of a surrogate pair") from None
+            raise ValueError(
+                f"text must be valid Unicode; character {error.start} is half of a surrogate pair"
+            ) from None
         ids = self._ids(self._split(text))
         if (self.strict if strict is None else strict) and self.decode(ids) != text:
             raise ValueError(f"the text cannot be given back exactly: {'; '.join(check_roundtrip(text, self).losses)}")

@@ -134,7 +134,7 @@ def _from_folder(
     if not has_config:
         raise ValueError(f"format={format!r} wants a config.json in {folder}; there is none")
     settings = read_json(folder / "config.json")
-    kinds = {"kexue": KexueConfig, "gpt2": GPT2Config}
+    kinds: dict[str, Any] = {"kexue": KexueConfig, "gpt2": GPT2Config}
     kind = settings.get("model_type")
     wanted = {"kexue": ("kexue",), "transformers": ("gpt2",)}.get(format, tuple(kinds))
     if kind not in wanted:
@@ -209,14 +209,16 @@ def _from_megatron(shards: list[Any], num_heads: int | None, dtype: torch.dtype 
 
 
 def _from_gpt2(state: dict[str, Any], config: Any, dtype: torch.dtype | None) -> KexueForCausalLM:
-    model = from_gpt2(state, config)
-    if not isinstance(model, KexueForCausalLM):  # a state dict without a head: GPT-2 always ties it
-        state = {f"kexue.{name}": value for name, value in model.state_dict().items()}
-        return _model(model.config, _cast(state, dtype))
-    return _model(model.config, _cast(model.state_dict(), dtype))
+    model: Any = from_gpt2(state, config)
+    new = model.state_dict()
+    if not isinstance(model, KexueForCausalLM):  # weights without a head: GPT-2 ties it
+        new = {f"kexue.{name}": value for name, value in new.items()}
+    return _model(model.config, _cast(new, dtype))
 
 
 def _from_kexue(state: dict[str, Any], config: KexueConfig, dtype: torch.dtype | None) -> KexueForCausalLM:
+    if wrong := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise TypeError(f"a state dict must map names to tensors; got {wrong[0]!r}: {type(state[wrong[0]]).__name__}")
     if config.attn_mode != "causal":
         raise ValueError(f"a causal language model has attn_mode='causal'; got {config.attn_mode!r}")
     return _model(config, {name: value.clone() for name, value in _cast(state, dtype).items()})
@@ -228,4 +230,5 @@ def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[
 
 def _model(config: KexueConfig, state: dict[str, torch.Tensor]) -> KexueForCausalLM:
     """The class with the decoding engine, around these very tensors."""
-    return load_strictly(KexueForCausalLM, config, state)  # type: ignore[no-any-return]
+    model: KexueForCausalLM = load_strictly(KexueForCausalLM, config, state, copy=False)
+    return model

@@ -71,7 +71,7 @@ def check_roundtrip(text: str, tokenizer: Any) -> RoundTrip:
         '狗' (U+72D7) becomes '?'
     """
     if isinstance(tokenizer, str):
-        text, tokenizer = tokenizer, text  # type: ignore[assignment]
+        text, tokenizer = tokenizer, text
     if not isinstance(text, str):
         raise TypeError(f"text must be a string; got {type(text).__name__}")
     if not (callable(getattr(tokenizer, "encode", None)) and callable(getattr(tokenizer, "decode", None))):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.megatron import from_megatron_gpt2
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
@@ -70,6 +71,7 @@ __all__ = [
     "fan",
     "from_bert",
     "from_gpt2",
+    "from_megatron_gpt2",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
@@ -119,6 +121,7 @@ _MODULES = {
     "fan": "initialization",
     "from_bert": "bridges",
     "from_gpt2": "bridges",
+    "from_megatron_gpt2": "megatron",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",

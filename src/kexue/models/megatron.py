@@ -18,21 +18,26 @@ What we do differently, and why:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kexue._checks import check_int
+from kexue.models.bridges import load_strictly
+from kexue.models.family import KexueConfig, KexueForCausalLM
 
-__all__ = ["merge_megatron_gpt2"]
+__all__ = ["from_megatron_gpt2", "megatron_state", "merge_shards", "unwrap"]
 
 _WORDS, _POSITIONS = "word_embeddings.weight", "position_embeddings.weight"
 _LAYER = re.compile(r"transformer\.layers\.(0|[1-9]\d*)\.")
 _PARTS = (
     "input_layernorm", "post_attention_layernorm", "attention.query_key_value", "attention.dense",
     "mlp.dense_h_to_4h", "mlp.dense_4h_to_h",
+)  # fmt: skip
+_OURS = (
+    "attention_norm", "feed_forward_norm", "attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down",
 )  # fmt: skip
 _KINDS = ("weight", "bias")
 _SHOWN = 4  # names in an error message
@@ -88,19 +93,26 @@ def _check_names(shards: Sequence[Mapping[str, Tensor]]) -> int:
             if value.dtype != first.dtype:
                 raise ValueError(f"{name} is {first.dtype} in shard 0 and {value.dtype} in shard {number}")
             if value.shape != first.shape:
-                raise ValueError(f"{name} is {tuple(first.shape)} in shard 0 and {tuple(value.shape)} in shard {number}")
+                raise ValueError(
+                    f"{name} is {tuple(first.shape)} in shard 0 and {tuple(value.shape)} in shard {number}"
+                )
     return layers
 
 
-def _check_shapes(shard: Mapping[str, Tensor], layers: int, count: int, num_heads: int) -> None:
-    """The shapes of the first shard, which the others share, fit so many shards and heads."""
+def _check_tables(shard: Mapping[str, Tensor], count: int) -> tuple[int, int]:
+    """V and D of the whole model."""
     words, positions = shard[_WORDS], shard[_POSITIONS]
     for name, table in ((_WORDS, words), (_POSITIONS, positions)):
         if table.dim() != 2 or not table.numel():
             raise ValueError(f"{name} must be a table with rows and columns; got shape {tuple(table.shape)}")
-    width = positions.shape[1]
-    if words.shape[1] != width:
-        raise ValueError(f"{_WORDS} has width {words.shape[1]} and {_POSITIONS} has {width}")
+    if words.shape[1] != positions.shape[1]:
+        raise ValueError(f"{_WORDS} has width {words.shape[1]} and {_POSITIONS} has {positions.shape[1]}")
+    return count * len(words), positions.shape[1]
+
+
+def _check_shapes(shard: Mapping[str, Tensor], layers: int, count: int, num_heads: int) -> int:
+    """The shapes of the first shard, which the others share, fit so many shards and heads; the inner width."""
+    width = shard[_POSITIONS].shape[1]
     rows = shard["transformer.layers.0.attention.query_key_value.weight"].shape[:1]
     if rows and rows[0] * count != 3 * width:
         hint = ""
@@ -112,9 +124,12 @@ def _check_shapes(shard: Mapping[str, Tensor], layers: int, count: int, num_head
         )
     if width % (count * num_heads):
         raise ValueError(
-            f"the width must be a multiple of shards * num_heads = {count} * {num_heads} = {count * num_heads}; got {width}"
+            f"the width must be a multiple of shards * num_heads = {count} * {num_heads} = {count * num_heads}; "
+            f"got {width}"
         )
-    inner = shard["transformer.layers.0.mlp.dense_h_to_4h.weight"].shape[0]
+    inner = max([0, *shard["transformer.layers.0.mlp.dense_h_to_4h.weight"].shape[:1]])
+    if not inner:
+        raise ValueError("mlp.dense_h_to_4h.weight must have rows; got none")
     part = width // count
     shapes = {
         "input_layernorm": ((width,), (width,)),
@@ -133,7 +148,10 @@ def _check_shapes(shard: Mapping[str, Tensor], layers: int, count: int, num_head
     wanted |= {f"transformer.final_layernorm.{kind}": (width,) for kind in _KINDS}
     for name, shape in wanted.items():
         if tuple(shard[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} in each of {count} shards; got {tuple(shard[name].shape)}")
+            raise ValueError(
+                f"{name} must have shape {shape} in each of {count} shards; got {tuple(shard[name].shape)}"
+            )
+    return count * inner
 
 
 def _join(name: str, parts: list[Tensor]) -> Tensor:
@@ -150,39 +168,111 @@ def _join(name: str, parts: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def merge_megatron_gpt2(
-    shards: Sequence[Mapping[str, Any]], num_heads: int, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """One state dict, in Megatron's names, out of the shards of a GPT-2.
+def merge_shards(shards: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """One state dict under Megatron's names out of checked shards; see :func:`from_megatron_gpt2`."""
+    names = list(shards[0])
+    if dtype is None:
+        for name in names:
+            found = shards[0][name].dtype
+            dtype = found if dtype is None else torch.promote_types(dtype, found)
+    return {name: _join(name, [shard[name] for shard in shards]).to(dtype) for name in names}
 
-    Memory: the result, beside the shards.
+
+def megatron_state(
+    shards: Any, num_heads: int | Callable[[tuple[int, int, int]], int], dtype: torch.dtype | None = None
+) -> tuple[KexueConfig, dict[str, Tensor]]:
+    """Configuration and weights, under the names of :class:`KexueForCausalLM` and in memory of their own.
 
     Args:
-        shards: One dict for each, in the order of their ranks, as in :func:`from_megatron_gpt2`.
-        num_heads: H of the whole model.
-        dtype: Of the result; None keeps that of the shards, or the widest if they mix several.
-
-    Returns:
-        Name -> tensor in memory of its own: word_embeddings.weight (V, D), query_key_value.weight (3 D, D) with rows
-        [q; k; v], and so on.
+        shards: As in :func:`from_megatron_gpt2`.
+        num_heads: H, or a function that gives it for (V, D, L).
+        dtype: As in :func:`from_megatron_gpt2`.
 
     Raises:
-        TypeError: Wrong kind of argument.
-        ValueError: Missing, unknown or misshapen tensors, shards that do not belong together, or a width that
-            shards * num_heads does not divide.
+        TypeError: As in :func:`from_megatron_gpt2`.
+        ValueError: As in :func:`from_megatron_gpt2`.
     """
     if isinstance(shards, Mapping | str | bytes) or not isinstance(shards, Sequence):
         raise TypeError(f"shards must be a list of dicts; got {type(shards).__name__}")
     if not shards:
         raise ValueError("shards must hold at least one dict; got an empty list")
-    check_int("num_heads", num_heads, 1)
+    if not callable(num_heads):
+        check_int("num_heads", num_heads, 1)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
     weights = [unwrap(shard) for shard in shards]
     layers = _check_names(weights)
-    _check_shapes(weights[0], layers, len(weights), num_heads)
-    if dtype is None:
-        for name in _names(layers):
-            found = weights[0][name].dtype
-            dtype = found if dtype is None else torch.promote_types(dtype, found)
-    return {name: _join(name, [w[name] for w in weights]).to(dtype) for name in _names(layers)}
+    vocabulary, width = _check_tables(weights[0], len(weights))
+    heads = num_heads((vocabulary, width, layers)) if callable(num_heads) else int(num_heads)
+    inner = _check_shapes(weights[0], layers, len(weights), heads)
+    config = KexueConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        attn_mode="causal",
+        max_position=len(weights[0][_POSITIONS]),
+        intermediate_size=inner,
+        act="gelu_tanh",
+        norm_eps=1e-5,
+        initializer_range=0.02,
+    )
+    merged = merge_shards(weights, dtype)
+    names = {
+        _WORDS: "kexue.embeddings.token.weight",
+        _POSITIONS: "kexue.embeddings.position.weight",
+        **{f"transformer.final_layernorm.{kind}": f"kexue.final_norm.{kind}" for kind in _KINDS},
+    }
+    for i in range(layers):
+        for theirs, ours in zip(_PARTS, _OURS, strict=True):
+            for kind in _KINDS:
+                names[f"transformer.layers.{i}.{theirs}.{kind}"] = f"kexue.layers.{i}.{ours}.{kind}"
+    return config, {names[name]: value for name, value in merged.items()}
+
+
+def from_megatron_gpt2(
+    shards: Sequence[Mapping[str, Any]], num_heads: int, dtype: torch.dtype | None = None
+) -> KexueForCausalLM:
+    """A Kexue model with the weights of a GPT-2 in the shards of Megatron, such as CPM-LM.
+
+    Memory: the model, beside the shards.
+
+    Args:
+        shards: The state dicts of all model-parallel ranks, in order, with the names ``word_embeddings.weight``,
+            ``position_embeddings.weight``, ``transformer.layers.{i}.*`` and ``transformer.final_layernorm.*``; also
+            whole checkpoints that hold one below "module" or "model".
+        num_heads: H of the whole model; 32 for CPM-LM.
+        dtype: Of the model; None keeps that of the shards (float16 in the release), or the widest if they mix several.
+
+    Returns:
+        The model in evaluation mode, with memory of its own.
+
+    Raises:
+        TypeError: Wrong kind of argument.
+        ValueError: Missing, unknown or misshapen tensors, shards that do not belong together, another number of shards
+            than the shapes say, or a width that shards * num_heads does not divide.
+
+    Reference:
+        Scientific Spaces 7912, https://spaces.ac.cn/archives/7912
+
+    Example:
+        >>> D, n = 8, 2  # a random model in two shards
+        >>> layer = {
+        ...     "input_layernorm": (D,), "post_attention_layernorm": (D,), "attention.query_key_value": (3 * D // n, D),
+        ...     "attention.dense": (D, D // n), "mlp.dense_h_to_4h": (4 * D // n, D),
+        ...     "mlp.dense_4h_to_h": (D, 4 * D // n),
+        ... }
+        >>> def shard():
+        ...     tensors = {f"transformer.layers.0.{k}.weight": torch.randn(v) for k, v in layer.items()}
+        ...     tensors |= {f"transformer.layers.0.{k}.bias": torch.randn(v[0]) for k, v in layer.items()}
+        ...     tensors |= {f"transformer.final_layernorm.{k}": torch.randn(D) for k in ("weight", "bias")}
+        ...     tensors["word_embeddings.weight"] = torch.randn(30 // n, D)
+        ...     return tensors | {"position_embeddings.weight": torch.randn(16, D)}
+        >>> model = from_megatron_gpt2([shard(), shard()], num_heads=2)
+        >>> model.config.vocab_size, model(torch.tensor([[1, 2, 3]])).logits.shape
+        (30, torch.Size([1, 3, 30]))
+    """
+    check_int("num_heads", num_heads, 1)
+    config, state = megatron_state(shards, num_heads, dtype)
+    model: KexueForCausalLM = load_strictly(KexueForCausalLM, config, state, copy=False)
+    return model

@@ -159,7 +159,7 @@ def _check_ids(lm: Any, prompts: list[list[int]]) -> None:
 def _beams(
     lm: Any, prompts: list[list[int]], stops: set[int], length: int, num_return: int, num_beams: int, options: Any
 ) -> list[list[int]]:
-    """transformers' beam search, one prompt after the other."""
+    """Beam search of transformers, one prompt after the other."""
     import torch
 
     rows: list[list[int]] = []
