@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KexueForNextSentence,
         KexueForPreTraining,
         KexueForSequenceClassification,
+        KexueForTextAutoencoding,
         KexueModel,
         KexueOutput,
     )
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
     from kexue.models.megatron import from_megatron_gpt2
+    from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.pseudo_likelihood import masked_token_log_probs
     from kexue.models.schemes import (
         DeepNormConstants,
         InitRow,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "BagEncoder",
+    "Candidate",
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
@@ -60,12 +64,15 @@ __all__ = [
     "KexueForNextSentence",
     "KexueForPreTraining",
     "KexueForSequenceClassification",
+    "KexueForTextAutoencoding",
     "KexueModel",
     "KexueOutput",
     "NTKLinear",
+    "OnePassCache",
     "ProbeReport",
     "ScheduledResidual",
     "SimSiam",
+    "Suggestion",
     "deepnorm_constants",
     "extend_positions",
     "fan",
@@ -78,6 +85,7 @@ __all__ = [
     "hierarchical_positions",
     "initialization_plan",
     "initialize_model",
+    "masked_token_log_probs",
     "norm_gains",
     "plan_growth",
     "predict_gain",
@@ -94,6 +102,7 @@ __all__ = [
 _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
+    "Candidate": "suggestions",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
@@ -110,12 +119,15 @@ _MODULES = {
     "KexueForNextSentence": "family",
     "KexueForPreTraining": "family",
     "KexueForSequenceClassification": "family",
+    "KexueForTextAutoencoding": "family",
     "KexueModel": "family",
     "KexueOutput": "family",
     "NTKLinear": "parameterization",
+    "OnePassCache": "one_pass_cache",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "Suggestion": "suggestions",
     "deepnorm_constants": "schemes",
     "extend_positions": "extension",
     "fan": "initialization",
@@ -128,6 +140,7 @@ _MODULES = {
     "hierarchical_positions": "positions",
     "initialization_plan": "schemes",
     "initialize_model": "schemes",
+    "masked_token_log_probs": "pseudo_likelihood",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "predict_gain": "initialization",

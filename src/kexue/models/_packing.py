@@ -69,7 +69,7 @@ class Packing:
         packed = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.long, device=device)
         order = torch.empty_like(packed)
         order[packed] = torch.arange(n, device=device)
-        sizes = torch.tensor([b - a for a, b in pairwise(bounds)], device=device)
+        sizes = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.long, device=device)
         first = torch.repeat_interleave(cu_seqlens[:-1].long(), sizes)
         positions = torch.arange(n, device=device) - first
         return cls(cu_seqlens.to(torch.int32), texts[0][0] if texts else 0, positions, buckets, order)
