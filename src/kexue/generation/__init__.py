@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from kexue.generation.causal_lm import CausalLM, generate_fast, stream
+    from kexue.generation.filters import filter_logits, token_probabilities
 
-_MODULES: dict[str, str] = {}
+__all__ = [
+    "CausalLM",
+    "filter_logits",
+    "generate_fast",
+    "stream",
+    "token_probabilities",
+]
+
+_MODULES = {
+    "CausalLM": "causal_lm",
+    "filter_logits": "filters",
+    "generate_fast": "causal_lm",
+    "stream": "causal_lm",
+    "token_probabilities": "filters",
+}
 
 
 def __getattr__(name: str) -> Any:
