@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kexue.generation import load_causal_lm
-from kexue.models import KexueConfig, KexueForCausalLM, KexueForMaskedLM, from_megatron_gpt2
+from kexue.generation import CausalLM, load_causal_lm
+from kexue.models import KexueConfig, KexueForMaskedLM, from_megatron_gpt2
 from reference import cpm_gpt2 as reference
 
 HEADS = 4
@@ -28,7 +28,7 @@ def expected(weights):
 
 
 def same(lm, expected):
-    assert isinstance(lm, KexueForCausalLM)
+    assert type(lm) is CausalLM
     assert not lm.training
     found, wanted = lm.state_dict(), expected.state_dict()
     assert set(found) == set(wanted)
@@ -94,7 +94,10 @@ def test_folders_of_transformers(tmp_path, weights, expected, kind):
     assert len([p for p in tmp_path.iterdir() if "model" in p.name]) > (1 if "several" in kind else 0)
     for name in ("auto", "transformers"):
         same(load_causal_lm(tmp_path, name), expected)
-    torch.testing.assert_close(load_causal_lm(tmp_path)(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    lm = load_causal_lm(tmp_path)
+    torch.testing.assert_close(lm(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    greedy = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    assert lm.generate_fast(IDS.tolist(), max_new_tokens=4, temperature=0) == [greedy.tolist()]
     with pytest.raises(ValueError, match="among 'kexue'; got 'gpt2'"):
         load_causal_lm(tmp_path, format="kexue")
 

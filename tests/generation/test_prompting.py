@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from generation.cpm_files import DOGS, word_list
-from kexue.generation import CPMTokenizer, few_shot
-from kexue.models import KexueConfig, KexueForCausalLM
+from kexue.generation import CausalLM, CPMTokenizer, few_shot
+from kexue.models import KexueConfig
 
 PAIRS = [("狗", "dog"), ("猫", "cat"), ("猪", "pig")]
 
@@ -107,37 +107,31 @@ def test_tokenizers_of_transformers_and_of_the_package_tokenizers_work():
 
 def tiny(vocabulary, length=64):
     torch.manual_seed(0)
-    return KexueForCausalLM(KexueConfig(vocabulary, 16, 1, 2, "causal", max_position=length)).eval()
-
-
-def test_beams_find_answers_at_least_as_probable_as_the_greedy_one(cpm):
-    lm = tiny(cpm.vocab_size)
+    lm = CausalLM(KexueConfig(vocabulary, 16, 1, 2, "causal", max_position=length)).eval()
     with torch.no_grad():
         lm.kexue.embeddings.token.weight.mul_(8)
-    prompt = cpm.encode(DOGS)
+    return lm
 
-    def score(ids):
-        with torch.no_grad():
-            logp = lm(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        return sum(float(logp[len(prompt) - 1 + n, i]) for n, i in enumerate(ids))
 
-    seen = {}
-    plain = lm.generate
-
-    def spy(*args, **options):
-        out = plain(*args, **options)
-        seen[options["num_beams"]] = out[0, len(prompt) :].tolist()
-        return out
-
-    lm.generate = spy
-    answer = few_shot(lm, cpm, PAIRS, "鸟", num_beams=4, max_new_tokens=3, length_penalty=0.0)
-    greedy = plain(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=[2, 3, 7], pad_token_id=2)
-    assert score(seen[4]) >= score(greedy[0, len(prompt) :].tolist())
-    assert answer == cpm.decode(seen[4]).split("\n")[0].strip()
-    rows = few_shot(lm, cpm, PAIRS, "鸟", num_beams=4, num_return=2, max_new_tokens=3)
-    assert len(rows) == 2
-    with pytest.raises(ValueError, match="num_beams wants temperature=0"):
-        few_shot(lm, cpm, PAIRS, "鸟", num_beams=2, temperature=1.0)
+def test_the_engine_answers_greedily_by_sampling_and_by_beams(cpm):
+    lm = tiny(cpm.vocab_size)
+    prompt, stops = cpm.encode(DOGS), [2, 3, 7]
+    for options in (
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 3},
+        {"temperature": 0.0, "beams": 4},
+    ):
+        (row,) = lm.generate_fast([prompt], max_new_tokens=6, stop_ids=stops, **options)
+        expected = cpm.decode([i for i in row if i not in stops]).split("\n")[0].strip()
+        assert few_shot(lm, cpm, PAIRS, "鸟", max_new_tokens=6, **options) == expected
+    rows = few_shot(lm, cpm, PAIRS, ["鸟", "狗"], beams=4, num_return=2, max_new_tokens=3, length_penalty=0.5)
+    assert [len(row) for row in rows] == [2, 2]
+    alone = [few_shot(lm, cpm, PAIRS, q, max_new_tokens=6) for q in ("鸟", "狗", "猫")]
+    assert few_shot(lm, cpm, PAIRS, ["鸟", "狗", "猫"], max_new_tokens=6) == alone
+    with pytest.raises(ValueError, match="they want temperature=0"):
+        few_shot(lm, cpm, PAIRS, "鸟", beams=2, temperature=1.0)
+    with pytest.raises(ValueError, match="64"):
+        few_shot(lm, cpm, PAIRS * 9, "鸟")
 
 
 def test_a_tokenizer_without_line_breaks_is_refused():
@@ -179,7 +173,7 @@ def test_bad_input_is_refused():
         few_shot(lm, tok, PAIRS, "鸟", sep=None)
     with pytest.raises(TypeError, match="instruction must be a string"):
         few_shot(lm, tok, PAIRS, "鸟", instruction=5)
-    for name in ("max_new_tokens", "num_return", "num_beams"):
+    for name in ("max_new_tokens", "num_return", "beams"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             few_shot(lm, tok, PAIRS, "鸟", **{name: 0})
     assert not lm.calls

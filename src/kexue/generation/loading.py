@@ -23,6 +23,7 @@ import torch
 from kexue._checks import check_choice, check_int
 from kexue._transformers import GPT2Config
 from kexue.generation._weight_files import megatron_files, read_json, read_weights, weights_of_folder
+from kexue.generation.causal_lm import CausalLM
 from kexue.models import KexueConfig, KexueForCausalLM, from_gpt2
 from kexue.models.bridges import load_strictly
 from kexue.models.megatron import megatron_state, unwrap
@@ -42,7 +43,7 @@ def load_causal_lm(
     config: Any = None,
     dtype: torch.dtype | None = None,
     mmap: bool = True,
-) -> KexueForCausalLM:
+) -> CausalLM:
     """Load a causal language model that is ready to generate.
 
     Nothing is downloaded, and nothing that a file holds is run. Memory: the model, and the pages of the files.
@@ -125,7 +126,7 @@ def _shard(item: Any, mmap: bool) -> Mapping[str, Any]:
 
 def _from_folder(
     folder: Path, format: str, num_heads: int | None, config: Any, dtype: torch.dtype | None, mmap: bool
-) -> KexueForCausalLM:
+) -> CausalLM:
     has_config = (folder / "config.json").is_file()
     if format == "megatron" or (format == "auto" and not has_config):
         return _from_megatron([read_weights(file, mmap) for file in megatron_files(folder)], num_heads, dtype)
@@ -150,7 +151,7 @@ def _from_folder(
 
 def _from_dict(
     state: Mapping[str, Any], format: str, num_heads: int | None, config: Any, dtype: torch.dtype | None
-) -> KexueForCausalLM:
+) -> CausalLM:
     """Weights whose names tell what they are."""
     state = unwrap(state)
     names = {name for name in state if isinstance(name, str)}
@@ -203,12 +204,12 @@ def _heads(num_heads: int | None, vocabulary: int, width: int, layers: int) -> i
     return heads
 
 
-def _from_megatron(shards: list[Any], num_heads: int | None, dtype: torch.dtype | None) -> KexueForCausalLM:
+def _from_megatron(shards: list[Any], num_heads: int | None, dtype: torch.dtype | None) -> CausalLM:
     config, state = megatron_state(shards, lambda sizes: _heads(num_heads, *sizes), dtype)
     return _model(config, state)
 
 
-def _from_gpt2(state: dict[str, Any], config: Any, dtype: torch.dtype | None) -> KexueForCausalLM:
+def _from_gpt2(state: dict[str, Any], config: Any, dtype: torch.dtype | None) -> CausalLM:
     model: Any = from_gpt2(state, config)
     new = model.state_dict()
     if not isinstance(model, KexueForCausalLM):  # weights without a head: GPT-2 ties it
@@ -216,7 +217,7 @@ def _from_gpt2(state: dict[str, Any], config: Any, dtype: torch.dtype | None) ->
     return _model(model.config, _cast(new, dtype))
 
 
-def _from_kexue(state: dict[str, Any], config: KexueConfig, dtype: torch.dtype | None) -> KexueForCausalLM:
+def _from_kexue(state: dict[str, Any], config: KexueConfig, dtype: torch.dtype | None) -> CausalLM:
     if wrong := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise TypeError(f"a state dict must map names to tensors; got {wrong[0]!r}: {type(state[wrong[0]]).__name__}")
     if config.attn_mode != "causal":
@@ -228,7 +229,7 @@ def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[
     return {name: value if dtype is None else value.to(dtype) for name, value in state.items()}
 
 
-def _model(config: KexueConfig, state: dict[str, torch.Tensor]) -> KexueForCausalLM:
+def _model(config: KexueConfig, state: dict[str, torch.Tensor]) -> CausalLM:
     """The class with the decoding engine, around these very tensors."""
-    model: KexueForCausalLM = load_strictly(KexueForCausalLM, config, state, copy=False)
+    model: CausalLM = load_strictly(CausalLM, config, state, copy=False)
     return model

@@ -7,7 +7,7 @@ goes on until it ends the line, and what stands before the line break is the ans
 
 What we do differently, and why:
 - Greedy decoding unless asked otherwise: where only the answer matters, sampling adds noise (the article says the same
-  and advises beam search, here ``num_beams``). Its own examples sample with ``top_p=0.95, temperature=1``.
+  and advises beam search, here ``beams``). Its own examples sample with ``top_p=0.95, temperature=1``.
 - Several queries share their examples, so that the engine computes those once.
 - A tokenizer that loses line breaks is refused: no answer would end, and the examples would run into each other.
 """
@@ -34,7 +34,7 @@ def few_shot(
     temperature: float = 0.0,
     top_p: float = 1.0,
     num_return: int = 1,
-    num_beams: int = 1,
+    beams: int = 1,
     seed: int = 0,
     **options: Any,
 ) -> Any:
@@ -52,9 +52,9 @@ def few_shot(
         temperature: 0 takes the most probable token; above, tokens are drawn.
         top_p: Draw from the most probable tokens that together have this probability.
         num_return: Answers for each query; several want a temperature above 0.
-        num_beams: Above 1: beam search of this width, by ``lm.generate``; not together with sampling.
+        beams: Above 1: beam search of this width; not together with a temperature.
         seed: Of the draws.
-        **options: Passed on to ``lm.generate_fast``, or to ``lm.generate`` with beams.
+        **options: Passed on to ``lm.generate_fast``, as ``top_k``, ``length_penalty`` or ``quantize``.
 
     Returns:
         The answer: str; a list of them if ``num_return`` is above 1. For several queries a list of that.
@@ -80,9 +80,9 @@ def few_shot(
     queries = [query] if isinstance(query, str) else list(query)
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("num_return", num_return, 1)
-    check_int("num_beams", num_beams, 1)
-    if num_beams > 1 and temperature > 0:
-        raise ValueError(f"num_beams wants temperature=0; got num_beams={num_beams} and temperature={temperature}")
+    check_int("beams", beams, 1)
+    if beams > 1 and temperature > 0:
+        raise ValueError(f"beams draw nothing: they want temperature=0; got beams={beams}, temperature={temperature}")
     lines = _lines(examples, sep)
     for text in queries:
         _check_line("query", text)
@@ -92,11 +92,10 @@ def few_shot(
     stops = _line_ends(tok)
     prompts = [_ids(tok, head + text + sep) for text in queries]
     _check_ids(lm, prompts)
-    if num_beams > 1:
-        rows = _beams(lm, prompts, stops, max_new_tokens, num_return, num_beams, options)
-    else:
-        settings = {"temperature": temperature, "top_p": top_p, "num_return": num_return, "seed": seed, **options}
-        rows = lm.generate_fast(prompts, max_new_tokens=max_new_tokens, stop_ids=sorted(stops), **settings)
+    settings = {"temperature": temperature, "top_p": top_p, "num_return": num_return, "seed": seed, **options}
+    if beams > 1:  # a model of somebody else need not know the word
+        settings["beams"] = beams
+    rows = lm.generate_fast(prompts, max_new_tokens=max_new_tokens, stop_ids=sorted(stops), **settings)
     answers = [_answer(tok, row, stops) for row in rows]
     per_query = [answers[n * num_return : (n + 1) * num_return] for n in range(len(queries))]
     out = [group[0] if num_return == 1 else group for group in per_query]
@@ -154,24 +153,6 @@ def _check_ids(lm: Any, prompts: list[list[int]]) -> None:
     largest = max((max(ids) for ids in prompts if ids), default=-1)
     if isinstance(size, int) and largest >= size:
         raise ValueError(f"the tokenizer gives id {largest}, the model has {size} tokens: they do not belong together")
-
-
-def _beams(
-    lm: Any, prompts: list[list[int]], stops: set[int], length: int, num_return: int, num_beams: int, options: Any
-) -> list[list[int]]:
-    """Beam search of transformers, one prompt after the other."""
-    import torch
-
-    rows: list[list[int]] = []
-    device = next(lm.parameters()).device
-    for ids in prompts:
-        given = torch.tensor([ids], device=device)
-        out = lm.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=length, num_beams=num_beams, do_sample=False,
-            num_return_sequences=num_return, eos_token_id=sorted(stops), pad_token_id=min(stops), **options,
-        )  # fmt: skip
-        rows += out[:, len(ids) :].tolist()
-    return rows
 
 
 def _answer(tok: Any, row: Iterable[int], stops: set[int]) -> str:
