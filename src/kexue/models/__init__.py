@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
     from kexue.models.kept_tokens import gather_attention_bias, gather_tokens
     from kexue.models.mask_embedding import correct_mask_embedding, uncorrect_mask_embedding
+    from kexue.models.megatron import from_megatron_gpt2
     from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
@@ -70,6 +71,7 @@ __all__ = [
     "fan",
     "from_bert",
     "from_gpt2",
+    "from_megatron_gpt2",
     "gather_attention_bias",
     "gather_tokens",
     "gradient_norms",
@@ -132,6 +134,7 @@ _MODULES = {
     "fan": "initialization",
     "from_bert": "bridges",
     "from_gpt2": "bridges",
+    "from_megatron_gpt2": "megatron",
     "gather_attention_bias": "kept_tokens",
     "gather_tokens": "kept_tokens",
     "gradient_norms": "gradient_size",
