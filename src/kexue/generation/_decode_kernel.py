@@ -74,7 +74,7 @@ def _vector(address, size):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _exp(x):  # type: ignore[no-untyped-def]
-    """exp to 2 ulp; unlike the library's it is computed for 16 numbers at once."""
+    """Exp to 2 ulp; unlike the library's it is computed for 16 numbers at once."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -139,7 +139,7 @@ def _norm(x, weight, bias, eps, rms, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _products(x, w, out):  # type: ignore[no-untyped-def]
-    """x w^T. x (N, K), w (M, K), out (N, M)."""
+    """X w^T. x (N, K), w (M, K), out (N, M)."""
     rows, width = w.shape
     zero = np.float32(0.0)
     last = rows - rows % 4
@@ -216,7 +216,7 @@ def _product4(x, w, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _linear(x, w, scale, bias, out):  # type: ignore[no-untyped-def]
-    """x w^T, scaled, with bias. x (N, K), w (M, K), out (N, M)."""
+    """X w^T, scaled, with bias. x (N, K), w (M, K), out (N, M)."""
     _products(x, w, out)
     for c in range(len(out)):
         row = out[c]
@@ -254,7 +254,9 @@ def _attend(qkv, slots, positions, keys, values, out, scores):  # type: ignore[n
             q = qkv[n, h * width : (h + 1) * width]
             k, v = keys[slots[n], h], values[slots[n], h]
             after = n + 1 if h + 1 == heads and n + 1 < len(slots) else n
-            ahead = (slots[after] * heads + (h + 1) % heads) * room * width  # the next head comes while this one is used
+            ahead = (
+                (slots[after] * heads + (h + 1) % heads) * room * width
+            )  # the next head comes while this one is used
             for t in range(0, fours, 4):
                 for i in range(ahead + t * width, ahead + (t + 4) * width, 16):
                     _prefetch(flat_keys, i)
