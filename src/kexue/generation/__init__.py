@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     from kexue.generation.causal_lm import CausalLM, generate_fast, stream
     from kexue.generation.cgmh import CGMH
     from kexue.generation.cgmh_result import CGMHResult
-    from kexue.generation.constraints import AllOf, BannedTokens, Constraint, ContainsKeywords, LengthBetween, keywords_of
+    from kexue.generation.constraints import (
+        AllOf,
+        BannedTokens,
+        Constraint,
+        ContainsKeywords,
+        LengthBetween,
+        keywords_of,
+    )
     from kexue.generation.cpm_tokenizer import CPMTokenizer
     from kexue.generation.extraction import Extract, extract_words, split_words
     from kexue.generation.filters import filter_logits, token_probabilities
@@ -28,15 +35,22 @@ if TYPE_CHECKING:
     from kexue.generation.roundtrip import RoundTrip, check_roundtrip
     from kexue.generation.schedules import Constant, Geometric, Linear, Logarithmic
     from kexue.generation.targets import Target
-    from kexue.generation.text_search import SearchSettings, SentenceFound, compress, informative_tokens, keywords_to_sentence, paraphrase
+    from kexue.generation.text_search import (
+        SearchSettings,
+        SentenceFound,
+        compress,
+        informative_tokens,
+        keywords_to_sentence,
+        paraphrase,
+    )
     from kexue.generation.transition import Chain, Kernel, run_chain, transition_matrix
 
 __all__ = [
+    "CGMH",
     "AliasTable",
     "AllOf",
     "AnnealingResult",
     "BannedTokens",
-    "CGMH",
     "CGMHResult",
     "CPMTokenizer",
     "CausalLM",

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from kexue.models.byol import BYOL
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
-    from kexue.models.family import KexueConfig, KexueForCausalLM, KexueForMaskedLM, KexueForNextSentence, KexueForPreTraining, KexueForSequenceClassification, KexueForTextAutoencoding, KexueModel, KexueOutput
+    from kexue.models.family import (
+        KexueConfig,
+        KexueForCausalLM,
+        KexueForMaskedLM,
+        KexueForNextSentence,
+        KexueForPreTraining,
+        KexueForSequenceClassification,
+        KexueForTextAutoencoding,
+        KexueModel,
+        KexueOutput,
+    )
     from kexue.models.gau_alpha import GAUAlphaConfig, GAUAlphaForMaskedLM, GAUAlphaModel
     from kexue.models.gradient_size import gradient_norms
     from kexue.models.growth import GrowthPlan, grow, plan_growth
@@ -26,11 +36,17 @@ if TYPE_CHECKING:
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
     from kexue.models.pseudo_likelihood import masked_token_log_probs
-    from kexue.models.schemes import DeepNormConstants, InitRow, deepnorm_constants, initialization_plan, initialize_model
+    from kexue.models.schemes import (
+        DeepNormConstants,
+        InitRow,
+        deepnorm_constants,
+        initialization_plan,
+        initialize_model,
+    )
     from kexue.models.simsiam import SimSiam, simsiam_loss
     from kexue.models.skip_path import norm_gains, skip_gain
     from kexue.models.suggestions import Candidate, Suggestion
-    from kexue.models.token_dropping import DropToken, DroppedTokens, column_mask_equivalent, drop_token
+    from kexue.models.token_dropping import DroppedTokens, DropToken, column_mask_equivalent, drop_token
 
 __all__ = [
     "BYOL",
