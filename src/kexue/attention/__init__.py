@@ -1,5 +1,6 @@
-"""Attention: linear, random and series features, entropy-invariant scale, gated unit, residual scores."""
+"""Attention: linear, random and series features, entropy-invariant scale, gated unit, residual scores, no self."""
 
+from kexue.attention.diagonal import diagonal_attention
 from kexue.attention.entropy import entropy_invariant_attention, entropy_invariant_scale
 from kexue.attention.favor import FavorFeatures
 from kexue.attention.feature_maps import FEATURE_MAPS, FeatureMap
@@ -27,6 +28,7 @@ __all__ = [
     "ResidualScores",
     "TaylorFeatures",
     "degree_for",
+    "diagonal_attention",
     "entropy_invariant_attention",
     "entropy_invariant_scale",
     "gated_attention",

@@ -32,6 +32,7 @@ from kexue.cli.common import (
     print_table,
 )
 from kexue.cli.growth import grow
+from kexue.cli.language import pretrain, score, suggest
 from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
@@ -43,6 +44,8 @@ app = typer.Typer(
 )
 app.add_typer(words_app, name="words")
 app.command()(grow)
+for command in (pretrain, score, suggest):
+    app.command()(command)
 
 
 @app.command()

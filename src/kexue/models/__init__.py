@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KexueForNextSentence,
         KexueForPreTraining,
         KexueForSequenceClassification,
+        KexueForTextAutoencoding,
         KexueModel,
         KexueOutput,
     )
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
     from kexue.models.kept_tokens import gather_attention_bias, gather_tokens
     from kexue.models.mask_embedding import correct_mask_embedding, uncorrect_mask_embedding
+    from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
     from kexue.models.positions import HierarchicalPositionEmbedding, hierarchical_positions
     from kexue.models.probing import ProbeReport, probe
+    from kexue.models.pseudo_likelihood import masked_token_log_probs
     from kexue.models.schemes import (
         DeepNormConstants,
         InitRow,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "BagEncoder",
+    "Candidate",
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
@@ -64,12 +68,15 @@ __all__ = [
     "KexueForNextSentence",
     "KexueForPreTraining",
     "KexueForSequenceClassification",
+    "KexueForTextAutoencoding",
     "KexueModel",
     "KexueOutput",
     "NTKLinear",
+    "OnePassCache",
     "ProbeReport",
     "ScheduledResidual",
     "SimSiam",
+    "Suggestion",
     "column_mask_equivalent",
     "correct_mask_embedding",
     "deepnorm_constants",
@@ -86,6 +93,7 @@ __all__ = [
     "hierarchical_positions",
     "initialization_plan",
     "initialize_model",
+    "masked_token_log_probs",
     "norm_gains",
     "plan_growth",
     "predict_gain",
@@ -103,6 +111,7 @@ __all__ = [
 _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
+    "Candidate": "suggestions",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
@@ -121,12 +130,15 @@ _MODULES = {
     "KexueForNextSentence": "family",
     "KexueForPreTraining": "family",
     "KexueForSequenceClassification": "family",
+    "KexueForTextAutoencoding": "family",
     "KexueModel": "family",
     "KexueOutput": "family",
     "NTKLinear": "parameterization",
+    "OnePassCache": "one_pass_cache",
     "ProbeReport": "probing",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
+    "Suggestion": "suggestions",
     "column_mask_equivalent": "token_dropping",
     "correct_mask_embedding": "mask_embedding",
     "deepnorm_constants": "schemes",
@@ -143,6 +155,7 @@ _MODULES = {
     "hierarchical_positions": "positions",
     "initialization_plan": "schemes",
     "initialize_model": "schemes",
+    "masked_token_log_probs": "pseudo_likelihood",
     "norm_gains": "skip_path",
     "plan_growth": "growth",
     "predict_gain": "initialization",

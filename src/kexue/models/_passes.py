@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from kexue._tensors import compute_dtype
 from kexue._transformers import AttentionInterface, create_bidirectional_mask, create_causal_mask
 from kexue.models._packing import Packing
+from kexue.models._sources import Sources
 
-__all__ = ["Pass", "attend", "attention_mask_of", "padding_mask", "rotary_tables"]
+__all__ = ["OWN", "Pass", "attend", "attention_mask_of", "padding_mask", "rotary_tables"]
 
 # Computed here; every other name is looked up among transformers' attention functions.
-_OWN = (None, "sdpa", "eager")
+OWN = (None, "sdpa", "eager")
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Pass:
         padding: (B, K) bool, or None if nothing is padded.
         mask: (B or 1, 1, T or 1, K) bool, or what the attention function takes; None: none is needed.
         rotary: Cosines and sines of the positions.
+        sources: Who sees what in "diagonal" mode.
     """
 
     causal: bool
@@ -43,6 +45,7 @@ class Pass:
     padding: Tensor | None = None
     mask: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
+    sources: Sources | None = None
 
 
 def padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
@@ -61,7 +64,7 @@ def padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
 def attention_mask_of(model: Any, x: Tensor, past: int, now: Pass, position_ids: Tensor | None) -> Any:
     """The mask of a padded batch, or None where the kernel needs none."""
     name = model.config._attn_implementation
-    if name not in _OWN:
+    if name not in OWN:
         make = create_causal_mask if now.causal else create_bidirectional_mask
         options = {"past_key_values": now.cache, "position_ids": position_ids} if now.causal else {}
         return make(config=model.config, inputs_embeds=x, attention_mask=now.padding, **options)
@@ -110,7 +113,7 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, now: Pass) -> tupl
     if now.cache is not None:
         k, v = now.cache.update(k, v, layer.layer_idx)
     name = layer.config._attn_implementation  # type: ignore[union-attr]
-    if name not in _OWN:
+    if name not in OWN:
         return AttentionInterface()[name](
             layer, q, k, v, now.mask, dropout=dropout, scaling=q.shape[-1] ** -0.5, is_causal=now.causal,
             output_attentions=now.weights, **now.options,

@@ -71,21 +71,24 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
         names |= _both(f"{layer}.intermediate.dense", f"layers.{i}.feed_forward.up")
         names |= _both(f"{layer}.output.dense", f"layers.{i}.feed_forward.down")
         names |= _both(f"{layer}.output.LayerNorm", f"layers.{i}.feed_forward_norm")
-    heads = {
-        **_both("cls.predictions.transform.dense", "lm_head.dense"),
-        **_both("cls.predictions.transform.LayerNorm", "lm_head.norm"),
-        "cls.predictions.bias": "lm_head.decoder.bias",
-        **_both("cls.seq_relationship", "next_sentence"),
-        **_both("classifier", "classifier"),
-    }
+    ignored = {f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids"}
+    heads: dict[str, str] = {}
     pooler = _both(f"{prefix}pooler.dense", "pooler.dense")
-    ignored = {f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids", "cls.predictions.decoder.bias"}
     language = any(key.startswith("cls.predictions.") for key in state)
+    if language:
+        heads |= _both("cls.predictions.transform.dense", "lm_head.dense")
+        heads |= _both("cls.predictions.transform.LayerNorm", "lm_head.norm")
+        biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]  # one tensor, stated once or twice
+        bias = biases[1] if biases[1] in state and biases[0] not in state else biases[0]
+        heads[bias] = "lm_head.decoder.bias"
+        ignored |= set(biases)
     kind: type[KexuePreTrainedModel]
     if any(key.startswith("cls.seq_relationship.") for key in state):
         kind = KexueForPreTraining if language else KexueForNextSentence
+        heads |= _both("cls.seq_relationship", "next_sentence")
     elif any(key.startswith("classifier.") for key in state):
         kind = KexueForSequenceClassification
+        heads |= _both("classifier", "classifier")
         if isinstance(state.get("classifier.weight"), Tensor):
             kexue.num_labels = state["classifier.weight"].shape[0]
     else:
@@ -95,7 +98,7 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
     else:
         heads |= pooler
     inner = "" if kind is KexueModel else "kexue."
-    renamed = {key: inner + name for key, name in names.items()} | {k: v for k, v in heads.items() if k in state}
+    renamed = {key: inner + name for key, name in names.items()} | heads
     new: dict[str, Tensor] = {}
     for i in range(kexue.num_layers):
         for part in ("weight", "bias"):
@@ -175,7 +178,7 @@ def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor]
     missing = sorted(set(expected) - set(state))
     unknown = sorted(set(state) - set(expected))
     if missing or unknown:
-        raise ValueError(f"the checkpoint does not fit: {_listing('missing', missing)}{_listing('unknown', unknown)}")
+        raise _misfit(missing, unknown)
     wrong = [name for name, shape in expected.items() if tuple(state[name].shape) != shape]
     if wrong:
         lines = (f"{name} must be {expected[name]} and is {tuple(state[name].shape)}" for name in wrong[:4])
@@ -188,9 +191,12 @@ def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor]
     return model.eval()
 
 
-def _listing(title: str, names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{title} {', '.join(names[:4])}{more}; " if names else ""
+def _misfit(missing: list[str], unknown: list[str]) -> ValueError:
+    parts = []
+    for title, names in (("missing", missing), ("unknown", unknown)):
+        if names:
+            parts.append(f"{title} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
+    return ValueError(f"the checkpoint does not fit: {'; '.join(parts)}")
 
 
 def _state(state_dict: Any) -> dict[str, Tensor]:
@@ -213,7 +219,7 @@ def _both(theirs: str, ours: str) -> dict[str, str]:
 def _take(state: Mapping[str, Tensor], keys: list[str]) -> list[Tensor]:
     absent = [key for key in keys if key not in state]
     if absent:
-        raise ValueError(f"the checkpoint does not fit: {_listing('missing', absent)}".rstrip("; "))
+        raise _misfit(absent, [])
     return [state[key] for key in keys]
 
 
@@ -221,7 +227,7 @@ def _rename(state: dict[str, Tensor], names: dict[str, str], ignored: set[str], 
     absent = sorted(key for key in names if key not in state)
     unknown = sorted(key for key in state if key not in names and key not in ignored)
     if absent or unknown:
-        raise ValueError(f"the checkpoint does not fit: {_listing('missing', absent)}{_listing('unknown', unknown)}")
+        raise _misfit(absent, unknown)
     new |= {name: state[key] for key, name in names.items()}
 
 

@@ -37,7 +37,7 @@ class KexueConfig(PretrainedConfig):
         norm: "layer" or "rms".
         act: "gelu", "gelu_tanh", "relu", "silu", or "swiglu" (a gated feed-forward layer with three matrices).
         post_norm: Norms after the residual sums, as in BERT; False: before the sub-layers and after the last layer.
-        embedding_norm: A norm on the embeddings; None: as ``post_norm``.
+        embedding_norm: A norm on the embeddings; None: as ``post_norm``, in "diagonal" mode always.
         type_vocab_size: Number of segments; 0: no segment embeddings.
         bias: Biases of the linear maps inside the stack.
         head_transform: Dense layer, activation and norm between the stack and the decoder of masked models.
@@ -163,7 +163,8 @@ class KexueConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.intermediate_size = 4 * self.hidden_size if intermediate_size is None else int(intermediate_size)
         self.norm, self.act, self.post_norm = norm, act, bool(post_norm)
-        self.embedding_norm = self.post_norm if embedding_norm is None else bool(embedding_norm)
+        normed = self.post_norm or attn_mode == "diagonal"
+        self.embedding_norm = normed if embedding_norm is None else bool(embedding_norm)
         self.type_vocab_size, self.bias = int(type_vocab_size), bool(bias)
         self.head_transform = bool(head_transform)
         self.head_bias = None if head_bias is None else bool(head_bias)

@@ -11,6 +11,7 @@ from kexue._transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
 )
+from kexue.models.autoencoding import KexueForTextAutoencoding
 from kexue.models.configuration import KexueConfig
 from kexue.models.heads import KexueForCausalLM, KexueForMaskedLM, KexueOutput
 from kexue.models.stack import KexueModel
@@ -23,6 +24,7 @@ __all__ = [
     "KexueForNextSentence",
     "KexueForPreTraining",
     "KexueForSequenceClassification",
+    "KexueForTextAutoencoding",
     "KexueModel",
     "KexueOutput",
 ]

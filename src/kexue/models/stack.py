@@ -21,6 +21,7 @@ from kexue._transformers import BaseModelOutputWithPast, Cache, DynamicCache, Pr
 from kexue.models._packing import Packing
 from kexue.models._passes import Pass, attend, attention_mask_of, padding_mask, rotary_tables
 from kexue.models.configuration import KexueConfig
+from kexue.models.one_pass import begin, look
 
 __all__ = ["Attention", "Embeddings", "FeedForward", "KexueModel", "KexuePreTrainedModel", "Layer", "make_norm"]
 
@@ -53,6 +54,7 @@ class Embeddings(nn.Module):
         self.token = nn.Embedding(config.vocab_size, width)
         self.position = nn.Embedding(config.max_position, width) if config.position == "learned" else None
         self.segment = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.bos_key = nn.Embedding(1, width) if config.attn_mode == "diagonal" and config.bos_key else None
         self.norm = make_norm(config) if config.embedding_norm else None
         self.dropout = config.dropout
 
@@ -79,8 +81,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=config.bias)
         self.out.ends_sublayer = True  # type: ignore[assignment]  # its starting weights are smaller
 
-    def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) or packed (N, D) -> the same, and the weights (B, H, T, K) if asked for."""
+    def forward(
+        self, x: Tensor, now: Pass, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) or packed (N, D) -> the same, and the weights (B, H, T, K) if asked for.
+
+        In "diagonal" mode keys and values, (B, K, H, d) or (K, H, d), are given, and x makes the queries only.
+        """
+        if keys is not None and values is not None:
+            out, weights = look(self, x, keys, values, now)
+            return self.out(out.flatten(-2)), weights
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (..., 3, H, d)
         q, k, v = heads.unbind(-3)
         out, weights = attend(self, q, k, v, now)
@@ -117,9 +127,11 @@ class Layer(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self.post_norm, self.dropout = config.post_norm, config.dropout
 
-    def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, now: Pass, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) or packed (N, D) -> the same, and the attention weights if asked for."""
-        mixed, weights = self.attention(x if self.post_norm else self.attention_norm(x), now)
+        mixed, weights = self.attention(x if self.post_norm else self.attention_norm(x), now, keys, values)
         x = x + F.dropout(mixed, self.dropout, self.training)
         if self.post_norm:
             x = self.attention_norm(x)
@@ -267,16 +279,21 @@ class KexueModel(KexuePreTrainedModel):
         if token_type_ids is not None:
             self._check_segments(token_type_ids, shape)
         now.rotary = rotary_tables(config, positions, words) if config.position == "rope" else None
-        if cu_seqlens is None and now.mask is None:
-            now.mask = attention_mask_of(self, words, past, now, position_ids)
-        x = self.embeddings(words, positions, token_type_ids)
+        pairs: list[Any] = [(None, None)] * config.num_layers
+        if config.attn_mode == "diagonal":
+            x, pairs = begin(self, words, positions, token_type_ids, now)
+        else:
+            if cu_seqlens is None and now.mask is None:
+                now.mask = attention_mask_of(self, words, past, now, position_ids)
+            x = self.embeddings(words, positions, token_type_ids)
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, weights = [x], []
-        for layer in self.layers:
+        hidden: list[Any] = [x.expand(*shape, x.shape[-1])]
+        weights: list[Any] = []
+        for layer, (keys, values) in zip(self.layers, pairs, strict=True):
             if self.gradient_checkpointing and self.training:
-                x, matrix = self._gradient_checkpointing_func(layer.__call__, x, now)
+                x, matrix = self._gradient_checkpointing_func(layer.__call__, x, now, keys, values)
             else:
-                x, matrix = layer(x, now)
+                x, matrix = layer(x, now, keys, values)
             hidden.append(x if states else None)
             weights.append(matrix)
         if self.final_norm is not None:

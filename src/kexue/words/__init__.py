@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kexue.words.phrases import PhraseMiner
     from kexue.words.pmi_embedding import PMIEmbedding
     from kexue.words.segmenter import Segmenter
+    from kexue.words.subwords import train_tokenizer
     from kexue.words.templates import Template, TemplateMiner
     from kexue.words.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ __all__ = [
     "Tree",
     "WordDiscovery",
     "merge_gain",
+    "train_tokenizer",
 ]
 
 _PLACES = {
@@ -48,6 +50,7 @@ _PLACES = {
     "Tree": "parser",
     "WordDiscovery": "discovery",
     "merge_gain": "gain",
+    "train_tokenizer": "subwords",
 }
 
 

@@ -159,11 +159,11 @@ def _build_locked(
             f"{target} is not a kexue workspace, so --force does not replace it; choose another folder"
         )
     partial = target.with_name(f".{target.name}.partial")
-    documents, source, fingerprint = _open_corpus(corpus, packages, read_options)
+    documents, source, fingerprint = open_corpus(corpus, packages, read_options)
     # Another version may compute a step otherwise, so it does not go on with what this one has begun.
     settled = [__version__, asdict(settings), digest_of_words(settings.words), source, read_options]
     key = hashlib.sha256(json.dumps(settled, default=str).encode()).hexdigest()
-    with _explained(partial):
+    with explained(partial):
         state = _prepare(partial, key, fingerprint, say)
         state = _read(partial, state, documents, source, key, fingerprint, say)
         context = steps.Context(folder=partial, settings=settings, figures=state.figures, timings=state.timings)
@@ -179,7 +179,7 @@ def _build_locked(
         return _finish(partial, target, settings, state)
 
 
-def _open_corpus(
+def open_corpus(
     corpus: Any, packages: Iterable[str] | None, read_options: dict[str, Any]
 ) -> tuple[Iterable[Document], str, str | None]:
     """The documents, what they are in words, and a fingerprint if there is one without reading them."""
@@ -272,7 +272,7 @@ def _finish(partial: Path, target: Path, settings: Settings, state: _State) -> P
 
 
 @contextmanager
-def _explained(partial: Path) -> Any:
+def explained(partial: Path) -> Any:
     """Turn a full disk into a message that says what is kept."""
     try:
         yield
