@@ -17,6 +17,7 @@ from kexue.models import (
     KexueConfig,
     KexueForMaskedLM,
     KexueForPreTraining,
+    KexueForTextAutoencoding,
     correct_mask_embedding,
     uncorrect_mask_embedding,
 )
@@ -395,8 +396,7 @@ def test_models_whose_table_cannot_be_rewritten_are_refused():
         table(broken)[MASK, 0] = torch.inf
     refused(broken, ValueError, "finite")
     assert not hasattr(broken.config, "mask_corrected")
-    diagonal = build("kexue")
-    diagonal.config.attn_mode = "diagonal"  # one-pass models
+    diagonal = KexueForTextAutoencoding(KexueConfig(**KEXUE, attn_mode="diagonal", mask_token_id=MASK))
     refused(diagonal, ValueError, "without masks")
     direct = build()
     direct.get_output_embeddings = direct.get_input_embeddings
