@@ -244,7 +244,7 @@ def generate(
     rows: list[dict[str, Any]]
     if not searching:
         texts = opened.write(
-            prompt or "", k, max_new_tokens=64 if max_tokens is None else max_tokens, temperature=temperature,
+            prompt or "", k, max_new_tokens=max_tokens, temperature=temperature,
             top_p=top_p, seed=seed, quantize="int8" if int8 else None,
         )  # fmt: skip
         rows = [{"text": text} for text in texts]
@@ -259,7 +259,7 @@ def generate(
         print_json(rows)
         return
     for row in rows:
-        print(row["text"] if "log_rho" not in row else f"{row['log_rho']:9.2f}  {row['text']}")
+        print(row["text"] if "log_rho" not in row else f"{row['log_rho']:9.2f}  {' '.join(row['text'].split())}")
     if not rows:
         print("nothing found; try more --steps or --chains", file=sys.stderr)
 

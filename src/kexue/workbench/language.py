@@ -305,7 +305,7 @@ class LanguageModel:
         prompt: str = "",
         count: int = 1,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         temperature: float = 0.9,
         top_p: float = 0.95,
         top_k: int = 0,
@@ -317,7 +317,8 @@ class LanguageModel:
         Args:
             prompt: How the text begins; may be empty.
             count: How many continuations to draw.
-            max_new_tokens: Tokens to append at most; a text ends earlier where the model ends it.
+            max_new_tokens: Tokens to append at most, 64 or what is left of the window without; a text ends earlier
+                where the model ends it.
             temperature: Divides the logits; 0: always the most probable token.
             top_p: Draw from the fewest tokens of at least this probability.
             top_k: Draw from the k most probable tokens only; 0: all.
@@ -335,12 +336,13 @@ class LanguageModel:
 
         self._refuse_other_than("clm", "writing")
         ids = [self.tokenizer.bos_token_id, *self._ids(prompt)]
-        banned = set(self._special) - {self.tokenizer.eos_token_id}
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(64, self.model.config.max_position - len(ids)))
         rows = generate_fast(
             self.model, [ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             num_return=count, stop_ids=[self.tokenizer.eos_token_id], quantize=quantize,
         )  # fmt: skip
-        return [prompt + self.tokenizer.decode([i for i in row if i not in banned | {self.tokenizer.eos_token_id}])
+        return [prompt + self.tokenizer.decode([i for i in row if i not in self._special])
                 for row in rows]  # fmt: skip
 
     def search(
