@@ -62,6 +62,9 @@ def pretrain(
     lr: Annotated[float | None, typer.Option(help="Largest learning rate; without, the size decides.")] = None,
     mask_rate: Annotated[float, typer.Option(help="Share of tokens that mlm masks.")] = 0.15,
     precision: Annotated[str, typer.Option(metavar="fp32|bf16|auto")] = "fp32",
+    strategy: Annotated[
+        str, typer.Option(metavar="ddp|fsdp", help="With several processes: torchrun -m kexue pretrain ...")
+    ] = "ddp",
     packages: Annotated[
         str | None, typer.Option(metavar="A,B", help="Without CORPUS: only the documentation of these packages.")
     ] = None,
@@ -101,7 +104,7 @@ def pretrain(
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
     try:
         settings = PretrainSettings(
-            objective, size, vocab_size, max_length, batch_size, steps, lr, mask_rate, precision, seed
+            objective, size, vocab_size, max_length, batch_size, steps, lr, mask_rate, precision, strategy, seed
         )
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -116,6 +119,8 @@ def pretrain(
             read_options=options,
             log=lambda line: print(line, file=sys.stderr, flush=True),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes one speaks
     if as_json:
         print_json(LanguageModel.open(out).info)
         return
