@@ -4,8 +4,8 @@
 
 An interrupted or killed run goes on where it was; the model that stood there before is untouched until the new one
 takes its place. The result is a folder that transformers loads (``AutoModel``, ``AutoTokenizer``), and
-:class:`kexue.workbench.LanguageModel` scores, corrects and writes text with. Under ``torchrun`` several processes on one
-file system train together; the first one prepares the text and writes the result.
+:class:`kexue.workbench.LanguageModel` scores, corrects and writes text with. Under ``torchrun`` several processes on
+one file system train together; the first one prepares the text and writes the result.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ def pretrain(
             tokenizer, pieces = _prepared(partial)
             model, steps, lr = _model(pieces, tokenizer, settings)
             count = sum(p.numel() for p in model.parameters())
-            say(
-                f"training  {settings.objective}, {count:,} parameters, {steps:,} steps of {settings.batch_size} pieces"
-            )
+            size = settings.batch_size
+            say(f"training  {settings.objective}, {count:,} parameters, {steps:,} steps of {size} pieces")
             result = fit(
                 model.to(device),
                 Batches(pieces, tokenizer, settings),
@@ -279,7 +278,7 @@ def _finish(
     checkpoint = newest_checkpoint(partial / "training")
     if checkpoint is None:
         raise WorkspaceError(f"the checkpoints in {partial / 'training'} have gone; run the same command again")
-    checkpoint.restore(model)  # whole weights, however many processes had a part of them
+    model.load_state_dict(checkpoint.model)  # whole weights, however many processes had a part of them
     figures = {
         "pieces": len(pieces.trained),
         "held-out pieces": len(pieces.held),
