@@ -109,8 +109,8 @@ def _compare(title: str, width: int, layers: int, texts: list[str], padded: bool
     return compare(
         title,
         f"{len(texts)} texts x {LABELS} prompts, {mean:.0f} tokens in a pair on average, a random BERT of width "
-        f"{width} with {layers} layers, float32 if nothing else is said, {torch.get_num_threads()} thread(s); tokenising "
-        f"included. The scores have standard deviation {expected.std():.2g}.",
+        f"{width} with {layers} layers, float32 if nothing else is said, {torch.get_num_threads()} thread(s); "
+        f"tokenising included. The scores have standard deviation {expected.std():.2g}.",
         contenders,
         peer=peer,
         packages=("torch", "transformers", "tokenizers"),
