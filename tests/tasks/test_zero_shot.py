@@ -237,13 +237,13 @@ class TestFewShot:
     def test_the_loss_is_the_next_sentence_cross_entropy_and_so_is_its_gradient(self):
         from torch.nn import functional as F
 
-        from kexue.tasks._few_shot import _HeadLoss
+        from kexue.tasks._few_shot import head_loss
 
         model = bert().double()
         states = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         gold = torch.tensor([True, False, False, False, True, False])
         for index in (0, 1):
-            loss = _HeadLoss(model, index)(gold=gold, states=states)
+            loss = head_loss(model, index)(gold=gold, states=states)
             logits = model.cls.seq_relationship(model.bert.pooler(states[:, None]))
             target = torch.where(gold, index, 1 - index)
             each = F.cross_entropy(logits, target, reduction="none")

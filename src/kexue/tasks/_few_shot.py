@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,45 +21,38 @@ from kexue.tasks.next_sentence import SPECIALS, NextSentenceScorer
 TEXTS = 8
 
 
-class _PairLoss(nn.Module):
-    """Next-sentence cross entropy; the one right prompt of a text weighs as much as the K - 1 wrong ones together."""
+class PairLoss(nn.Module):
+    """Next-sentence cross entropy; the one right prompt of a text weighs as much as the K - 1 wrong ones together.
 
-    def __init__(self, trained: nn.Module, index: int) -> None:
+    Args:
+        trained: What is trained.
+        index: Which logit means IsNext.
+        logits: The inputs of a batch -> logits (N, 2).
+    """
+
+    def __init__(self, trained: nn.Module, index: int, logits: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.trained, self.index = trained, index
-
-    def logits(self, **inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        self.trained, self.index, self.logits = trained, index, logits
 
     def forward(self, gold: Tensor, **inputs: Tensor) -> Tensor:
+        """Loss of pairs, of which ``gold`` (N,) follow each other."""
         logits = self.logits(**inputs)
         odds = (logits[:, self.index] - logits[:, 1 - self.index]).to(torch.promote_types(logits.dtype, torch.float32))
         return (F.softplus(-odds[gold]).mean() + F.softplus(odds[~gold]).mean()) / 2
 
 
-class _HeadLoss(_PairLoss):
-    """From states of [CLS] that do not change while only pooler and head are trained."""
-
-    def __init__(self, model: nn.Module, index: int) -> None:
-        head = head_of(model)
-        if head is None:
-            raise ValueError(f"{type(model).__name__} has no pooler that is known; few_shot='all' trains it whole")
-        super().__init__(nn.ModuleList([head.pooler, head.last]), index)
-        self.head = head
-
-    def logits(self, **inputs: Tensor) -> Tensor:
-        return self.head(inputs["states"])
+def head_loss(model: nn.Module, index: int) -> PairLoss:
+    """From ``states`` of [CLS] (N, D), which do not change while only pooler and head are trained."""
+    head = head_of(model)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no pooler that is known; few_shot='all' trains it whole")
+    return PairLoss(nn.ModuleList([head.pooler, head.last]), index, lambda states: head(states))
 
 
-class _WholeLoss(_PairLoss):
-    """Through the whole model, with its dropout."""
-
-    def __init__(self, scorer: NextSentenceModel, index: int) -> None:
-        super().__init__(scorer.model, index)
-        self._scorer = [scorer]  # in a list: it is not a part of this module
-
-    def logits(self, **inputs: Tensor) -> Tensor:
-        return self._scorer[0].forward(inputs)
+def whole_loss(model: nn.Module, index: int) -> PairLoss:
+    """From padded pairs through the whole model, with its dropout."""
+    own = NextSentenceModel(model, None, None, False)
+    return PairLoss(model, index, lambda **inputs: own.forward(inputs))
 
 
 def few_shot_model(
@@ -105,22 +98,16 @@ def few_shot_model(
     right = torch.from_numpy(gold[:, None] == owners[None])  # (N, P)
     size = min(TEXTS, number)
 
-    loss: _PairLoss
     if whole and not scorer.model.pads:
         raise ValueError(f"few_shot='all' pads; {type(model).__name__} takes no attention_mask. Use few_shot='head'")
-    if whole:
-        # The copy is what is trained, so its own forward is called, with gradients.
-        loss = _WholeLoss(NextSentenceModel(model, None, None, False), scorer.is_next_index)
-    else:
-        states = _states(scorer, pairs).view(number, width, -1)
-        loss = _HeadLoss(model, scorer.is_next_index)
-
+    loss = (whole_loss if whole else head_loss)(model, scorer.is_next_index)
+    states = None if whole else _states(scorer, pairs).view(number, width, -1)
     loss.requires_grad_(True)  # the copy's; the given model may be frozen
 
     def batch(step: int) -> dict[str, Any]:
         rows = batch_indices(seed, step, size, number).copy()
         marks = right[rows].flatten().to(scorer.model.device)
-        if not whole:
+        if states is not None:
             return {"states": states[rows].flatten(0, 1), "gold": marks}
         return {**scorer.model.padded([pairs[r * width + k] for r in rows for k in range(width)]), "gold": marks}
 
