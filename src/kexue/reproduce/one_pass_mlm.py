@@ -229,7 +229,7 @@ def measure(quick: bool, seed: int) -> Measurement:
         right.set_xticks([0, 1], kinds)
         right.axhline(single, color="grey", linestyle=":", label="single tokens")
         right.axhline(neighbours, color="grey", linestyle="--", label="counts of neighbours")
-        right.set(ylabel="held-out loss, nats", title="one token hidden, dots: seeds")
+        right.set(ylabel="held-out loss, nats", title="one token hidden, dots: seeds", ylim=(0, 1.3 * single))
         for axis in (left, right):
             axis.title.set_fontsize(9)
             axis.legend(fontsize=8)
