@@ -182,6 +182,52 @@ def test_signals_finish_the_step_save_and_are_resumable(tmp_path, number, exit_c
     assert_equal_weights(resumed, expected)
 
 
+def test_what_a_callback_draws_goes_on_after_a_resume(tmp_path):
+    def run(out, stop=None):
+        drawn = []
+
+        def on_step(record):
+            drawn.append(draw_globals())
+            return record["step"] == stop
+
+        train(out, on_step=on_step)
+        return drawn
+
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "parts", stop=8) + run(tmp_path / "parts") == whole
+
+
+def test_auto_precision_is_bf16_where_there_are_instructions_for_it(tmp_path, monkeypatch):
+    from kexue.training import loop
+
+    for has, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(loop, "has_bf16", lambda device, has=has: has)
+        _, result = train(tmp_path / f"auto {name}", precision="auto")
+        assert result.history == train(tmp_path / name, precision=name)[1].history
+        assert newest_checkpoint(tmp_path / f"auto {name}").config["precision"] == name
+    monkeypatch.undo()
+    assert isinstance(loop.has_bf16(torch.device("cpu")), bool)
+    assert not loop.has_bf16(torch.device("meta"))
+
+
+def test_tokens_are_counted_and_shown_where_there_are_any(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    class Named(Dense):
+        def forward(self, input_ids, labels):
+            return super().forward(input_ids, labels)
+
+    def batches(number):
+        batch = noisy_batches()(number)
+        return {"input_ids": batch["ids"], "labels": batch["labels"]}
+
+    fit(Named(), batches, steps=4, out=tmp_path, accumulate=2, show_progress=True)
+    assert [line["tokens"] for line in metrics(tmp_path)] == [2 * 8 * 5] * 4
+    assert "tokens/s" in capsys.readouterr().err
+
+
 def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 

@@ -22,7 +22,7 @@ from training.runs import STEPS, Dense, train
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0"),
         ({"schedule": "exponential"}, ValueError, "schedule must be one of .* got 'exponential'"),
         ({"warmup": 25}, ValueError, "warmup must be at most steps = 24; got 25"),
-        ({"precision": "fp16"}, ValueError, "precision must be one of 'fp32', 'bf16'; got 'fp16'"),
+        ({"precision": "fp16"}, ValueError, "precision must be one of 'fp32', 'bf16', 'auto'; got 'fp16'"),
         ({"fingerprint": 3}, TypeError, "fingerprint must be a str or None; got int"),
         ({"optimizer": 3, "lr": None}, TypeError, "optimizer must be a torch Optimizer"),
         ({"optimizer": [], "lr": None}, TypeError, "optimizer must be a torch Optimizer"),
