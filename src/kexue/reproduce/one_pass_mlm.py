@@ -90,7 +90,9 @@ def _train(
         model = KexueForMaskedLM(KexueConfig(vocabulary, mask_token_id=mask, embedding_norm=True, **SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98))
     blocks, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(10**6 + seed)
-    used, times, losses = 0.0, [], []
+    used = 0.0
+    times: list[float] = []
+    losses: list[float] = []
     while used < seconds:
         start = time.process_time()
         ids = train[torch.randint(len(train), (BATCH,), generator=blocks)]
