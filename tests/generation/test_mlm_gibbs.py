@@ -10,7 +10,7 @@ from torch import nn
 
 from kexue._transformers import BertConfig, BertForMaskedLM
 from kexue.generation import MLMGibbs, Target, transition_matrix
-from kexue.models import KexueConfig, KexueForMaskedLM
+from kexue.models import KexueConfig, KexueForMaskedLM, KexueForTextAutoencoding
 from reference import search_sampling as reference
 
 V, MASK, L = 3, 3, 3
@@ -38,6 +38,12 @@ def bert(vocabulary=V + 1, **options):
     return BertForMaskedLM(config).double()
 
 
+def autoencoder(**options):
+    torch.manual_seed(0)
+    config = KexueConfig(V + 1, 16, 2, 4, "diagonal", mask_token_id=MASK, initializer_range=0.4, **options)
+    return KexueForTextAutoencoding(config).double()
+
+
 class OnePass(nn.Module):
     """Each token predicted from the sum of the others' vectors and its place: nothing of itself, no mask token."""
 
@@ -59,7 +65,7 @@ class OnePass(nn.Module):
 def conditional(model, text, places, i, temperature=1.0, top_k=0):
     """p(. | text without ``places``) at place i, from one forward pass, float64."""
     ids = torch.tensor([text])
-    if not isinstance(model, OnePass):
+    if getattr(model.config, "attn_mode", None) != "diagonal":
         ids[0, list(places)] = MASK
     with torch.no_grad():
         logits = model(ids).logits[0, i, :V].numpy() / temperature
@@ -94,7 +100,7 @@ def exact_matrix(model, pi, block, eps, **options):
     return matrix
 
 
-@pytest.mark.parametrize("build", [kexue, bert, OnePass])
+@pytest.mark.parametrize("build", [kexue, bert, OnePass, autoencoder])
 @pytest.mark.parametrize(("block", "top_k", "eps"), [(1, 0, 0.05), (2, 0, 0.05), (1, 2, 0.3), (2, 1, 0.3), (3, 0, 1.0)])
 def test_exact_form_is_the_formula_and_keeps_the_target(build, block, top_k, eps):
     model, pi = build().eval(), reference.law(lm(STATES))
@@ -105,7 +111,7 @@ def test_exact_form_is_the_formula_and_keeps_the_target(build, block, top_k, eps
     np.testing.assert_allclose(reference.stationary(matrix), pi, atol=1e-9)
 
 
-@pytest.mark.parametrize("build", [kexue, bert, OnePass])
+@pytest.mark.parametrize("build", [kexue, bert, OnePass, autoencoder])
 def test_plain_form_is_the_mean_of_the_conditionals_and_has_another_law(build):
     model = build().eval()
     matrix = transition_matrix(MLMGibbs(model, L), STATES)
@@ -143,6 +149,7 @@ def test_two_orders_of_the_same_updates_have_different_stationary_laws():
         (kexue, {"target": lm, "block": 2}),
         (OnePass, {"target": lm, "block": 2}),
         (OnePass, {}),
+        (autoencoder, {"target": lm, "block": 2}),
     ],
 )
 def test_steps_have_the_law_that_transitions_say(build, options):
@@ -168,7 +175,7 @@ def test_exact_chains_reach_the_target():
 
 
 @pytest.mark.parametrize("fill", ["random", "left-to-right", "uniform"])
-@pytest.mark.parametrize("build", [kexue, OnePass])
+@pytest.mark.parametrize("build", [kexue, OnePass, autoencoder])
 def test_first_fill_leaves_no_mask_and_lengths_are_kept(fill, build):
     gibbs = MLMGibbs(build(), (2, 6), n_chains=30, fill=fill, seed=2)
     start, later = gibbs.run(steps=0, burn_in=0), gibbs.run(steps=25, burn_in=5, thin=5)
@@ -303,6 +310,7 @@ def test_low_precision_model_runs():
         (lambda: MLMGibbs(kexue(mask_token_id=None), mask_token_id=4), ValueError),
         (lambda: MLMGibbs(kexue(), prefix=(7,)), ValueError),
         (lambda: MLMGibbs(nn.Linear(2, 2)), ValueError),
+        (lambda: MLMGibbs(autoencoder(self_visible=True)), ValueError),
         (lambda: MLMGibbs(bert(), (8, 20)), ValueError),
         (lambda: MLMGibbs(kexue(), target=3), TypeError),
         (lambda: MLMGibbs(kexue(), 3).run(steps=5, burn_in=6), ValueError),

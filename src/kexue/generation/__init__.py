@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.generation.annealing import AnnealingResult, SimulatedAnnealing
+    from kexue.generation.autoregressive import AutoregressiveProposal
     from kexue.generation.causal_lm import CausalLM, generate_fast, stream
     from kexue.generation.cgmh import CGMH
     from kexue.generation.cgmh_result import CGMHResult
@@ -50,6 +51,7 @@ __all__ = [
     "AliasTable",
     "AllOf",
     "AnnealingResult",
+    "AutoregressiveProposal",
     "BannedTokens",
     "CGMHResult",
     "CPMTokenizer",
@@ -111,6 +113,7 @@ _MODULES = {
     "AliasTable": "inverse",
     "AllOf": "constraints",
     "AnnealingResult": "annealing",
+    "AutoregressiveProposal": "autoregressive",
     "BannedTokens": "constraints",
     "CGMH": "cgmh",
     "CGMHResult": "cgmh_result",

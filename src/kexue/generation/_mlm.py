@@ -49,6 +49,8 @@ class Conditionals:
         self.model, self.temperature, self.top_k = model, float(temperature), top_k
         config = getattr(model, "config", None)
         self.one_pass = getattr(config, "attn_mode", None) == "diagonal"
+        if self.one_pass and getattr(config, "self_visible", False):
+            raise ValueError("a one-pass model with self_visible=True sees the token it predicts: no conditionals")
         self.limit = getattr(config, "max_position_embeddings", None)
         if getattr(config, "position", None) == "rope":
             self.limit = None

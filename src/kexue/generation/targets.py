@@ -111,8 +111,9 @@ class Target:
         if given == "auto":
             for source in (getattr(self.lm, "config", None), self.tokenizer):
                 found = getattr(source, f"{name}_token_id", None)
-                if isinstance(found, int) and (inside is None or found in inside):
-                    return found
+                for token in found if isinstance(found, list | tuple) else (found,):  # several ends: the first
+                    if isinstance(token, int) and (inside is None or token in inside):
+                        return token
             return None
         check_int(f"{name}_id", given, 0)
         if inside is not None and given not in inside:

@@ -4,7 +4,8 @@ R1. Enumeration. A Markov-chain language model of V = 4 tokens, texts of up to 4
     ``kexue.generation`` the full transition matrix P: max |pi P - pi|. (b) The article's insert / delete / replace
     recipe, re-implemented: total variation (TV) between its stationary law and the target, also with one fault mended
     at a time. (c) Simulation, V = 5, length up to 5, 2e5 steps: TV of the samples against that of as many independent
-    draws, three seeds.
+    draws, three seeds. (d) Rejection with the language model itself as the proposal, V = 20: acceptance by the number
+    of keywords; reported, not judged.
 R2. MLM Gibbs. A masked model trained on strings of a known Markov chain: TV of the samples' unigrams and bigrams to
     the chain, three seeds. A masked model of words trained on the standard library's help texts
     (``pydoc_data.topics``): ten samples, the share of distinct bigrams, perplexity under a bigram model; reported, not
@@ -29,10 +30,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kexue.generation import (
     CGMH,
+    AutoregressiveProposal,
     ContainsKeywords,
     Geometric,
     Gibbs,
@@ -137,6 +140,21 @@ def _recipes(lm: NGramLM, vocabulary: int, high: int) -> dict[str, list[Any]]:
         listed = sampler.states()
         law = _law(held.log_rho([x for x, _ in listed]))
         rows[column].append(float(np.abs(_stationary(transition_matrix(sampler, listed)) - law).sum() / 2))
+    return rows
+
+
+def _rejection(seed: int, count: int) -> dict[str, list[Any]]:
+    """Acceptance of rejection with the language model as the proposal, by the number of different keywords."""
+    lm = _language(20, seed)
+    q = AutoregressiveProposal(lm, max_length=40)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = q.sample((count,))
+    rows: dict[str, list[Any]] = {"keywords": [], "acceptance": []}
+    for number in (1, 2, 3, 4, 5):
+        chi = ContainsKeywords([[k] for k in range(number)])
+        rows["keywords"].append(number)
+        rows["acceptance"].append(float(np.mean([chi(text) for text in drawn])))
     return rows
 
 
@@ -274,6 +292,7 @@ def measure(quick: bool, seed: int) -> Measurement:
         "max |pi P - pi|": {"kernel": list(matrices), "error": list(matrices.values())},
         "TV between stationary law and target": recipes,
         "simulation": simulations,
+        "rejection, language model as proposal": _rejection(seed, 2000 if quick else 20_000),
         "MLM Gibbs on a Markov chain": {
             "seed": seeds,
             **{name: [chain[name] for chain in chains] for name in chains[0]},
