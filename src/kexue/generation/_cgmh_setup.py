@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,12 +150,9 @@ def _inside(token: Any, model: nn.Module) -> bool:
     return isinstance(token, int) and 0 <= token < size
 
 
-def _is_number(x: Any) -> bool:
-    try:
-        operator.index(x)
-    except TypeError:
-        return False
-    return True
+def _is_many(x: Any) -> bool:
+    """Whether it is a start by itself, not a token of one."""
+    return isinstance(x, list | tuple) or getattr(x, "ndim", 0) > 0
 
 
 def first_states(
@@ -178,7 +174,7 @@ def first_states(
         starts = np.cumsum([0, *edits.widths[:-1]]) if len(edits.keywords) else np.zeros(0, np.int64)
         filled = [(*base, *generator.choice(vocab, count).tolist()) for _ in range(chains)]
         return [_checked(ids, tuple(starts.tolist()), edits, vocab, words) for ids in filled]
-    if _is_pair(given) or (isinstance(given, list | tuple) and all(map(_is_number, given))):
+    if _is_pair(given) or (isinstance(given, list | tuple) and not (given and all(map(_is_many, given)))):
         one = _checked(*_split(given), edits, vocab, words)
         return [one] * chains
     if not isinstance(given, list | tuple):

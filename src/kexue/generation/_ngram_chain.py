@@ -209,7 +209,7 @@ def _advance(  # type: ignore[no-untyped-def]
                                 starts[c, k] += 1
                             elif op == _DELETE and starts[c, k] > i:
                                 starts[c, k] -= 1
-                        log_p[c] += gain
+                        log_p[c] = _log_p(ids[c], n, logs, order, size)  # anew: no rounding adds up
                         tries[2, op] += 1
                         if gamma * log_p[c] > best[0]:
                             best[0] = gamma * log_p[c]
@@ -297,7 +297,7 @@ class TableChain:
                     chains.ids, chains.lengths, chains.starts, log_p, random,
                     edits.widths, self.low, self.high, sampler.target.gamma,
                     self.probs, self.logs, self.order, self.size, self.tops, sampler.vocab, sampler.eps,
-                    sampler._edges, sampler._log_op,
+                    sampler.op_edges, sampler.log_op,
                     done, now, recorder.burn_in, recorder.thin,
                     recorder.ids, recorder.lengths, recorder.positions, recorder.log_rho,
                     recorder.tries, best, best_ids, trace, trace_rho,

@@ -97,12 +97,12 @@ class CausalScorer(TargetScorer):
         lm = target.lm
         if not isinstance(lm, nn.Module):
             raise ValueError(f"lm must be a module; got {type(lm).__name__}")
-        self.lm, self.width = lm, width
-        self.body: Any = lm.base_model
+        body: Any = lm.base_model
+        self.lm, self.width, self.body = lm, width, body
         self.head: Callable[[Tensor], Tensor] = _head(lm)
         self.device = next(lm.parameters()).device
         self.before = int(target.bos_id is not None)
-        self.work = sum(int(p.numel()) for p in self.body.parameters() if p.dim() > 1)
+        self.work = sum(int(p.numel()) for p in body.parameters() if p.dim() > 1)
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._slot: tuple[Ints, Ints, Tensor] | None = None
         self._ahead: tuple[_Part, Ints, Floats, Ints] | None = None

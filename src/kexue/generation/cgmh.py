@@ -41,6 +41,7 @@ from kexue.generation._cgmh_setup import (
     first_states,
     length_bounds,
 )
+from kexue.generation._cgmh_step import Chains
 from kexue.generation._edits import DELETE, INSERT, REPLACE, SWAP, Batch, Edits, Floats, Ints
 from kexue.generation._interrupt import noted_interrupt
 from kexue.generation._ngram_chain import TableChain
@@ -168,20 +169,22 @@ class CGMH:
             operations = default_operations(self.edits)
         self.operations = check_operations(operations)
         self.vocab = np.array(allowed_ids(target, proposal, vocab, mask_token_id), np.int64)
-        self._column = np.full(int(self.vocab.max()) + 1, -1, np.int64)
-        self._column[self.vocab] = np.arange(len(self.vocab))
+        self.column = np.full(int(self.vocab.max()) + 1, -1, np.int64)
+        self.column[self.vocab] = np.arange(len(self.vocab))
         self._rank = choose_ranker(target, proposal, self.vocab, mask_token_id, prefix, suffix)
         self._stable = not isinstance(target.lm if proposal is None else proposal, nn.Module)
-        self._log_op = np.log(np.maximum(self.operations, 1e-300))
-        self._log_op[self.operations == 0] = -np.inf
-        self._edges = np.cumsum(self.operations)
-        self._edges[self._edges >= self._edges[-1] - 1e-15] = 2.0  # rounding never draws an operation of probability 0
+        self.log_op = np.log(np.maximum(self.operations, 1e-300))
+        self.log_op[self.operations == 0] = -np.inf
+        self.op_edges = np.cumsum(self.operations)
+        self.op_edges[self.op_edges >= self.op_edges[-1] - 1e-15] = (
+            2.0  # rounding never draws an operation of probability 0
+        )
         self._memo: dict[Context, Floats] = {}
         self._terms: dict[Ids, list[float]] = {}
 
     # -- the law of one step ------------------------------------------------------------------------------------------
 
-    def _candidates(self, hole: Batch, position: Ints, rows: Ints | None) -> Candidates:
+    def law_of(self, hole: Batch, position: Ints, rows: Ints | None) -> Candidates:
         """The law q of each hole."""
         weigh = None
         if self.reweight or getattr(self._rank, "reweights", False):
@@ -197,16 +200,16 @@ class CGMH:
         ]
         return self.target.log_p(texts).reshape(columns.shape)
 
-    def _log_hastings(self, op: Ints, lengths: Ints, log_q_old: Floats, log_q_new: Floats) -> Floats:
+    def log_hastings(self, op: Ints, lengths: Ints, log_q_old: Floats, log_q_new: Floats) -> Floats:
         """(N,) log of what the acceptance multiplies rho(y) / rho(x) by; ``lengths`` of x."""
-        edits, log_op = self.edits, self._log_op
+        edits, log_op = self.edits, self.log_op
         with np.errstate(divide="ignore", invalid="ignore"):
             slots, free = np.log(edits.slots(lengths)), np.log(edits.deletable(lengths))
             grown = log_op[DELETE] - log_op[INSERT] + slots - np.log(edits.deletable(lengths + 1)) - log_q_new
             shrunk = log_op[INSERT] - log_op[DELETE] + free - np.log(edits.slots(lengths - 1)) + log_q_old
             return np.where(op == INSERT, grown, np.where(op == DELETE, shrunk, log_q_old - log_q_new))
 
-    def _surrogate(self, texts: list[Ids]) -> Floats:
+    def surrogate(self, texts: list[Ids]) -> Floats:
         """(N,) values of the user's screen."""
         values = np.asarray(self.screen(texts), dtype=np.float64)  # type: ignore[operator,misc]
         if values.shape != (len(texts),) or np.isnan(values).any() or (values == np.inf).any():
@@ -273,7 +276,7 @@ class CGMH:
         if self.screen is None:
             return None
         if self.screen != "next":
-            values = self._surrogate(texts)
+            values = self.surrogate(texts)
             return values[1:] - values[0]
         fresh = [text for text in dict.fromkeys(texts) if text not in self._terms]
         self._terms.update(zip(fresh, token_terms(self.target, fresh), strict=True))
@@ -314,12 +317,12 @@ class CGMH:
             old = np.zeros(len(places)) if op == INSERT else log_q[index, self._columns(batch.ids[index, places])]
             if op == DELETE:
                 new = edits.close(hole, places)
-                factor = self._log_hastings(ops, batch.lengths, old, old)
+                factor = self.log_hastings(ops, batch.lengths, old, old)
                 for k, text in enumerate(new.tuples()):
                     yield _Move(text, tuple(new.starts[k].tolist()), each, float(factor[k]), op, int(places[k]))
                 continue
             for column, token in enumerate(self.vocab.tolist()):
-                factor = self._log_hastings(ops, batch.lengths, old, log_q[:, column])
+                factor = self.log_hastings(ops, batch.lengths, old, log_q[:, column])
                 new = edits.fill(hole, places, np.full(len(places), token))
                 chances = each * np.exp(log_q[:, column])
                 for k, text in enumerate(new.tuples()):
@@ -333,7 +336,7 @@ class CGMH:
 
     def _columns(self, tokens: Ints) -> Ints:
         """Columns of tokens that are not keywords; ids that are not allowed are refused before."""
-        return self._column[tokens]
+        return self.column[tokens]
 
     def _remembered(self, hole: Batch, position: Ints) -> Floats:
         """(N, V') log q, the same numbers for the same context whichever state asks."""
@@ -344,7 +347,7 @@ class CGMH:
                 self._memo.clear()
                 fresh = list(range(len(contexts)))
             rows = np.array(fresh)
-            for i, law in zip(fresh, self._candidates(hole.rows(rows), position[rows], None).dense(), strict=True):
+            for i, law in zip(fresh, self.law_of(hole.rows(rows), position[rows], None).dense(), strict=True):
                 self._memo[contexts[i]] = law
         return np.stack([self._memo[c] for c in contexts])
 
@@ -394,27 +397,16 @@ class CGMH:
         recorder = Recorder(self.edits, self.n_chains, steps, burn_in, thin, trace)
         if TableChain.fits(self):
             return TableChain(self).run(pairs, recorder, generator, progress)
-        scorer = self._scorer()
-        chains = Batch.of(pairs, self.edits.high, len(self.edits.keywords))
-        log_rho = scorer.begin(chains)
-        bad = np.flatnonzero(~np.isfinite(log_rho))
-        if len(bad):
-            raise ValueError(
-                f"the start must have rho > 0; got log rho = {log_rho[bad[0]]} for {chains.tuples()[bad[0]]}"
-            )
-        screened = self._surrogate(chains.tuples()) if callable(self.screen) else None
-        if screened is not None and not np.isfinite(screened).all():
-            raise ValueError("screen must be finite at the start; got -inf")
-        recorder.begin(chains, log_rho)
+        chains = Chains(self, pairs, self._scorer(), recorder, generator)
         with progress_bar("CGMH", steps, progress) as bar, noted_interrupt() as interrupt:
             for step in range(1, steps + 1):
-                self._advance(step, chains, log_rho, screened, scorer, recorder, generator)
-                recorder.keep(step, chains, log_rho)
+                chains.advance(step)
+                recorder.keep(step, chains.batch, chains.log_rho)
                 bar.advance(1, f"best {recorder.best_log_rho:.2f}" if step % 16 == 0 else None)
                 if interrupt.came:
                     recorder.interrupted = True
                     break
-        return recorder.result(chains)
+        return recorder.result(chains.batch)
 
     def step(self, state: Any, generator: np.random.Generator) -> Any:
         """One step of one chain, for :func:`kexue.generation.run_chain`; :meth:`run` is the fast way.
@@ -429,19 +421,13 @@ class CGMH:
         Raises:
             ValueError: A state outside the chain's space.
         """
-        ids, starts = self._pair(state)
-        chains = Batch.of([(ids, starts)], self.edits.high, len(self.edits.keywords))
         scorer = self._scorer() if self.screen == "next" else TargetScorer(self.target)
-        log_rho = scorer.begin(chains)
-        if not np.isfinite(log_rho[0]):
-            raise ValueError(f"a chain must be where rho > 0; got log rho = {log_rho[0]} for {state!r}")
-        screened = self._surrogate(chains.tuples()) if callable(self.screen) else None
-        recorder = Recorder(self.edits, 1, 1, 0, 1, False)
-        recorder.begin(chains, log_rho)
-        if isinstance(self._rank, CausalRanker):
+        if type(scorer) is TargetScorer and isinstance(self._rank, CausalRanker):
             self._rank.kept = None
-        self._advance(1, chains, log_rho, screened, scorer, recorder, generator)
-        return self._state(chains.tuples()[0], tuple(chains.starts[0].tolist()))
+        recorder = Recorder(self.edits, 1, 1, 0, 1, False)
+        chains = Chains(self, [self._pair(state)], scorer, recorder, generator)
+        chains.advance(1)
+        return self._state(chains.batch.tuples()[0], tuple(chains.batch.starts[0].tolist()))
 
     def continues(self) -> bool:
         """Whether the target's model can go on from the edit: what ``screen="next"`` needs."""
@@ -457,83 +443,3 @@ class CGMH:
         if isinstance(self._rank, CausalRanker):
             self._rank.kept = scorer.log_slots
         return scorer
-
-    def _advance(
-        self,
-        step: int,
-        chains: Batch,
-        log_rho: Floats,
-        screened: Floats | None,
-        scorer: TargetScorer,
-        recorder: Recorder,
-        generator: np.random.Generator,
-    ) -> None:
-        """One step of every chain, in place."""
-        edits, count = self.edits, len(chains)
-        draws = generator.random((8, count))
-        op = np.searchsorted(self._edges, draws[0], side="right")
-        possible = edits.possible(op, chains.lengths)
-        recorder.tried(op, possible)
-        rows = np.flatnonzero(possible & (op != SWAP))
-        new = Batch(chains.ids.copy(), chains.lengths.copy(), chains.starts.copy())
-        hastings, changed = np.zeros(count), np.zeros(count, np.int64)
-        old_token, new_token = np.full(count, -1), np.full(count, -1)
-        moves = np.zeros(count, bool)
-        if len(rows):
-            x, o = chains.rows(rows), op[rows]
-            place = edits.choose(x, o, draws[1, rows])
-            hole = edits.open_hole(x, o, place)
-            q = self._candidates(hole, place, rows)
-            column = q.draw(draws[2, rows], draws[3, rows])
-            before = x.ids[np.arange(len(rows)), place]
-            held = np.where(o == INSERT, -1, self._column[np.where(o == INSERT, self.vocab[0], before)])
-            hastings[rows] = self._log_hastings(o, x.lengths, q.log_q(held), q.log_q(column))
-            filled, closed = edits.fill(hole, place, self.vocab[column]), edits.close(hole, place)
-            gone = o == DELETE
-            new.put(rows, filled)
-            new.put(rows[gone], closed.rows(gone))
-            changed[rows] = place
-            old_token[rows] = np.where(o == INSERT, -1, before)
-            new_token[rows] = np.where(gone, -1, self.vocab[column])
-            moves[rows] = (o != REPLACE) | (column != held)
-        for row in np.flatnonzero(op == SWAP).tolist():
-            moved = self._swapped(chains, row, draws[4, row], draws[5, row])
-            if moved is not None:
-                ids, starts, changed[row] = moved
-                new.put(np.array([row]), Batch.of([(ids, starts)], edits.high, len(starts)))
-                moves[row] = True
-        fresh = np.flatnonzero(moves)
-        with np.errstate(divide="ignore"):
-            threshold = np.log(draws[6:])
-        if self.screen is not None and len(fresh):
-            cheap = np.full(count, -np.inf)
-            if screened is None:
-                gain = scorer.local(fresh, new.rows(fresh), changed[fresh], op[fresh])
-            else:
-                cheap[fresh] = self._surrogate(new.rows(fresh).tuples())
-                gain = cheap[fresh] - screened[fresh]
-            passed = threshold[1, fresh] < hastings[fresh] + gain
-            fresh = fresh[passed]
-            hastings[fresh] = -gain[passed]  # what the first stage has judged is not judged again
-        if not len(fresh):
-            return
-        found = scorer.score(fresh, new.rows(fresh), changed[fresh])
-        taken = threshold[0, fresh] < hastings[fresh] + found - log_rho[fresh]
-        winners = fresh[taken]
-        scorer.keep(winners)
-        chains.put(winners, new.rows(winners))
-        log_rho[winners] = found[taken]
-        if screened is not None:
-            screened[winners] = cheap[winners]
-        recorder.moved(step, winners, op, changed, old_token, new_token, chains, log_rho)
-
-    def _swapped(self, chains: Batch, row: int, u: float, v: float) -> tuple[Ids, tuple[int, ...], int] | None:
-        """New ids and starts of a swap and the first position that changes; None if nothing does."""
-        length = int(chains.lengths[row])
-        ids, starts = tuple(chains.ids[row, :length].tolist()), tuple(chains.starts[row].tolist())
-        pair = self.edits.draw_swap(length, starts, u, v)
-        moved = None if pair is None else self.edits.swap(ids, starts, *pair)
-        if moved is None or moved == (ids, starts):
-            return None
-        differ = [i for i, (a, b) in enumerate(zip(ids, moved[0], strict=True)) if a != b]
-        return (*moved, differ[0] if differ else length)

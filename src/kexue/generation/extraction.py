@@ -145,9 +145,9 @@ def extract_words(
             if interrupt.came:
                 break
     distinct: dict[tuple[int, ...], float] = {}
-    for row, score in zip(best, best_value.tolist(), strict=True):
+    for picks, score in zip(best, best_value.tolist(), strict=True):
         if math.isfinite(score):
-            distinct[tuple(np.flatnonzero(row).tolist())] = score
+            distinct[tuple(np.flatnonzero(picks).tolist())] = score
     ranked = sorted(distinct.items(), key=lambda item: (-item[1], item[0]))
     return [Extract(picked, _join(picked, units), score) for picked, score in ranked]
 
