@@ -7,7 +7,7 @@ import torch
 
 from kexue.training import load_checkpoint, newest_checkpoint, shuffled_batches
 from training import ranks
-from training.ranks import Tagger, data, finish, launch, train, uneven
+from training.ranks import ByHand, Tagger, data, finish, launch, train, uneven
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,7 +16,9 @@ pytestmark = [
 
 BOTH = ["plain", "own-part", "uneven", "uneven-accumulated"]
 JOBS = [f"{name}:{strategy}" for name in BOTH for strategy in ("ddp", "fsdp")]
-JOBS += [f"{name}:ddp" for name in ("dropout", "own-part-of-shuffled", "list", "same-on-all", "bf16")] + ["bf16:fsdp"]
+JOBS += [f"{name}:ddp" for name in ("dropout", "own-part-of-shuffled", "list", "same-on-all", "bf16", "by-hand")] + [
+    "bf16:fsdp"
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,10 @@ def test_noise_and_order_are_those_of_one_process_that_accumulates(folder, tmp_p
     batches = ranks.SCENARIOS["list"]["batches"]() if name == "list" else None
     model = Tagger(0.3) if name == "dropout" else None
     assert_same_run(report(folder, f"{name}:ddp"), train(tmp_path, batches, model, accumulate=2))
+
+
+def test_a_rank_without_labels_cannot_spoil_the_gradient_of_ddp(folder, tmp_path):
+    assert_same_run(report(folder, "by-hand:ddp"), train(tmp_path, uneven, ByHand(), accumulate=4))
 
 
 def test_a_function_can_be_told_that_every_rank_gets_what_it_gives(folder, tmp_path):

@@ -168,8 +168,11 @@ def from_gpt2(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
     return load_strictly(KexueForCausalLM if language else KexueModel, kexue, new)
 
 
-def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor]) -> Any:
-    """A model of the class with exactly these weights, in their dtype; a tied decoder may be left out."""
+def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor], copy: bool = True) -> Any:
+    """A model of the class with exactly these weights, in their dtype; a tied decoder may be left out.
+
+    ``copy=False`` takes the tensors themselves: for who has made them, as two copies of a large model need the room.
+    """
     with torch.device("meta"):
         model = kind(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -183,7 +186,7 @@ def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor]
     if wrong:
         lines = (f"{name} must be {expected[name]} and is {tuple(state[name].shape)}" for name in wrong[:4])
         raise ValueError(f"the checkpoint does not fit its configuration: {'; '.join(lines)}")
-    model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    model.load_state_dict({name: v.clone() if copy else v for name, v in state.items()}, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
     for p in model.parameters():

@@ -249,7 +249,7 @@ def save_checkpoint(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_checkpoint(folder, nn.Linear(2, 1), [], step=3, loss=0.5, config={"seed": 0})
         ...     print(path.name, sorted(p.name for p in path.iterdir()), load_checkpoint(path).config)
-        step-3 ['checkpoint.json', 'model.safetensors', 'optimizer.pt'] {'seed': 0}
+        step-3 ['checkpoint.json', 'model.safetensors', 'optimizer.pt', 'rng.pt'] {'seed': 0}
     """
     return write_snapshot(folder, snapshot(model, optimizers), step=step, loss=loss, config=config, keep=keep)
 

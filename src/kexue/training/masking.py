@@ -222,7 +222,7 @@ def _spans(
     ahead = int(longest) - 1  # spans may begin before the run, or its first units would be selected less often
     slots = sizes + ahead
     ends = np.repeat(np.cumsum(slots), slots)
-    begins = np.flatnonzero(generator.random(len(ends)) < _span_rate(rate, mean, longest))
+    begins = np.flatnonzero(generator.random(len(ends), dtype=np.float32) < _span_rate(rate, mean, longest))
     lengths = np.minimum(generator.geometric(1.0 / mean, len(begins)), longest)
     reach = np.zeros(len(ends), np.int64)
     reach[begins] = np.minimum(begins + lengths, ends[begins])
