@@ -149,8 +149,9 @@ def _neural(
         contenders[name] = (work, CHAINS * steps, lambda name=name: rates[name])
     size = sum(p.numel() for p in lm.parameters()) / 1e6
     workload = (
-        f"Per step of one chain; causal model with {size:.1f} M parameters, V = {lm.config.vocab_size}; sentences of "
-        f"{SHORTEST} to {LONGEST} tokens, two keywords, K = {CANDIDATES}; ours with {CHAINS} chains; float32, one thread"
+        f"Per step of one chain; causal model with {size:.1f} M parameters, V = {lm.config.vocab_size}; sentences "
+        f"of {SHORTEST} to {LONGEST} tokens, two keywords, K = {CANDIDATES}; ours with {CHAINS} chains; float32, "
+        "one thread."
     )
     remarks = [
         f"Ours: a run of {steps} steps, the first pass over the start included. Only ours has rho as its law.",

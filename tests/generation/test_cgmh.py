@@ -103,6 +103,7 @@ def test_stationary_law_with_relations_bounds_proposals_and_screens(options, set
     assert_exact(CGMH(target([[2]], **options), vocab=V, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keywords", [None, [[2]], [[1, 2]], [[2], [2, 3]]])
 @pytest.mark.parametrize("ops", [(1 / 3, 1 / 3, 1 / 3), (0.5, 0.2, 0.3)])
 def test_matrix_equals_the_reference(keywords, ops):
@@ -121,6 +122,7 @@ def test_matrix_equals_the_reference(keywords, ops):
         np.testing.assert_allclose(transition_matrix(sampler, states), expected, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_every_state_can_be_reached_and_left():
     for keywords, ordered in KEYWORDS.values():
         sampler = CGMH(target(keywords, ordered), vocab=V, max_length=4, candidates=1, eps=0.1)

@@ -42,6 +42,7 @@ def assert_ranked(found, lm):
     assert all(np.isfinite(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_sentences_hold_the_keywords_and_no_special_tokens(parts, masked):
     lm, mlm, tokenizer = parts
@@ -63,6 +64,7 @@ def test_sentences_hold_the_keywords_and_no_special_tokens(parts, masked):
     assert found == again
 
 
+@pytest.mark.slow
 def test_order_of_keywords_chinese_and_nearness(parts):
     lm, _, tokenizer = parts
     ordered = keywords_to_sentence(
@@ -86,6 +88,7 @@ def test_paraphrases_are_other_sentences_that_keep_what_must_stay(parts):
     assert all(one.text != text and " cat" in one.text for one in found)
 
 
+@pytest.mark.slow
 def test_compression_is_shorter_and_keeps_what_must_stay(parts):
     lm, _, tokenizer = parts
     text = "the cat sat on the mat and a dog ran home to the old house"

@@ -100,7 +100,8 @@ def train(quick: bool, seed: int) -> tuple[KexueForCausalLM, list[str], list[lis
 def keywords(model: KexueForCausalLM, words: list[str], quick: bool, seed: int) -> dict[str, list[Any]]:
     """R3 of one model: a row for each pair of keywords."""
     rows: dict[str, list[Any]] = {
-        "keywords": [], "share with both": [], "log p per token, start": [], "after": [], "acceptance": [], "a sample": []
+        "keywords": [], "share with both": [], "log p per token, start": [], "after": [], "acceptance": [],
+        "a sample": [],
     }  # fmt: skip
     steps = 16 if quick else 128
     for pair in PAIRS:
