@@ -241,11 +241,11 @@ def _gradients(
         scores.scatter_add_(1, target, -total)
         done += len(rows)
         losses.append(loss)
-        if product != dtype:  # sums over the vocabulary in low precision must not overflow
-            scores, scale = scores.mul_(scale).to(product), torch.ones_like(scale)
         # Each row's factor is put where it is cheapest: on rows of D numbers, not of V.
         if d_bias is not None:
-            d_bias += scores.to(dtype).T.mv(scale.squeeze(1))
+            d_bias += scores.T.mv(scale.squeeze(1))
+        if product != dtype:  # sums over the vocabulary in low precision must not overflow
+            scores, scale = scores.mul_(scale).to(product), torch.ones_like(scale)
         if needs[0]:
             d_hidden.append((scores @ table).to(dtype) * scale)
         if d_weight is not None:
