@@ -67,6 +67,7 @@ def linear_cross_entropy(
         True
     """
     _check(hidden, weight, labels, bias, ignore_index, reduction, chunk_bytes)
+    labels = labels.long()
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     counted = flat != ignore_index
     shape, kept = labels.shape, None
@@ -192,15 +193,15 @@ def _chunks(
             scores = blocks.scores(scaled)
         else:
             scores = scaled @ table.T if shift is None else torch.addmm(shift, scaled, table.T)
-        scores = scores.to(dtype)
         if not own:
-            scores = scores * _LOG2_E
+            scores = scores.to(dtype).mul_(_LOG2_E)
         top = scores.amax(1, keepdim=True)
         picked = scores.gather(1, target)
         scores = scores.sub_(top).exp2_()
         total = scores.sum(1, keepdim=True)
         loss = (total.log() + (top - picked) / _LOG2_E).squeeze(1).masked_fill(~valid, 0)
         yield loss, scores, total, rows, target, valid
+        del scores  # or it would stay beside the next chunk's
 
 
 class _Blocks:
@@ -240,11 +241,11 @@ def _gradients(
         scores.scatter_add_(1, target, -total)
         done += len(rows)
         losses.append(loss)
-        if product != dtype:  # sums over the vocabulary in low precision must not overflow
-            scores, scale = (scores * scale).to(product), torch.ones_like(scale)
         # Each row's factor is put where it is cheapest: on rows of D numbers, not of V.
         if d_bias is not None:
-            d_bias += scores.to(dtype).T.mv(scale.squeeze(1))
+            d_bias += scores.T.mv(scale.squeeze(1))
+        if product != dtype:  # sums over the vocabulary in low precision must not overflow
+            scores, scale = scores.mul_(scale).to(product), torch.ones_like(scale)
         if needs[0]:
             d_hidden.append((scores @ table).to(dtype) * scale)
         if d_weight is not None:
@@ -252,4 +253,5 @@ def _gradients(
                 d_weight.addmm_(scores.T, rows * scale)
             else:
                 d_weight += scores.T @ rows
+        del scores
     return torch.cat(losses), torch.cat(d_hidden) if needs[0] else None, d_weight, d_bias
