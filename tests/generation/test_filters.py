@@ -181,3 +181,16 @@ def test_inversion_draws_from_the_distribution_and_never_what_is_excluded():
     edge = torch.tensor([np.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert sample_tokens(p[None] / 3, edge).tolist() == [4]
     assert sample_tokens(torch.zeros(0, 6), torch.zeros(0, dtype=torch.float64)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_too_small_for_the_dtype_leaves_the_largest_logit(dtype):
+    found = token_probabilities(torch.tensor([[0.0, 2.0, -3.0]], dtype=dtype), temperature=1e-320)
+    assert found.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e300])
+def test_a_penalty_that_overflows_is_an_error_not_a_random_token(penalty):
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    with pytest.raises(ValueError, match="finite maximum"):
+        filter_logits(logits, repetition_penalty=penalty, seen=torch.ones(1, 3, dtype=torch.bool))

@@ -447,8 +447,9 @@ def test_the_result_does_not_depend_on_the_callers_random_state(tmp_path):
     assert fit(Dense(), noisy_batches(), steps=4, out=tmp_path / "other", seed=1).history != losses[0]
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_path, bad):
+def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_path, bad, clip):
     class Turns(Regression):
         def forward(self, x, y):
             loss = super().forward(x, y).loss
@@ -466,7 +467,7 @@ def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_
         kept.append([p.detach().clone() for p in model.parameters()])
 
     with pytest.raises(FloatingPointError, match=r"is nan in step 8, which was not applied; the last .*step-6"):
-        fit(model, [good] * 7 + [poison], steps=20, out=tmp_path, save_every=3, on_step=remember)
+        fit(model, [good] * 7 + [poison], steps=20, out=tmp_path, save_every=3, on_step=remember, clip=clip)
     assert newest_checkpoint(tmp_path).step == 6
     for a, b in zip(model.parameters(), kept[-1], strict=True):
         assert torch.equal(a, b)

@@ -380,7 +380,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
         try:
             return load_checkpoint(path)
         except DamagedCheckpointError as error:
-            warnings.warn(f"damaged checkpoint: {error}; falling back to the one before it", stacklevel=3)
+            warnings.warn(f"damaged checkpoint: {error}; falling back to the one before it, if any", stacklevel=3)
     return None
 
 

@@ -184,9 +184,12 @@ def fit(
         check_real("clip", clip, above=0.0)
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise TypeError(f"fingerprint must be a str or None; got {type(fingerprint).__name__}")
-    for name, flag in (("compile", compile), ("per_rank", per_rank)):
-        if not isinstance(flag, bool) and not (flag is None and name == "per_rank"):
+    flags = {"resume": resume, "compile": compile, "per_rank": per_rank, "show_progress": show_progress}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool) and not (flag is None and name in ("per_rank", "show_progress")):
             raise TypeError(f"{name} must be a bool; got {flag!r}")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be callable or None; got {type(on_step).__name__}")
     batch_at, length = batch_source(batches)
     device = trained(model)[0].device
     low = torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16(device)) else None

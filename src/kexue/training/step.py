@@ -256,13 +256,14 @@ def read_loss(output: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, floa
         raise ValueError("the loss does not depend on any trained parameter: it has no gradient")
     if items is None:
         items = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
-    return loss.reshape(()), float(items)
+    items = float(items)
+    if not 0 <= items < math.inf:
+        raise ValueError(f"num_items must be the number of predicted items, at least 0; got {items}")
+    return loss.reshape(()), items
 
 
-def clip_gradients(parameters: list[nn.Parameter], clip: float | None) -> torch.Tensor | None:
-    """Norm of all gradients, after scaling the dense ones down to a norm of at most ``clip``."""
-    if clip is None:
-        return None
+def clip_gradients(parameters: list[nn.Parameter], clip: float | None) -> torch.Tensor:
+    """Norm of all gradients before the dense ones are scaled down to a norm of at most ``clip``, if there is one."""
     dense, squares = [], []
     for p in parameters:
         if p.grad is None:
@@ -270,21 +271,32 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float | None) -> torch.
         if p.grad.layout is torch.strided:
             dense.append(p)
         else:
-            p.grad = p.grad.coalesce()  # repeated rows add up before they are squared; the optimizer needs it as well
+            p.grad = _coalesced(p.grad)  # repeated rows add up before they are squared; the optimizer needs it as well
             squares.append(p.grad.values().float().square().sum())
-    norm = whole(torch.nn.utils.clip_grad_norm_(dense, clip))
+    if clip is None:
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None]))
+    else:
+        norm = whole(torch.nn.utils.clip_grad_norm_(dense, clip))
     if squares:
         norm = torch.stack([norm.to(squares[0].device).float().square(), *squares]).sum().sqrt()
     return norm
 
 
-def finite(
-    loss: torch.Tensor | float, norm: torch.Tensor | None, step: int, folder: Path
-) -> tuple[float, float | None]:
+def _coalesced(gradient: torch.Tensor) -> torch.Tensor:
+    """The sparse gradient with each row once. autograd forgets when it is so already, and sorting is dear."""
+    rows = gradient._indices()
+    if gradient.sparse_dim() == 1 and bool((rows[0, 1:] > rows[0, :-1]).all()):
+        return torch.sparse_coo_tensor(
+            rows, gradient._values(), gradient.shape, is_coalesced=True, check_invariants=False
+        )
+    return gradient.coalesce()
+
+
+def finite(loss: torch.Tensor | float, norm: torch.Tensor, step: int, folder: Path) -> tuple[float, float]:
     """Bring both numbers to the host; bad ones end the run before they reach the weights."""
-    numbers = (float(loss), None if norm is None else norm.item())
+    numbers = (float(loss), norm.item())
     for name, number in zip(("loss", "norm of the gradient"), numbers, strict=True):
-        if number is not None and not math.isfinite(number):
+        if not math.isfinite(number):
             pointer = folder / "latest"
             saved = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
             kept = f"the last checkpoint is {folder / saved}" if saved else "there is no checkpoint yet"
