@@ -124,6 +124,24 @@ def test_cloze_puts_the_candidate_into_the_blank(scorer):
     assert rank_cloze("苹果#卖了", ["好"], scorer, blank="#")[0].candidate == "好"
 
 
+def test_a_long_text_keeps_what_surrounds_the_blank(scorer):
+    before, after = "一二三四五" * 20, "六七八九十" * 20
+    room = 64 - 3 - 2
+    for text in (before + "____" + after, before + "____", "____" + after):
+        place = text.index("____")
+        ranked = {x.candidate: x.score for x in rank_cloze(text, ["好卖", "手"], scorer)}
+        for name in ("好卖", "手"):
+            filled = text.replace("____", name)
+            start = max(0, min(place - (room - 2) // 2, len(filled) - room))
+            expected = scorer.pairs([filled[start : start + room]], [name])[0]
+            assert name in filled[start : start + room]
+            assert ranked[name] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="no room"):
+        rank_cloze("____", ["好卖" * 20, "手"], scorer)
+    with pytest.raises(ValueError, match="no tokens"):
+        rank_cloze("____", ["好", "\u200b"], scorer)
+
+
 def test_coreference_prompts():
     assert coreference_prompt("它", "苹果") == "其中它指的是苹果"
     assert coreference_prompt("it", "the phone", language="en") == "Here it means the phone"
@@ -145,6 +163,8 @@ def test_bad_input(scorer):
         ({"candidates": {"a": []}}, ValueError, "empty"),
         ({"candidates": {"a": 3}}, TypeError, "candidate 'a'"),
         ({"candidates": {"a": ["xy"]}}, TypeError, "candidate 'a'"),
+        ({"candidates": {"a": [1, 2]}}, TypeError, "candidate 'a'"),
+        ({"max_length": 32}, ValueError, "max_length"),
         ({"candidates": {"a": [("p", "")]}}, ValueError, "object"),
         ({"model": None}, ValueError, "model is needed"),
         ({"model": 3}, TypeError, "model must be"),
@@ -161,5 +181,8 @@ def test_bad_input(scorer):
         rank_cloze("____ and ____", ["a"], scorer)
     with pytest.raises(ValueError, match="at least one"):
         rank_cloze("____", [], scorer)
+    for blank, kind in ((None, TypeError), (3, TypeError), ("", ValueError)):
+        with pytest.raises(kind, match="blank"):
+            rank_cloze("____", ["a"], scorer, blank=blank)
     with pytest.raises(ValueError, match="pronoun"):
         coreference_prompt("", "a")

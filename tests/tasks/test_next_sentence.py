@@ -193,6 +193,19 @@ class TestPrecision:
         assert low.engine == "fast"
         assert np.abs(low.table(TEXTS, PROMPTS) - exact).max() < 0.1 * np.abs(exact).max()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_models_do_not_tie_candidates_by_rounding_the_logits(self, dtype):
+        scorer = NextSentenceScorer(bert(factor=3.0).to(dtype), TOK)
+        assert len(np.unique(scorer.table(["the cup"], WORDS[:20]))) == 20
+
+    @pytest.mark.parametrize("fast", [True, False])
+    @pytest.mark.parametrize("precision", ["bf16", "int8"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_low_precision_of_models_of_any_dtype(self, dtype, precision, fast):
+        exact = NextSentenceScorer(bert(), TOK).table(TEXTS, PROMPTS)
+        got = NextSentenceScorer(bert().to(dtype), TOK, precision=precision, fast=fast).table(TEXTS, PROMPTS)
+        assert np.abs(got - exact).max() < 0.1 * max(1, np.abs(exact).max())
+
 
 class TestFastPath:
     def test_hooks_adapters_and_other_attentions_take_the_plain_path(self):
@@ -260,8 +273,15 @@ class TestPairs:
             with pytest.raises(ValueError, match="no room"):
                 scorer.pairs(*lists, cut=cut)
 
+    def test_lists_may_be_read_only_once(self):
+        scorer = NextSentenceScorer(bert(), TOK)
+        expected = scorer.table(TEXTS, PROMPTS)
+        np.testing.assert_array_equal(scorer.table(iter(TEXTS), iter(PROMPTS)), expected)
+
     def test_bad_lists(self):
         scorer = NextSentenceScorer(bert(), TOK)
+        with pytest.raises(ValueError, match=r"entry 1 of texts has a lone surrogate at place 2"):
+            scorer.table(["a", "a \ud800"], PROMPTS)
         with pytest.raises(ValueError, match="got 1 and 2"):
             scorer.pairs(["a"], ["a", "b"])
         with pytest.raises(ValueError, match="got 1 and 0"):
@@ -309,6 +329,28 @@ class TestBadModels:
             model.bert.encoder.layer[0].output.dense.bias[0] = float("nan")
         with pytest.raises(ValueError, match="finite"):
             NextSentenceScorer(model, TOK)
+
+    def test_logits_that_stop_being_finite_later_are_refused(self):
+        model = bert()
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight[TOK.convert_tokens_to_ids("soup")] = float("nan")
+        for fast in (True, False):
+            scorer = NextSentenceScorer(model, TOK, fast=fast)
+            assert np.isfinite(scorer.table(["the cup"], PROMPTS)).all()
+            with pytest.raises(ValueError, match="logits must be finite; got .*nan"):
+                scorer.table(["the cup", "soup"], PROMPTS)
+
+    def test_a_model_that_was_pretrained_without_next_sentences_is_refused(self, tmp_path):
+        model = kexue(kind=KexueForPreTraining, objectives={"mlm": 1.0})
+        with pytest.raises(ValueError, match="KexueForPreTraining was pretrained on .*mlm.*without next sentences"):
+            NextSentenceScorer(model, TOK)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="without next sentences"):
+            NextSentenceScorer(tmp_path, TOK)
+
+    def test_a_module_that_takes_no_ids_is_refused(self):
+        with pytest.raises(ValueError, match=r"Linear.forward takes no input_ids.*next-sentence"):
+            NextSentenceScorer(torch.nn.Linear(2, 2), TOK)
 
     def test_a_module_of_the_users_needs_a_forward_with_two_logits_only(self):
         class Mine(torch.nn.Module):

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -46,8 +47,18 @@ def test_a_prior_sets_the_sizes():
     assert SamplesContrast(3, [0.1, 0.2, 0.7]).fit(scores).thresholds_.tolist() == [1.0, 3.0]  # .1 + .2 > .3
     assert SamplesContrast(3, [0.5, 0.5, 0]).fit(scores).thresholds_.tolist() == [5.0, math.inf]
     assert SamplesContrast(3, [0, 0, 1.0]).fit_predict(scores).tolist() == [2] * 10
+    assert SamplesContrast(3, [0, 0.5, 0.5]).fit(scores).thresholds_.tolist() == [-math.inf, 5.0]
     equal = SamplesContrast(4, [0.25] * 4).fit_predict(scores)
     assert equal.tolist() == SamplesContrast(4).fit_predict(scores).tolist()
+
+
+def test_classes_of_prior_zero_get_no_new_scores_either():
+    new = [-100.0, 0.0, 4.0, 5.0, 9.0, 100.0]
+    for prior, expected in (
+        ([0, 0.5, 0.5], [1, 1, 1, 2, 2, 2]), ([0.5, 0, 0.5], [0, 0, 0, 2, 2, 2]), ([0.5, 0.5, 0], [0, 0, 0, 1, 1, 1]),
+        ([0, 1, 0], [1] * 6), ([0, 0, 1], [2] * 6),
+    ):  # fmt: skip
+        assert SamplesContrast(3, prior).fit(np.arange(10.0)).predict(new).tolist() == expected
 
 
 def test_as_few_scores_as_classes_are_enough():
@@ -87,7 +98,7 @@ def test_bad_input():
     for shape in ((2, 2), (), (3, 0)):
         with pytest.raises(ValueError, match="shape"):
             fitted.predict(np.zeros(shape))
-    for text in (["a", "b"], [None, {}]):
+    for text in (["a", "b"], [None, {}], torch.ones(3, requires_grad=True)):
         with pytest.raises(TypeError, match="numbers"):
             fitted.predict(text)
     for prior, kind in (

@@ -85,6 +85,13 @@ class TestScores:
         assert clf.predict(TEXTS).dtype.kind == "i"
         assert set(clf.predict(TEXTS).tolist()) <= {0, 1}
 
+    @pytest.mark.parametrize("kind", [np.int32, np.int64, np.float64, np.bool_, np.str_])
+    def test_labels_from_an_array_of_labels_are_those_of_scikit_learn(self, kind):
+        y = np.array([0, 1], kind)
+        clf = classifier(labels=dict(zip(y, ("goal", "soup"), strict=True))).fit()
+        assert clf.classes_.dtype.kind == y.dtype.kind
+        assert clf.score(["the goal", "soup"], y) in (0, 0.5, 1)
+
     def test_saturated_probabilities_do_not_tie(self):
         clf = classifier(Overlap(bias=60.0), labels={"one": "soup", "two": "soup rice"}, template="{}").fit()
         assert clf.predict(["soup rice"]).tolist() == ["two"]
@@ -194,7 +201,7 @@ class TestSanityPairs:
 
     def test_bad_pairs(self):
         for pairs, kind in (("ab", TypeError), (3, TypeError), ([("a",)], ValueError), ([("a", 3)], TypeError)):
-            with pytest.raises(kind):
+            with pytest.raises(kind, match="sanity_pairs must"):
                 classifier(sanity_pairs=pairs).fit()
 
 

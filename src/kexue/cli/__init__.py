@@ -253,6 +253,8 @@ def reproduce(
     given = {name: path for name, path in (("model", model), ("data", data)) if path is not None}
     if given and slug is None:
         raise typer.BadParameter("--model and --data need the method that they are for")
+    if len(given) == 1:
+        raise typer.BadParameter("--model and --data go together")
     results = []
     for name in [slug] if slug is not None else available():
         with interruptible("interrupted"):

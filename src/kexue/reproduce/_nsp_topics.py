@@ -16,6 +16,7 @@ from kexue.models import KexueConfig, KexueForPreTraining
 from kexue.tasks import NextSentenceScorer
 
 WORDS, FIRST, LIMIT, BATCH, RATE, CANDIDATES = 2048, 38, 64, 32, 1e-3, 8
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WORD = re.compile(r"[a-z]+|[^a-z\s]")
 
 
@@ -36,15 +37,16 @@ def _paragraphs() -> dict[str, list[list[str]]]:
     return found
 
 
-def _tokenizer(vocabulary: list[str]) -> Any:
+def word_tokenizer(vocabulary: list[str]) -> Any:
+    """A tokenizer of words between spaces; the first five of the vocabulary are ``SPECIALS``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pad, unk, cls, sep, mask = SPECIALS
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]",
-    )  # fmt: skip
+        tokenizer_object=made, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
+    )
 
 
 class _Pairs:
@@ -96,7 +98,7 @@ def measure_topics(seed: int, steps: int, limit: int | None) -> dict[str, list[A
     known = {name: len(own) - max(1, len(own) // 5) for name, own in paragraphs.items()}
     counts = Counter(word for name, own in paragraphs.items() for part in own[: known[name]] for word in part)
     ranked = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ranked[:WORDS]]
+    vocabulary = [*SPECIALS, *ranked[:WORDS]]
     number = {word: k for k, word in enumerate(vocabulary)}
     ids = {name: [[number.get(w, 1) for w in part] for part in own] for name, own in paragraphs.items()}
     # only topics that a word of the vocabulary names: the masked arm can say no others
@@ -125,7 +127,7 @@ def measure_topics(seed: int, steps: int, limit: int | None) -> dict[str, list[A
             wrong = rng.choice(len(others), CANDIDATES - 1, replace=False)
             questions.append((part, [name, *(others[k] for k in wrong)]))
     questions = questions[:limit]
-    scorer = NextSentenceScorer(model, _tokenizer(vocabulary), max_length=LIMIT)
+    scorer = NextSentenceScorer(model, word_tokenizer(vocabulary), max_length=LIMIT)
     about = number.get("about", 1)
 
     def next_sentence(prompt: dict[str, list[int]]) -> np.ndarray:

@@ -66,15 +66,26 @@ class Block:
 
 @dataclass(frozen=True)
 class Head:
-    """Pooler and next-sentence map: state of [CLS] (N, D) -> logits (N, 2)."""
+    """Pooler and next-sentence map: state of [CLS] (N, D) -> logits (N, 2), in float32 at least.
+
+    In a bfloat16 model too, whatever it returns itself: 8 bits of a logit would tie candidates.
+    """
 
     pooler: nn.Module
     last: nn.Module
     sequence: bool  # the pooler takes (N, T, D) and reads the first token
 
     def __call__(self, states: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.pooler(states[:, None] if self.sequence else states))
-        return logits
+        x = states[:, None] if self.sequence else states
+        own = next(self.last.parameters()).dtype
+        kind = torch.promote_types(own, torch.float32)
+        for part in (self.pooler, self.last):
+            if kind == own:
+                x = part(x.to(kind))
+            else:
+                wider = {name: value.to(kind) for name, value in part.named_parameters()}
+                x = torch.func.functional_call(part, wider, (x.to(kind),))
+        return x
 
 
 def head_of(model: Any) -> Head | None:

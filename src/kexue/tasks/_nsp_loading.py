@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def load_model(model: Any) -> nn.Module:
         raise ValueError(
             f"{folder} cannot be loaded as a next-sentence model ({_first_line(error)}); {HINT}"
         ) from error
+    kinds = getattr(config, "architectures", None) or []
+    _check_objectives(config, kinds)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} weights, among them {missing[0]} (architecture "
-            f"{', '.join(getattr(config, 'architectures', None) or ['unknown'])}); {HINT}"
+            f"{', '.join(kinds or ['unknown'])}); {HINT}"
         )
     return loaded.eval()
 
@@ -84,7 +87,15 @@ def _first_line(error: BaseException) -> str:
     return text[0][:200] if text else type(error).__name__
 
 
+def _check_objectives(config: Any, kinds: Sequence[str]) -> None:
+    """A Kexue model of several objectives has the head also when next sentences were none of them."""
+    objectives, kind = getattr(config, "objectives", None), next((k for k in kinds if "ForPreTraining" in k), None)
+    if kind is not None and isinstance(objectives, Mapping) and not objectives.get("nsp"):
+        raise ValueError(f"{kind} was pretrained on {dict(objectives)}, without next sentences; {HINT}")
+
+
 def check_head(model: nn.Module) -> None:
+    """Raise ValueError for a model without next-sentence head or pooler, or whose head was not trained."""
     from kexue._transformers import PreTrainedModel
 
     if not isinstance(model, nn.Module):
@@ -98,6 +109,7 @@ def check_head(model: nn.Module) -> None:
     head = getattr(getattr(model, "cls", None), "seq_relationship", getattr(model, "next_sentence", None))
     if not any("ForNextSentence" in kind or ("ForPreTraining" in kind and head is not None) for kind in names):
         raise ValueError(f"{name} has no next-sentence head; {HINT}")
+    _check_objectives(model.config, names)
     base = getattr(model, model.base_model_prefix, None)
     if base is not None and getattr(base, "pooler", base) is None:
         raise ValueError(f"{name} was made without a pooler (add_pooling_layer=False); {HINT}")

@@ -56,6 +56,8 @@ class NextSentenceModel:
         check_head(model)
         names = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        if "input_ids" not in names and not takes_any:
+            raise ValueError(f"{type(model).__name__}.forward takes no input_ids; {HINT}")
         own = not _is_pretrained(model)
         # Padding needs a mask; a model that takes none (FNet mixes all positions) gets equal lengths only.
         self.pads = "attention_mask" in names or (takes_any and own)
@@ -81,9 +83,8 @@ class NextSentenceModel:
         self._fast: ClsForward | None = None
         self._head: Head | None = None
         self._fast = self._verified(cls_forward(model) if fast else None)
-        # 8 bits of a bfloat16 logit would tie candidates: the head stays as it is
         if precision == "bf16":
-            self._head = copy.deepcopy(head_of(model))
+            self._head = copy.deepcopy(head_of(model))  # stays as it is
             self.model = copy.deepcopy(model).to(torch.bfloat16)
         elif precision == "int8":
             self.model = quantized(model, self._fast.blocks[-1].folded if self._fast and self._fast.blocks else ())
@@ -109,13 +110,11 @@ class NextSentenceModel:
         return self._fast
 
     def _verified(self, quick: ClsForward | None) -> ClsForward | None:
-        """Run two pairs: the logits must be two finite numbers each, and the fast path must agree to be returned."""
+        """Run two pairs, which shows logits that are none; the fast path must agree with them to be returned."""
         self.device = next(self.model.parameters()).device
         ids = torch.arange(1, 8).remainder(self.vocab_size or 8).tolist()[: self.max_positions]
         pairs: list[Pair] = [(ids[:n], [0] * (n - n // 2) + [1] * (n // 2)) for n in (len(ids) // 2 + 1, len(ids))]
         own = np.concatenate([self.logits([pair]) for pair in pairs])
-        if not np.isfinite(own).all():
-            raise ValueError(f"the model's next-sentence logits must be finite; got {own.tolist()}")
         if quick is None:
             return None
         with evaluating(self.model):
@@ -137,11 +136,14 @@ class NextSentenceModel:
         """Logits (N, 2) of pairs (ids, segments), sorted by length.
 
         The memory of a batch is that of its tokens; the caller cuts the work into batches.
+
+        Raises:
+            ValueError: Logits of another shape, or not finite.
         """
         lengths = [len(ids) for ids, _ in pairs]
         with evaluating(self.model):
             if self._head is not None:
-                out = self._head(self.states(pairs).float())
+                out = self._head(self.states(pairs))
             elif self._fast is None:
                 out = self._plain(pairs, lengths)
             else:
@@ -151,7 +153,14 @@ class NextSentenceModel:
                     f"a next-sentence head gives logits ({len(pairs)}, 2) for {len(pairs)} pairs; "
                     f"{type(self.model).__name__} gave {tuple(out.shape)}; {HINT}"
                 )
-            return out.double().cpu().numpy()
+            found = out.double().cpu().numpy()
+        if not np.isfinite(found).all():
+            place = int(np.flatnonzero(~np.isfinite(found).all(1))[0])
+            raise ValueError(
+                f"the model's next-sentence logits must be finite; got {found[place].tolist()} for a pair of "
+                f"{lengths[place]} tokens (weights that are not finite, or numbers beyond float16)"
+            )
+        return found
 
     def states(self, pairs: Sequence[Pair]) -> Tensor:
         """What the pooler reads: the last state of [CLS] of each pair, (N, D), without gradients.

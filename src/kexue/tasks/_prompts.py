@@ -17,7 +17,7 @@ def check_texts(name: str, texts: Any) -> list[str]:
 
     Raises:
         TypeError: One string instead of a list of them, or an entry that is no str (also None and NaN).
-        ValueError: An array of another shape.
+        ValueError: An array of another shape, or an entry that is no text (a lone surrogate).
     """
     if isinstance(texts, str | bytes) or not hasattr(texts, "__iter__") or isinstance(texts, Mapping):
         raise TypeError(f"{name} must be a list of str; got {type(texts).__name__}")
@@ -28,6 +28,10 @@ def check_texts(name: str, texts: Any) -> list[str]:
     for number, text in enumerate(found):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be str; entry {number} is {text!r} of type {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # from a file read with errors="surrogateescape"; tokenizers fail on it
+            raise ValueError(f"entry {number} of {name} has a lone surrogate at place {error.start}") from None
     return [str(text) for text in found]  # numpy.str_ to str, which tokenizers ask for
 
 
@@ -101,10 +105,11 @@ def _words(labels: Any) -> tuple[list[Any], list[list[str]]]:
 
 
 def _class_array(names: Sequence[Any]) -> NDArray[Any]:
-    """The labels as an array that keeps their type."""
-    kinds = {type(name) for name in names}
+    """The labels as an array that keeps their type; numbers of numpy count as numbers."""
+    plain = [name.item() if isinstance(name, np.generic) else name for name in names]
+    kinds = {type(name) for name in plain}
     if len(kinds) == 1 and kinds <= {str, int, bool, float}:
-        return np.array(names)
+        return np.array(plain)
     array = np.empty(len(names), object)
     array[:] = names
     return array

@@ -49,7 +49,8 @@ def check_order(scorer: NextSentenceScorer, pairs: Any, prompts: Sequence[str]) 
         chosen: list[Sequence[tuple[str, str]]] = [known for known in BUILT_IN if _known(scorer, known) >= 2 / 3]
         found = chosen or [[(prompt, prompt) for prompt in list(prompts)[:4]]]
     else:
-        found = [_given(pairs)] if len(pairs) else []
+        own_pairs = _given(pairs)
+        found = [own_pairs] if own_pairs else []
     for group in found:
         first, second = ([pair[side] for pair in group] for side in (0, 1))
         n = len(group)

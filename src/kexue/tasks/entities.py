@@ -77,7 +77,7 @@ def link_entities(
         nil_threshold: If the best candidate's log-odds are below this, the mention counts as having no entity.
         language: "zh" or "en", of the phrases around mention and candidates.
         max_candidate: Tokens that a candidate may have; the rest is cut.
-        **options: Further arguments of :class:`NextSentenceScorer` for a folder or a module.
+        **options: Further arguments of :class:`NextSentenceScorer`, only for a folder or a module.
 
     Returns:
         All candidates by falling score; or, for a mention without entity, all types, with ``nil=True``. Equal scores
@@ -172,6 +172,8 @@ def rank_cloze(
 ) -> list[RankedCandidate]:
     """Rank what may stand in a blank (完形填空): the text with the candidate in its place, followed by the candidate.
 
+    Of a text that is too long the tokens around the blank stay, as many for every candidate.
+
     Weak with every published model: next sentence prediction judges sentences, not words.
 
     Args:
@@ -191,16 +193,29 @@ def rank_cloze(
         Traceback (most recent call last):
         ValueError: text must have exactly one blank '____'; got 0
     """
-    _check_text(text)
-    found = text.count(blank) if blank else 0
+    found = _check_text(text).count(_filled("blank", blank))
     if found != 1:
         raise ValueError(f"text must have exactly one blank {blank!r}; got {found}")
     names = [_filled("a candidate", name) for name in check_texts("candidates", candidates)]
     if not names:
         raise ValueError("candidates must hold at least one word; got none")
     _distinct("candidates", names)
-    scores = _scorer(model, tokenizer, options).pairs([text.replace(blank, name) for name in names], names, cut="first")
-    return _sorted(names, scores)
+    scorer = _scorer(model, tokenizer, options)
+    second = scorer.encode(names, "candidates")
+    scorer.check_prompts(second, names)
+    longest = max(map(len, second))
+    room = scorer.max_length - SPECIALS - longest
+    if room < longest:
+        raise ValueError(
+            f"the longest candidate has {longest} tokens and stands twice in a pair; with {SPECIALS} special ones that "
+            f"leaves no room for the text in max_length={scorer.max_length}"
+        )
+    place = len(scorer.encode([text[: text.index(blank)]])[0])
+    first = []
+    for ids in scorer.encode([text.replace(blank, name) for name in names]):
+        start = max(0, min(place - (room - longest) // 2, len(ids) - room))
+        first.append(ids[start : start + room])
+    return _sorted(names, scorer.score_ids(first, second))
 
 
 def coreference_prompt(pronoun: str, span: str, language: str = "zh") -> str:
@@ -265,7 +280,7 @@ def _candidates(given: Any, mention: str, language: str) -> tuple[list[Any], lis
             rest = _filled(f"candidate {name!r}", what).replace(mention, "").strip()
             prompts.append(fill(link, rest or what))  # nothing but the mention: better than an empty one
             continue
-        if not isinstance(what, Sequence) or any(isinstance(x, str) or len(x) != 2 for x in what):
+        if not isinstance(what, Sequence) or not all(_is_pair(x) for x in what):
             raise TypeError(f"candidate {name!r} must be a str or a list of (predicate, object); got {what!r}")
         if not what:
             raise ValueError(f"candidate {name!r} must not be empty")
@@ -275,11 +290,15 @@ def _candidates(given: Any, mention: str, language: str) -> tuple[list[Any], lis
     return list(given), prompts
 
 
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2
+
+
 def _scorer(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> NextSentenceScorer:
-    if isinstance(model, NextSentenceScorer):
-        return model
-    fitted = getattr(model, "scorer_", None)
+    fitted = getattr(model, "scorer_", model)
     if isinstance(fitted, NextSentenceScorer):
+        if options:
+            raise ValueError(f"a scorer has its settings already; got {', '.join(options)} for {type(model).__name__}")
         return fitted
     if model is None:
         raise ValueError("model is needed: a NextSentenceScorer, a fitted NSPZeroShotClassifier, a folder or a module")

@@ -165,9 +165,9 @@ class NextSentenceScorer:
         """
         if not isinstance(prefix, bool | np.bool_):
             raise TypeError(f"prefix must be True or False; got {prefix!r}")
-        heads = self.encode(prompts, "prompts")
-        self.check_prompts(heads, list(prompts))
-        found = check_texts("texts", texts)
+        given, found = check_texts("prompts", prompts), check_texts("texts", texts)
+        heads = self.encode(given, "prompts")
+        self.check_prompts(heads, given)
         out = np.empty((len(found), len(heads)))
         step = max(1, 65536 // max(1, len(heads)))  # texts at once: bounds the lists, and sorts within many pairs
         with progress("scoring", len(found) * len(heads), show_progress) as bar:

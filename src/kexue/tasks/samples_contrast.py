@@ -36,7 +36,7 @@ class SamplesContrast(ClassifierMixin, BaseEstimator):
 
     Attributes:
         thresholds_: (C - 1,), not decreasing; a class is where the number of thresholds that are not above it ends.
-            Infinite where the classes above have prior 0.
+            Where the classes below have prior 0 it is -inf, where those above have, inf.
         classes_: 0 ... C - 1.
 
     Raises:
@@ -70,7 +70,7 @@ class SamplesContrast(ClassifierMixin, BaseEstimator):
         """
         cuts, values = self._cuts(X)
         ranked = np.append(np.sort(values), np.inf)  # a cut at n: nothing is that high
-        self.thresholds_ = ranked[cuts]
+        self.thresholds_ = np.where(cuts > 0, ranked[cuts], -np.inf)  # a cut at 0: nothing is that low
         self.classes_ = np.arange(self.n_classes)
         self.n_features_in_ = 1
         return self
@@ -125,7 +125,7 @@ class SamplesContrast(ClassifierMixin, BaseEstimator):
 def _scores(X: ArrayLike) -> NDArray[np.float64]:
     try:
         values = np.asarray(X, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with gradients
         raise TypeError(f"scores must be numbers; got {type(X).__name__} that numpy cannot convert") from None
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
