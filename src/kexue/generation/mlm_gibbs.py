@@ -426,7 +426,9 @@ def _starts(init_ids: Any, chains: int) -> list[Ids]:
     """The start of every chain."""
     if hasattr(init_ids, "tolist"):
         init_ids = init_ids.tolist()
-    if len(init_ids) and hasattr(init_ids[0], "__index__"):
+    if not isinstance(init_ids, list | tuple):
+        raise TypeError(f"init_ids must be a text of token ids, or a list of such; got {type(init_ids).__name__}")
+    if init_ids and hasattr(init_ids[0], "__index__"):
         return [as_ids(init_ids, "init_ids")] * chains
     texts = as_states(init_ids)
     if len(texts) == 1:

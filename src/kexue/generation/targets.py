@@ -24,6 +24,7 @@ float32 at least, never from log(p + 1e-8).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ class Target:
         new = dict(zip(fresh, compute(fresh).tolist(), strict=True)) if fresh else {}
         values = np.array([new[s] if s in new else cache[s] for s in states], dtype=np.float64)
         cache.update(new)
-        for state in list(cache)[: max(0, len(cache) - self.cache_size)]:
+        for state in list(islice(cache, max(0, len(cache) - self.cache_size))):
             del cache[state]
         return values
 
