@@ -142,6 +142,7 @@ def test_interrupted_run_keeps_the_best_and_goes_on_as_if_nothing_had_been(by_si
         (lambda: SimulatedAnnealing(3, step), TypeError),
         (lambda: SimulatedAnnealing(hills, []), ValueError),
         (lambda: SimulatedAnnealing(hills, [3]), TypeError),
+        (lambda: SimulatedAnnealing(hills, 3), TypeError),
         (lambda: SimulatedAnnealing(hills, step, -1.0), ValueError),
         (lambda: SimulatedAnnealing(hills, step, "hot"), TypeError),
         (lambda: SimulatedAnnealing(hills, step).run(), ValueError),

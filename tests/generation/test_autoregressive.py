@@ -82,6 +82,8 @@ def test_texts_that_cannot_be_drawn():
         (lambda: AutoregressiveProposal(KexueForCausalLM(KexueConfig(5, 16, 1, 4, "causal"))), ValueError),
         (lambda: AutoregressiveProposal(bigrams()).sample(()), ValueError),
         (lambda: AutoregressiveProposal(bigrams()).sample((2, 3)), ValueError),
+        (lambda: AutoregressiveProposal(bigrams()).log_prob([(0, 99)]), ValueError),
+        (lambda: AutoregressiveProposal(causal()).log_prob([(0, 99)]), ValueError),
     ],
 )
 def test_bad_arguments(build, error):

@@ -168,6 +168,25 @@ def test_an_empty_sentence_is_a_state_if_asked_for():
     assert () in sampler.run((), 100, 0, 1, progress=False).samples[0]
 
 
+def test_an_empty_sentence_that_was_visited_can_be_the_best():
+    lm = NGramLM(np.log([[0.1, 0.1, 0.8], [0.1, 0.1, 0.8], [0.05, 0.05, 0.9]]))
+    result = CGMH(Target(lm), max_length=2, min_length=0).run([0], 200, 200, 1, progress=False)
+    assert result.best == ()
+    assert result.best_log_rho == pytest.approx(np.log(0.9))
+
+
+def test_numpy_numbers_are_numbers_of_words():
+    sampler = CGMH(Target(flat), vocab=np.int64(3), max_length=2)
+    assert sampler.vocab.tolist() == [0, 1, 2]
+    assert sampler.states(np.int64(2), 1) == [(0,), (1,)]
+
+
+def test_keywords_outside_the_vocabulary_are_refused():
+    lm = NGramLM(np.log(np.full((3, 3), 1 / 3)))
+    with pytest.raises(ValueError, match="keywords must hold ids below 2.*got 7"):
+        CGMH(Target(lm, constraint=ContainsKeywords([[1, 7]])))
+
+
 def test_starts_of_every_form():
     sampler = make(n_chains=2)
     for start in ([2, 1], (2, 1), np.array([2, 1]), torch.tensor([2, 1]), [[2, 1], [2, 1]], torch.tensor([[2, 1]] * 2),

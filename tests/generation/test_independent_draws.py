@@ -70,6 +70,19 @@ def test_too_small_bound_raises_or_is_raised():
     assert np.abs(torch.bincount(x, minlength=5).numpy() / 20000 - WEIGHTS / 7.5).max() < 0.02
 
 
+def test_the_batch_that_raises_the_bound_is_thrown_away():
+    q = Categorical(torch.tensor([0.999, 0.001], dtype=torch.float64))
+    law = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    drawn = []
+    for seed in range(400):
+        sampler = RejectionSampler(lambda x: law[x].log(), q, log_m=0.0, adaptive=True, batch_size=500)
+        x = sampler.sample(5, seed=seed)
+        if sampler.log_m > 0:  # the rare draw was met
+            drawn.append(x)
+    assert len(drawn) > 100
+    assert abs(float(torch.cat(drawn).double().mean()) - 0.1) < 0.04
+
+
 def test_bound_that_is_met_exactly_in_float32_is_valid():
     target = Normal(0.0, 1.0)
     RejectionSampler(lambda x: target.log_prob(x) + 0.3, target, log_m=0.3).sample(50000, seed=0)

@@ -226,6 +226,7 @@ def test_matrix_refuses_what_is_no_transition_law(kernel, states, error, match):
         (lambda: Gibbs(lm, []), ValueError),
         (lambda: Gibbs(lm, V, block=4).transitions((0, 1, 2)), ValueError),
         (lambda: ReplicaExchange(lm, ReplaceToken(V), [1.0]), ValueError),
+        (lambda: ReplicaExchange(lm, ReplaceToken(V), 1.0), TypeError),
         (lambda: ReplicaExchange(lm, ReplaceToken(V), [1.0, 0.0]), ValueError),
         (lambda: ReplicaExchange(lm, ReplaceToken(V), [1.0, 2.0]).transitions(((0,),)), ValueError),
         (lambda: ReplaceToken([1, 1]), ValueError),

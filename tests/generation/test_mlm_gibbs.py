@@ -111,6 +111,22 @@ def test_exact_form_is_the_formula_and_keeps_the_target(build, block, top_k, eps
     np.testing.assert_allclose(reference.stationary(matrix), pi, atol=1e-9)
 
 
+@pytest.mark.parametrize("build", [kexue, bert, autoencoder])
+@pytest.mark.parametrize(("block", "top_k", "eps"), [(1, 0, 0.0), (2, 2, 0.05), (2, 0, 0.0)])
+def test_exact_form_keeps_the_target_with_a_model_in_float32(build, block, top_k, eps):
+    pi = reference.law(lm(STATES))
+    kernel = MLMGibbs(build().float().eval(), L, top_k=top_k, target=lm, block=block, eps=eps)
+    matrix = transition_matrix(kernel, STATES)
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+    assert np.abs(pi @ matrix - pi).max() < 1e-12
+
+
+@pytest.mark.parametrize("build", [kexue, bert, autoencoder])
+def test_plain_form_of_a_float32_model_has_rows_that_sum_to_one(build):
+    matrix = transition_matrix(MLMGibbs(build().float().eval(), L), STATES)
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+
+
 @pytest.mark.parametrize("build", [kexue, bert, OnePass, autoencoder])
 def test_plain_form_is_the_mean_of_the_conditionals_and_has_another_law(build):
     model = build().eval()

@@ -14,7 +14,7 @@ from kexue.generation._edits import OPERATIONS, Edits, Floats, Ints, parts_of
 from kexue.generation._mlm import special_ids
 from kexue.generation._slots import CausalRanker, FunctionRanker, MaskedRanker, SentenceRanker, TableRanker
 from kexue.generation._states import Ids, as_ids
-from kexue.generation.constraints import ContainsKeywords, LengthBetween
+from kexue.generation.constraints import ContainsKeywords, LengthBetween, keywords_of
 from kexue.generation.ngram_lm import NGramLM
 from kexue.generation.targets import Target
 
@@ -91,14 +91,20 @@ def allowed_ids(target: Target, proposal: Any, vocab: int | Sequence[int] | None
         if not limits:
             raise ValueError("vocab must be given, a list of ids or their number: the models do not say how many exist")
         given = range(min(limits))
-    elif isinstance(vocab, int) and not isinstance(vocab, bool):
+    elif isinstance(vocab, int | np.integer) and not isinstance(vocab, bool):
         check_int("vocab", vocab, 1)
-        given = range(vocab)
+        given = range(int(vocab))
     else:
         given = as_ids(vocab, "vocab")
     if limits and given and max(given) >= min(limits):
         raise ValueError(
             f"vocab must hold ids below {min(limits)}, the size of the models' vocabulary; got {max(given)}"
+        )
+    words = keywords_of(target.constraint)
+    highest = -1 if words is None else max(map(max, words.keywords))
+    if limits and highest >= min(limits):
+        raise ValueError(
+            f"keywords must hold ids below {min(limits)}, the size of the models' vocabulary; got {highest}"
         )
     banned = _banned(target, proposal, mask_token_id, vocab is None)
     found = tuple(token for token in dict.fromkeys(given) if token not in banned)

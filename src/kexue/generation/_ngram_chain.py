@@ -285,7 +285,7 @@ class TableChain:
             raise ValueError(f"the start must have rho > 0; got log rho = {log_rho[bad]} for {pairs[bad][0]}")
         recorder.begin(chains, log_rho)
         random = generator.integers(0, 2**64, size=len(pairs), dtype=np.uint64)
-        best, best_ids = np.array([recorder.best_log_rho, 0.0]), np.zeros(edits.high, np.int64)
+        best, best_ids = np.array([recorder.best_log_rho, -1.0]), np.zeros(edits.high, np.int64)
         block = max(1, min(recorder.steps, _BLOCK // len(pairs)))
         room = block * len(pairs) if recorder.traced else 0
         trace, trace_rho = np.zeros((room, 6), np.int64), np.zeros(room)
@@ -309,7 +309,7 @@ class TableChain:
                     recorder.interrupted = True
                     break
         recorder.kept = max(0, done - recorder.burn_in) // recorder.thin
-        if best[1]:
+        if best[1] >= 0:  # better than every start
             recorder.visit([tuple(best_ids[: int(best[1])].tolist())], best[:1])
         self._remember(recorder)
         return recorder.result(chains)

@@ -14,7 +14,7 @@ scored in one batch; an impossible move counts as a step that stayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,6 +101,8 @@ class SimulatedAnnealing:
         *,
         batched: bool = False,
     ) -> None:
+        if not (callable(moves) or isinstance(moves, Iterable)):
+            raise TypeError(f"moves must be a callable or a list of such; got {type(moves).__name__}")
         self.moves: list[Move] = [moves] if callable(moves) else list(moves)
         if not self.moves:
             raise ValueError("moves must hold at least one move; got none")

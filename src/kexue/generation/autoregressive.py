@@ -62,13 +62,14 @@ class AutoregressiveProposal:
         self.lm, self.max_length = lm, max_length
         self.bos_id: int | None = None
         self.end: int
+        self.vocab_size: int | None
         if isinstance(lm, NGramLM):
-            self.end = lm.vocab_size
+            self.end = self.vocab_size = lm.vocab_size
         else:
             ends = Target(lm, tokenizer=tokenizer, bos_id=bos_id, eos_id=eos_id)
             if ends.bos_id is None or ends.eos_id is None:
                 raise ValueError(f"the model needs BOS and EOS; got bos_id={ends.bos_id}, eos_id={ends.eos_id}")
-            self.bos_id, self.end = ends.bos_id, ends.eos_id
+            self.bos_id, self.end, self.vocab_size = ends.bos_id, ends.eos_id, ends.vocab_size
 
     def _next(self, texts: list[Ids]) -> Tensor:
         """(N, V) log-probabilities of the token after texts of equal length, the end among them."""
@@ -118,8 +119,14 @@ class AutoregressiveProposal:
 
         Returns:
             (N,) float64; -inf for a text that is too long or holds the end.
+
+        Raises:
+            ValueError: An id outside the vocabulary.
         """
         texts = as_states(x)
+        highest = max((max(text) for text in texts if text), default=-1)
+        if self.vocab_size is not None and highest >= self.vocab_size:
+            raise ValueError(f"token ids must be below the size of the vocabulary, {self.vocab_size}; got {highest}")
         total = torch.zeros(len(texts), dtype=torch.float64)
         with torch.no_grad():
             for t in range(self.max_length):

@@ -231,7 +231,8 @@ class CGMH:
         Raises:
             ValueError: Ids or a length that the sampler does not allow.
         """
-        found = self.vocab.tolist() if vocab is None else (range(vocab) if isinstance(vocab, int) else list(vocab))
+        given = self.vocab.tolist() if vocab is None else vocab
+        found = range(int(given)) if isinstance(given, int | np.integer) else list(given)
         wrong = sorted(set(found) - set(self.vocab.tolist()))
         if wrong:
             raise ValueError(f"vocab must be among the {len(self.vocab)} allowed ids; got {wrong[0]}")

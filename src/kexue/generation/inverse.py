@@ -37,7 +37,7 @@ def _weights(weights: Any, log: bool) -> NDArray[np.float64]:
         if np.isnan(w).any() or w.max() in (-np.inf, np.inf):
             raise ValueError("log weights must be numbers or -inf, one of them finite")
         w = np.exp(w - w.max())
-    if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
+    if not (np.isfinite(w).all() and (w >= 0).all() and w.max() > 0):
         bad = w[~(np.isfinite(w) & (w >= 0))]
         raise ValueError(
             f"weights must be finite, at least 0 and not all 0; got {bad[0] if len(bad) else 'zeros only'}"

@@ -239,6 +239,8 @@ class ReplicaExchange:
     """
 
     def __init__(self, target: Any, proposal: Any, taus: Sequence[float]) -> None:
+        if not hasattr(taus, "__len__"):
+            raise TypeError(f"taus must be a list of temperatures; got {taus!r}")
         if len(taus) < 2:
             raise ValueError(f"taus must hold at least two temperatures; got {list(taus)}")
         self.kernels = [MetropolisHastings(target, proposal, tau) for tau in taus]

@@ -329,6 +329,10 @@ class MLMGibbs:
             return mixed.expand(log_p.shape)
         return torch.logaddexp(log_p.double() + math.log1p(-self.eps), mixed)
 
+    def _law(self, ids: Tensor, real: Tensor, places: Tensor) -> NDArray[np.float64]:
+        """The same in float64, as ``pick`` draws from it: probabilities of a float32 model sum to 1 up to 1e-7 only."""
+        return self._log_q(ids, real, places).double().log_softmax(-1).cpu().numpy()
+
     def _step(self, state: _Run) -> None:
         """One step of every chain."""
         device, generator, chains = state.ids.device, state.generator, len(state.lengths)
@@ -384,9 +388,11 @@ class MLMGibbs:
         places = torch.tensor(choices, device=device) + a
         row = torch.tensor([self.prefix + text + self.suffix], device=device)
         real = torch.ones_like(row, dtype=torch.bool)
-        log_q = self._log_q(row.expand(len(choices), -1), real.expand(len(choices), -1), places).double().cpu().numpy()
+        # One text at a time where _accept asks for y so: in float32 the size of a batch changes the last digits.
+        size = 1 if self.model.one_pass else len(choices)
+        laws = [self._law(row.expand(len(p), -1), real.expand(len(p), -1), p) for p in places.split(size)]
         found: list[tuple[Ids, float]] = []
-        for places_of, law in zip(choices, log_q, strict=True):
+        for places_of, law in zip(choices, np.concatenate(laws), strict=True):
             for filling in product(self.model.allowed, repeat=self.block):
                 there = sum(law[k, token] for k, token in enumerate(filling))
                 if there == -math.inf:
@@ -409,7 +415,7 @@ class MLMGibbs:
         if self.model.one_pass and self.block > 1:
             row = torch.tensor([self.prefix + y + self.suffix], device=self.model.device)
             where = torch.tensor([places], device=self.model.device) + len(self.prefix)
-            law = self._log_q(row, torch.ones_like(row, dtype=torch.bool), where)[0].double().cpu().numpy()
+            law = self._law(row, torch.ones_like(row, dtype=torch.bool), where)[0]
         back = float(sum(law[k, x[place]] for k, place in enumerate(places)))
         if rho_y == -math.inf or back == -math.inf:
             return 0.0
@@ -420,7 +426,9 @@ def _starts(init_ids: Any, chains: int) -> list[Ids]:
     """The start of every chain."""
     if hasattr(init_ids, "tolist"):
         init_ids = init_ids.tolist()
-    if len(init_ids) and hasattr(init_ids[0], "__index__"):
+    if not isinstance(init_ids, list | tuple):
+        raise TypeError(f"init_ids must be a text of token ids, or a list of such; got {type(init_ids).__name__}")
+    if init_ids and hasattr(init_ids[0], "__index__"):
         return [as_ids(init_ids, "init_ids")] * chains
     texts = as_states(init_ids)
     if len(texts) == 1:

@@ -107,7 +107,8 @@ class RejectionSampler:
                             f"rho / q exceeds M: log ratio {top} against log_m = {self.log_m}; "
                             "give a valid bound, or adaptive=True"
                         )
-                    self.log_m, self.draws, kept, count = top, 0, [], 0
+                    # Nothing of this batch is kept either: that it holds a rare draw is why M was raised.
+                    self.log_m, self.draws, kept, count, x, ratio = top, 0, [], 0, x[:0], ratio[:0]
                 uniform = torch.rand(len(ratio), dtype=torch.float64).numpy()
                 chosen = np.flatnonzero(np.log1p(-uniform) < ratio - self.log_m)[: n - count]
                 # The draws after the one that completes the sample do not count.
