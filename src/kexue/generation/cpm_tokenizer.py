@@ -71,9 +71,11 @@ def _marked(stretch: str) -> str:
     return " ".join(word.translate(_MARKS) for word in _dictionary()[0].cut(stretch, cut_all=False))
 
 
-def _presplit(text: str) -> str:
+def presplit(text: str) -> str:
     """The text as sentencepiece gets it. jieba cuts each of these stretches by itself, so that nothing changes."""
-    stretches = (s for s in _dictionary()[1].split(text) if s)
+    with _LOCK:  # loads the dictionary once
+        borders = _dictionary()[1]
+    stretches = (s for s in borders.split(text) if s)
     return " ".join(_marked(s) if len(s) <= _LONGEST else _marked.__wrapped__(s) for s in stretches)
 
 
@@ -218,9 +220,7 @@ class CPMTokenizer:
 
     def _split(self, text: str) -> str:
         if self.cut is None:
-            with _LOCK:  # loads the dictionary once
-                _dictionary()
-            return _presplit(text)
+            return presplit(text)
         return " ".join(word.translate(_MARKS) for word in self.cut(text))
 
     def _ids(self, marked: str) -> list[int]:
