@@ -398,6 +398,7 @@ def measure(quick: bool, seed: int) -> Measurement:
     note = "The released weights and word list were not used. " + (
         "One seed and 60 steps only: the answers mean nothing."
         if quick
-        else f"{len(seeds)} seeds from {seed}, at most {steps} steps of {BATCH} documents; {torch.get_num_threads()} thread(s)."
+        else f"{len(seeds)} seeds from {seed}, at most {steps} steps of {BATCH} documents; threads: "
+        f"{torch.get_num_threads()}."
     )
     return Measurement(figures, verdict, plot, note)
