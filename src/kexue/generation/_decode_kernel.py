@@ -19,6 +19,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 from kexue.generation._int8_kernel import prefetch, products_int8
+from kexue.words._numba import compiled
 
 __all__ = ["ACTIVATIONS", "LAYER_FIELDS", "MODEL_FIELDS", "step"]
 
@@ -71,7 +72,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@compiled(nogil=True, fastmath={"contract"}, error_model="numpy")
 def _activate(x, kind):  # type: ignore[no-untyped-def]
     """The activation, in place, on a vector."""
     one, half = np.float32(1.0), np.float32(0.5)
@@ -97,7 +98,7 @@ def _activate(x, kind):  # type: ignore[no-untyped-def]
             x[i] = x[i] / (one + _exp(-x[i]))
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _norm(x, weight, bias, eps, rms, out):  # type: ignore[no-untyped-def]
     """LayerNorm or RMSNorm of each row; out may be x."""
     n, width = x.shape
@@ -120,7 +121,7 @@ def _norm(x, weight, bias, eps, rms, out):  # type: ignore[no-untyped-def]
                 out[i, j] = (x[i, j] - mean) * factor * weight[j]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _products_float(x, w, out):  # type: ignore[no-untyped-def]
     """The product x w^T. x (N, K), w (M, K), out (N, M)."""
     rows, width = w.shape
@@ -187,7 +188,7 @@ def _choose_products(x, w, out):  # type: ignore[no-untyped-def]
     return lambda x, w, out: _products_float(x, w, out)
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _linear(x, w, scale, bias, out):  # type: ignore[no-untyped-def]
     """The product x w^T, scaled, with bias. x (N, K), w (M, K), out (N, M)."""
     _products(x, w, out)
@@ -201,7 +202,7 @@ def _linear(x, w, scale, bias, out):  # type: ignore[no-untyped-def]
                 row[i] += bias[i]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _rotate(x, heads, cos, sin, scratch):  # type: ignore[no-untyped-def]
     """Turn the pairs (2i, 2i + 1) of each head of a vector; put out as halves."""
     half = len(cos)
@@ -214,7 +215,7 @@ def _rotate(x, heads, cos, sin, scratch):  # type: ignore[no-untyped-def]
             x[2 * h * half + i] = scratch[i]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _attend(qkv, slots, positions, keys, values, out, scores):  # type: ignore[no-untyped-def]
     """Attention of each token to what its row of the cache holds up to its position. qkv (N, 3D), out (N, D)."""
     heads, room, width = keys.shape[1:]
@@ -263,7 +264,7 @@ def _attend(qkv, slots, positions, keys, values, out, scores):  # type: ignore[n
                 target[i] /= mass
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _softmax(scores, scale):  # type: ignore[no-untyped-def]
     """exp(scale (scores - maximum)) in place; the sum."""
     top, mass = scores[0], np.float32(0.0)
@@ -275,19 +276,19 @@ def _softmax(scores, scale):  # type: ignore[no-untyped-def]
     return mass
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@compiled(nogil=True, fastmath={"contract"}, error_model="numpy")
 def _exponentials(scores, top, scale):  # type: ignore[no-untyped-def]
     for t in range(len(scores)):  # not in the loops around it: they let the compiler reorder sums
         scores[t] = _exp(scale * (scores[t] - top))
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def _matrix(address, rows, columns, kind):  # type: ignore[no-untyped-def]
     """(rows, columns) at the address, of the dtype of ``kind``."""
     return carray(_pointer(address), (rows, columns), kind.dtype)
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(nogil=True, fastmath=_FAST, error_model="numpy")
 def step(tokens, slots, positions, wanted, cache, layers, model, sizes, eps, kind, rotation, logits):  # type: ignore[no-untyped-def]
     """Advance by N tokens.
 

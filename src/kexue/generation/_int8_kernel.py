@@ -23,6 +23,8 @@ from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kexue.words._numba import compiled
+
 __all__ = ["prefetch", "products_int8"]
 
 _TOKENS_AT_ONCE = 64  # whose inputs stay near the core while the matrix passes by
@@ -115,7 +117,7 @@ _tile = _vector_tile if _LANES else _plain_tile
 _STEP = max(_LANES, 1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+@compiled(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 def _round_tokens(x, integers, scales):  # type: ignore[no-untyped-def]
     """Rows of x (N, K) as int16 and scales; a row that is not finite gets the scale NaN."""
     n, width = x.shape
@@ -137,7 +139,7 @@ def _round_tokens(x, integers, scales):  # type: ignore[no-untyped-def]
             integers[c, j] = np.int16(np.rint(row[j] * factor))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(nogil=True, error_model="numpy")
 def products_int8(x, w, out):  # type: ignore[no-untyped-def]
     """The product x w^T. x (N, K) float32, w (M, K) int8, out (N, M) float32."""
     rows, width = w.shape

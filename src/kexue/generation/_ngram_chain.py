@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
 from kexue._progress import progress as progress_bar
@@ -19,6 +18,7 @@ from kexue.generation._states import Ids
 from kexue.generation.cgmh_result import CGMHResult, Recorder
 from kexue.generation.constraints import ContainsKeywords, LengthBetween
 from kexue.generation.ngram_lm import NGramLM
+from kexue.words._numba import compiled
 
 if TYPE_CHECKING:
     from kexue.generation.cgmh import CGMH
@@ -27,7 +27,7 @@ _BLOCK = 2**18  # steps of all chains together between two looks at the progress
 _INSERT, _DELETE, _REPLACE, _SKIP = 0, 1, 2, 4
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def _uniform(states, chain):  # type: ignore[no-untyped-def]
     """The next number in [0, 1) of a chain."""
     states[chain] += np.uint64(0x9E3779B97F4A7C15)
@@ -38,7 +38,7 @@ def _uniform(states, chain):  # type: ignore[no-untyped-def]
     return (z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def _base(s, m, t, order, size):  # type: ignore[no-untyped-def]
     """Index of the factor at t in the flat table, for the sentence s of m tokens; token m is the end."""
     h = 0
@@ -47,7 +47,7 @@ def _base(s, m, t, order, size):  # type: ignore[no-untyped-def]
     return h * size + (s[t] if t < m else size - 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _log_p(s, m, logs, order, size):  # type: ignore[no-untyped-def]
     total = 0.0
     for t in range(m + 1):
@@ -55,7 +55,7 @@ def _log_p(s, m, logs, order, size):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _advance(  # type: ignore[no-untyped-def]
     ids, lengths, starts, log_p, random,
     widths, low, high, gamma,

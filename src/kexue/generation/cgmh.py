@@ -366,7 +366,7 @@ class CGMH:
         self,
         init_ids: Any = None,
         steps: int = 1000,
-        burn_in: int = 100,
+        burn_in: int | None = None,
         thin: int = 10,
         progress: bool | None = None,
         trace: bool = True,
@@ -377,7 +377,7 @@ class CGMH:
             init_ids: Where to start: ids for all chains, a list of C such, or states (ids, starts). None: the keywords
                 one after the other, filled up with random words to the least length.
             steps: Steps of each chain.
-            burn_in: Steps before anything is kept.
+            burn_in: Steps before anything is kept; None: a tenth of the steps, at most 100.
             thin: Every how many steps after that the states are kept: n = (steps - burn_in) // thin.
             progress: Whether to show a bar; None: if standard error is a terminal.
             trace: Record the accepted edits (48 bytes each).
@@ -391,7 +391,7 @@ class CGMH:
             ValueError: A start with rho = 0, without the keywords, too short or too long, or with words that are not
                 allowed; numbers out of range.
         """
-        check_run(steps, burn_in, thin)
+        burn_in = check_run(steps, burn_in, thin)
         generator = np.random.default_rng(self.seed)
         words = keywords_of(self.target.constraint)
         pairs = first_states(init_ids, self.n_chains, self.edits, self.vocab, words, generator)

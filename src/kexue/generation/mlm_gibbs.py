@@ -180,7 +180,7 @@ class MLMGibbs:
         self,
         init_ids: Any = None,
         steps: int = 1000,
-        burn_in: int = 100,
+        burn_in: int | None = None,
         thin: int = 10,
         *,
         resume: GibbsResult | None = None,
@@ -192,7 +192,7 @@ class MLMGibbs:
             init_ids: A text for all chains to start from, or one for each; special tokens in it stay where they are,
                 [MASK] is filled first. None: empty texts of random lengths.
             steps: Steps of each chain.
-            burn_in: Steps before anything is kept.
+            burn_in: Steps before anything is kept; None: a tenth of the steps, at most 100.
             thin: Every how many steps after that the texts are kept: n = (steps - burn_in) // thin.
             resume: The result of an interrupted run: goes on as if it had not been (same steps, burn-in and thinning).
             progress: Whether to show a bar; None: if standard error is a terminal.
@@ -203,7 +203,7 @@ class MLMGibbs:
         Raises:
             ValueError: Numbers out of range; a text that is too long, has nothing to change, or has rho = 0.
         """
-        check_run(steps, burn_in, thin)
+        burn_in = check_run(steps, burn_in, thin)
         with torch.no_grad(), evaluation(self.model.model):
             if resume is None:
                 state = self._begin(init_ids)

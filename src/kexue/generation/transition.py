@@ -127,13 +127,16 @@ class Chain:
     interrupted: bool = False
 
 
-def check_run(steps: int, burn_in: int, thin: int) -> None:
-    """Raise unless a run of that many steps keeps its samples."""
+def check_run(steps: int, burn_in: int | None, thin: int) -> int:
+    """Raise unless a run of that many steps keeps its samples; returns the burn-in."""
     check_int("steps", steps, 0)
-    check_int("burn_in", burn_in, 0)
     check_int("thin", thin, 1)
+    if burn_in is None:
+        return min(100, steps // 10)
+    check_int("burn_in", burn_in, 0)
     if burn_in > steps:
         raise ValueError(f"burn_in must be at most steps, {steps}; got {burn_in}")
+    return burn_in
 
 
 def run_chain(

@@ -23,11 +23,19 @@ _LANES = 8
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function without the interpreter lock, cached on disk where a folder for that can be written."""
     # No "nnan" and "ninf": the kernels test for values that are not finite.
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no writable folder for the cache
-        return njit(**options)(function)
+    return compiled(nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})(function)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``njit`` with these options, cached on disk where a folder for that can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no writable folder for the cache
+            return njit(**options)(function)
+
+    return decorate
 
 
 def _operation(function: Callable[..., Any]) -> Callable[..., Any]:
