@@ -136,3 +136,19 @@ def test_importing_kexue_is_quick_and_brings_no_torch():
     code = "import sys, kexue; print('torch' in sys.modules, 'numpy' in sys.modules, kexue.__version__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split()[:2] == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("number", "orderly", "code"),
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGINT, True, 130), (signal.SIGTERM, True, 0)],
+)
+def test_the_exit_code_of_an_interrupted_run(capsys, tmp_path, number, orderly, code):
+    import typer
+
+    from kexue.cli.common import interruptible
+    from kexue.training import TrainingInterrupted
+
+    with pytest.raises(typer.Exit) as caught, interruptible("interrupted", orderly):
+        raise TrainingInterrupted(number, 7, tmp_path)
+    assert caught.value.exit_code == code
+    assert "interrupted" in capsys.readouterr().err

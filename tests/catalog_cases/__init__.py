@@ -13,6 +13,7 @@ from catalog_cases.base import EstimatorCase, TensorCase
 CASES: dict[str, list[TensorCase | EstimatorCase]] = {}
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
-        CASES |= importlib.import_module(f"catalog_cases.{_module.name}").CASES
+        for _slug, _cases in importlib.import_module(f"catalog_cases.{_module.name}").CASES.items():
+            CASES.setdefault(_slug, []).extend(_cases)
 
 __all__ = ["CASES", "EstimatorCase", "TensorCase"]

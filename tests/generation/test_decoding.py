@@ -105,7 +105,7 @@ def test_common_prefix_leaves_a_token_to_every_prompt():
     long = list(range(20))
     assert common_prefix([long, long[:12]]) == 11
     assert common_prefix([long, long]) == 19
-    assert common_prefix([long[:9] + [1], long[:9] + [2]]) == 9
+    assert common_prefix([[*long[:9], 1], [*long[:9], 2]]) == 9
     assert common_prefix([long[:3], long]) == 0
     assert common_prefix([long]) == 0
 
@@ -194,7 +194,9 @@ def test_num_return_gives_consecutive_different_rows():
     assert len(out) == 6
     assert len({tuple(row) for row in out[:3]}) == 3
     assert generate_fast(model, [rows[0], rows[0], rows[0], rows[1]], 12, seed=2)[:4] == out[:4]
-    assert generate_fast(model, rows, 5, temperature=0, num_return=2)[::2] == generate_fast(model, rows, 5, temperature=0)
+    assert generate_fast(model, rows, 5, temperature=0, num_return=2)[::2] == generate_fast(
+        model, rows, 5, temperature=0
+    )
 
 
 def test_more_tokens_than_are_drawn_at_once_continue_the_same_stream():
@@ -346,10 +348,12 @@ def test_bad_prompts_are_refused(given, error, message):
     ("options", "error"),
     [
         ({"max_new_tokens": -1}, ValueError), ({"max_new_tokens": 2.0}, TypeError), ({"temperature": -0.1}, ValueError),
-        ({"top_k": -1}, ValueError), ({"top_p": 0}, ValueError), ({"top_p": 1.01}, ValueError), ({"min_p": 2}, ValueError),
-        ({"repetition_penalty": 0}, ValueError), ({"no_repeat_ngram": -1}, ValueError), ({"stop_ids": [40]}, ValueError),
+        ({"top_k": -1}, ValueError), ({"top_p": 0}, ValueError), ({"top_p": 1.01}, ValueError),
+        ({"min_p": 2}, ValueError), ({"repetition_penalty": 0}, ValueError), ({"no_repeat_ngram": -1}, ValueError),
+        ({"stop_ids": [40]}, ValueError),
         ({"stop_ids": [-1]}, ValueError), ({"stop_ids": "3"}, TypeError), ({"stop_ids": 3}, TypeError),
-        ({"num_return": 0}, ValueError), ({"seed": -1}, ValueError), ({"seed": 2**64}, ValueError), ({"seed": None}, TypeError),
+        ({"num_return": 0}, ValueError), ({"seed": -1}, ValueError), ({"seed": 2**64}, ValueError),
+        ({"seed": None}, TypeError),
         ({"quantize": "int4"}, ValueError), ({"beams": 0}, ValueError), ({"beams": 2, "num_return": 3}, ValueError),
         ({"length_penalty": float("inf")}, ValueError),
     ],

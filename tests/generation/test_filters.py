@@ -55,7 +55,9 @@ def test_rows_are_filtered_each_for_itself():
     out = token_probabilities(logits, temperature=0.8, top_k=20, top_p=0.6, min_p=0.02)
     for row, x in enumerate(logits):
         np.testing.assert_allclose(out[row], filtered(x, 0.8, 20, 0.6, 0.02), atol=1e-12)
-    assert torch.equal(token_probabilities(logits.reshape(7, 1, 50), top_p=0.6)[:, 0], token_probabilities(logits, top_p=0.6))
+    assert torch.equal(
+        token_probabilities(logits.reshape(7, 1, 50), top_p=0.6)[:, 0], token_probabilities(logits, top_p=0.6)
+    )
 
 
 def test_top_k_keeps_exactly_k_and_takes_ties_by_index():
@@ -145,10 +147,12 @@ def test_banning_everything_raises():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"temperature": -1.0}, ValueError), ({"temperature": float("nan")}, ValueError), ({"temperature": "1"}, TypeError),
-        ({"top_k": -1}, ValueError), ({"top_k": 1.5}, TypeError), ({"top_p": 0.0}, ValueError), ({"top_p": 1.1}, ValueError),
+        ({"temperature": -1.0}, ValueError), ({"temperature": float("nan")}, ValueError),
+        ({"temperature": "1"}, TypeError), ({"top_k": -1}, ValueError), ({"top_k": 1.5}, TypeError),
+        ({"top_p": 0.0}, ValueError), ({"top_p": 1.1}, ValueError),
         ({"min_p": -0.1}, ValueError), ({"min_p": 2}, ValueError), ({"repetition_penalty": 0.0}, ValueError),
-        ({"repetition_penalty": 2.0}, ValueError), ({"no_repeat_ngram": 2}, ValueError), ({"no_repeat_ngram": -1}, ValueError),
+        ({"repetition_penalty": 2.0}, ValueError), ({"no_repeat_ngram": 2}, ValueError),
+        ({"no_repeat_ngram": -1}, ValueError),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options, error):
@@ -177,3 +181,16 @@ def test_inversion_draws_from_the_distribution_and_never_what_is_excluded():
     edge = torch.tensor([np.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert sample_tokens(p[None] / 3, edge).tolist() == [4]
     assert sample_tokens(torch.zeros(0, 6), torch.zeros(0, dtype=torch.float64)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_too_small_for_the_dtype_leaves_the_largest_logit(dtype):
+    found = token_probabilities(torch.tensor([[0.0, 2.0, -3.0]], dtype=dtype), temperature=1e-320)
+    assert found.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e300])
+def test_a_penalty_that_overflows_is_an_error_not_a_random_token(penalty):
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    with pytest.raises(ValueError, match="finite maximum"):
+        filter_logits(logits, repetition_penalty=penalty, seen=torch.ones(1, 3, dtype=torch.bool))

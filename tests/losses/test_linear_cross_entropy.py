@@ -218,3 +218,22 @@ def test_bad_input(change, error, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | change
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_vocabulary_of_several_blocks_in_several_chunks(dtype, biased):
+    """The scores are computed by blocks of 768 tokens; extreme ones must not overflow or vanish on the way."""
+    g = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(7, 5, generator=g, dtype=torch.float64) * 30).to(dtype).requires_grad_()
+    weight = torch.randn(2000, 5, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(2000, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if biased else None
+    labels = torch.tensor([0, 767, 768, -100, 1535, 1999, 3])
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
+    loss = linear_cross_entropy(hidden, weight, labels, bias, chunk_bytes=2 * 4 * 2000)
+    scores = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    expected = torch.nn.functional.cross_entropy(scores, labels)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        assert (a - b).norm() < tolerance * (1 + b.norm())

@@ -22,8 +22,10 @@ from kexue.models import (
     KexueForPreTraining,
     KexueForSequenceClassification,
     KexueModel,
+    correct_mask_embedding,
     from_bert,
     from_gpt2,
+    uncorrect_mask_embedding,
 )
 
 PAIRS = {
@@ -124,6 +126,39 @@ def test_the_dtype_stays_and_the_weights_are_copies(dtype):
     assert (theirs.transformer.wte.weight != 0).any()
 
 
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForPreTraining])
+def test_an_untied_decoder_keeps_the_bias_that_was_read(kind):
+    theirs, (ids, _, _) = bert(kind, tie_word_embeddings=False), batch()
+    assert not torch.equal(theirs.cls.predictions.bias, theirs.cls.predictions.decoder.bias)
+    ours = from_bert(theirs.state_dict(), theirs.config)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids)[0], rtol=0, atol=1e-5)
+    assert not ours.config.tie_word_embeddings
+
+
+def test_the_configuration_that_is_given_is_left_alone():
+    theirs = bert(tie_word_embeddings=False)
+    config = from_bert(bert().state_dict(), theirs.config).config
+    ours = from_bert(theirs.state_dict(), config)
+    assert config.tie_word_embeddings
+    assert not ours.config.tie_word_embeddings
+    theirs = gpt2(tie_word_embeddings=False)
+    config = from_gpt2(gpt2().state_dict(), theirs.config).config
+    ours = from_gpt2(theirs.state_dict(), config)
+    assert config.tie_word_embeddings
+    assert not ours.config.tie_word_embeddings
+
+
+def test_a_corrected_table_is_not_corrected_again():
+    theirs, (ids, _, _) = bert(), batch()
+    before = theirs(ids).logits
+    correct_mask_embedding(theirs, mask_token_id=3)
+    ours = from_bert(theirs.state_dict(), theirs.config)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="corrected already"):
+        correct_mask_embedding(ours, mask_token_id=3)
+    torch.testing.assert_close(uncorrect_mask_embedding(ours)(ids).logits, before, rtol=0, atol=1e-5)
+
+
 def test_the_configuration_may_be_a_dict_or_a_kexue_one(tmp_path):
     theirs, (ids, _, _) = bert(), batch()
     ours = from_bert(theirs.state_dict(), theirs.config.to_dict())
@@ -173,6 +208,20 @@ def test_every_key_and_shape_is_accounted_for(make, convert):
     name = "bert.embeddings.position_embeddings.weight" if make is bert else "transformer.wpe.weight"
     with pytest.raises(ValueError, match=r"\(20, 24\).*\(19, 24\)"):
         convert(state | {name: state[name][:19]}, theirs.config)
+
+
+def test_shapes_of_joined_and_turned_matrices_are_checked():
+    theirs = bert()
+    state, name = dict(theirs.state_dict()), "bert.encoder.layer.1.attention.self.{}.weight"
+    with pytest.raises(ValueError, match=r"query\.weight must be \(24, 24\) and is \(25, 24\)"):
+        from_bert(
+            state | {name.format("query"): torch.zeros(25, 24), name.format("key"): torch.zeros(23, 24)}, theirs.config
+        )
+    with pytest.raises(ValueError, match=r"key\.weight must be \(24, 24\) and is \(24, 23\)"):
+        from_bert(state | {name.format("key"): torch.zeros(24, 23)}, theirs.config)
+    theirs = gpt2()
+    with pytest.raises(ValueError, match=r"qkv\.weight must be \(72, 24\) and is \(24,\)"):
+        from_gpt2(theirs.state_dict() | {"transformer.h.0.attn.c_attn.weight": torch.zeros(24)}, theirs.config)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,31 @@ def test_causal_loss_shifts_and_skips_padding():
     torch.testing.assert_close(out.loss, alone / 10)
 
 
+@pytest.mark.parametrize("kind", [KexueForCausalLM, KexueForPreTraining])
+@pytest.mark.parametrize("given", [True, False])
+def test_padding_on_the_left_predicts_nothing(kind, given):
+    model, (ids, _, _) = make(kind, attn_mode="causal", pad_token_id=0), batch()
+    ids = ids.clamp(min=1)
+    right = torch.nn.functional.pad(ids, (0, 3))
+    left = right.roll(3, 1)
+    masks = ((left != 0).long(), (right != 0).long()) if given else (None, None)
+    a, b = model(left, masks[0], labels=left), model(right, masks[1], labels=right)
+    assert a.num_items == b.num_items == 18
+    torch.testing.assert_close(a.loss, b.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_labels_of_every_width(dtype):
+    ids, _, labels = batch()
+    follows = torch.tensor([0, 1, -100])
+    for kind in (KexueForMaskedLM, KexueForCausalLM):
+        model = make(kind)
+        assert torch.equal(model(ids, labels=labels.to(dtype)).loss, model(ids, labels=labels).loss)
+    for kind in (KexueForNextSentence, KexueForSequenceClassification):
+        model = make(kind)
+        assert torch.equal(model(ids, labels=follows.to(dtype)).loss, model(ids, labels=follows).loss)
+
+
 @pytest.mark.parametrize("kind", [KexueForMaskedLM, KexueForCausalLM])
 def test_packed_loss_is_the_padded_one(kind):
     model, (ids, mask, labels) = make(kind), batch()
@@ -202,6 +227,15 @@ def test_pretraining_takes_its_objectives_as_an_argument_and_keeps_them(tmp_path
     assert causal(ids, labels=ids).num_items == 8
 
 
+def test_objectives_as_an_argument_leave_other_models_of_the_configuration_alone():
+    config = KexueConfig(**SIZES)
+    first = KexueForPreTraining(config, objectives={"mlm": 1.0})
+    KexueForPreTraining(config, objectives={"mlm": 1.0, "nsp": 2.0})
+    assert first.config.objectives == {"mlm": 1.0}
+    assert config.objectives == {"mlm": 1.0, "nsp": 1.0}
+    assert first.config is first.kexue.config
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_saving_loading_and_the_auto_classes(kind, tmp_path):
     import transformers
@@ -249,6 +283,16 @@ def test_generation_agrees_with_scoring_the_whole_text():
     assert model(ids, logits_to_keep=2).logits.shape == (3, 2, 23)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0.5, 1.5, -1.0]), torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 1]])])
+def test_the_number_of_items_of_numbers_and_several_labels(labels):
+    classes = 1 if labels.dim() == 1 else 3
+    model, (ids, _, _) = make(KexueForSequenceClassification, num_labels=classes), batch()
+    whole = model(ids, labels=labels)
+    assert whole.num_items == labels.numel()
+    parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=labels.numel()) for i in range(3)]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+
+
 def test_the_trainer_of_transformers_runs_and_accumulates_exactly(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -281,6 +325,8 @@ def test_the_trainer_of_transformers_runs_and_accumulates_exactly(tmp_path):
         (KexueForNextSentence, {"labels": torch.zeros(2, dtype=torch.long)}, ValueError, r"\(3,\)"),
         (KexueForSequenceClassification, {"labels": torch.full((3,), 4)}, ValueError, "4"),
         (KexueForSequenceClassification, {"labels": torch.zeros(3, 3)}, ValueError, r"\(3, 4\)"),
+        (KexueForSequenceClassification, {"labels": [0, 1, 2]}, TypeError, "list"),
+        (KexueForNextSentence, {"labels": [0, 1, 1]}, TypeError, "list"),
         (KexueForPreTraining, {"next_sentence_label": torch.zeros(3)}, TypeError, "integers"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,6 +198,20 @@ def test_gradient_checkpointing_changes_no_gradient(mode):
         torch.testing.assert_close(a, b)
 
 
+def test_gradient_checkpointing_fills_a_cache_once():
+    model, ids = make("causal"), texts((5,))[0][None]
+    model(ids, use_cache=True).last_hidden_state.sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    out = model.train()(ids, use_cache=True)
+    out.last_hidden_state.sum().backward()
+    assert out.past_key_values.get_seq_length() == 5
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, plain[name])
+
+
 def test_dropout_is_off_in_evaluation_and_seeded_in_training():
     model, ids = make(dropout=0.5, attention_dropout=0.5), torch.stack(texts((5, 5)))
     assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
@@ -254,6 +269,8 @@ def test_attention_of_the_registry_works_in_the_stack():
     assert not torch.allclose(linear[mask], plain[mask], atol=1e-3)
     alone = torch.cat([model(row[None]).last_hidden_state[0] for row in texts()])
     torch.testing.assert_close(linear[mask], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="packed input.*'kexue_linear'"):  # it would be softmax attention
+        model(ids[mask], cu_seqlens=torch.tensor([0, *(len(row) for row in texts())]).cumsum(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -315,6 +332,10 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
         ({"input_ids": IDS.new_zeros(1, 17)}, ValueError, "max_position = 16.*17"),
         ({"input_ids": IDS, "position_ids": IDS + 16}, ValueError, "position_ids.*16"),
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, ValueError, "position_ids"),
+        ({"input_ids": IDS[:1], "position_ids": IDS}, ValueError, r"position_ids.*\(1, 5\).*\(2, 5\)"),
+        ({"input_ids": IDS, "position_ids": IDS.float()}, TypeError, "position_ids.*float32"),
+        ({"input_ids": IDS, "position_ids": [0, 1, 2, 3, 4]}, TypeError, "position_ids.*list"),
+        ({"input_ids": IDS, "token_type_ids": IDS.float()}, TypeError, "token_type_ids.*float32"),
         ({"input_ids": IDS, "attention_mask": IDS[:, :4]}, ValueError, r"\(2, 5\).*\(2, 4\)"),
         ({"input_ids": IDS, "attention_mask": [[1]]}, TypeError, "attention_mask"),
         ({"input_ids": IDS, "token_type_ids": IDS + 2}, ValueError, "token_type_ids"),
@@ -331,6 +352,28 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         make()(**arguments)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_positions_of_other_batches_are_refused(position):
+    with pytest.raises(ValueError, match=r"position_ids must have shape \(1, 5\)"):
+        make(position=position)(IDS[:1], position_ids=IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_integers_of_every_width_are_ids(dtype):
+    model, ids = make(), torch.stack(texts((5, 5)))
+    segments, positions = ids % 2, torch.arange(5).expand(2, 5) + 1
+    plain = model(ids, token_type_ids=segments, position_ids=positions).last_hidden_state
+    narrow = model(ids.to(dtype), token_type_ids=segments.to(dtype), position_ids=positions.to(dtype))
+    assert torch.equal(narrow.last_hidden_state, plain)
+
+
+def test_sizes_of_numpy_are_saved(tmp_path):
+    config = KexueConfig(np.int64(23), np.int64(12), 1, 3, mask_token_id=np.int64(4), pad_token_id=np.int32(0))
+    config.save_pretrained(tmp_path)
+    again = KexueConfig.from_pretrained(tmp_path)
+    assert (again.mask_token_id, again.pad_token_id, again.vocab_size) == (4, 0, 23)
 
 
 def test_long_texts_need_no_table_with_rotary_positions():

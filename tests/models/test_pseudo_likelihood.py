@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from kexue.models import masked_token_log_probs
+from kexue.models import KexueConfig, KexueForMaskedLM, masked_token_log_probs
 
 MASK, VOCABULARY = 4, 40
 
@@ -45,6 +45,18 @@ def test_equals_the_definition_for_texts_of_several_lengths(batch_size):
     assert not got[~mask].any()
     full = masked_token_log_probs(model, input_ids, mask_token_id=MASK, batch_size=batch_size)
     torch.testing.assert_close(full, one_by_one(model, input_ids, torch.ones_like(mask)))
+
+
+def test_the_head_of_our_own_model_runs_on_masked_rows_alone():
+    torch.manual_seed(0)
+    model = KexueForMaskedLM(KexueConfig(VOCABULARY, 16, 2, 2, mask_token_id=MASK, type_vocab_size=2)).double().eval()
+    input_ids, segments = ids(), (ids() % 2).contiguous()
+    mask = torch.arange(7)[None] < torch.tensor([[4], [7], [1]])
+    rows = []
+    model.lm_head.register_forward_hook(lambda _, args, out: rows.append(out.shape[:-1].numel()))
+    got = masked_token_log_probs(model, input_ids, mask, batch_size=5, token_type_ids=segments)
+    assert sum(rows) == mask.sum()
+    torch.testing.assert_close(got, one_by_one(model, input_ids, mask, token_type_ids=segments))
 
 
 def test_the_id_of_the_mask_is_taken_from_the_configuration():

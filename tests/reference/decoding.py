@@ -1,6 +1,5 @@
 """Slow, obvious float64 versions of the filters of decoding, of greedy continuation and of exhaustive beam search."""
 
-import itertools
 import math
 
 import torch
@@ -75,7 +74,3 @@ def best_continuations(model, prompt, count, alpha, stops, number):
 
     extend([], 0.0)
     return sorted(found, key=lambda item: -item[0])[:number]
-
-
-def all_sequences(vocabulary, length):
-    return list(itertools.product(range(vocabulary), repeat=length))

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from kexue.training import DamagedCheckpointError, checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from training.runs import kill_before_call
+from kexue.training.order import set_random_states
+from training.runs import draw_globals, kill_before_call, seed_globals
 
-FILES = ("model.safetensors", "optimizer.pt", "checkpoint.json")
+FILES = ("model.safetensors", "optimizer.pt", "rng.pt", "checkpoint.json")
 
 
 def trained(value=1.0):
@@ -244,3 +245,28 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
     assert steps[0] == 1
     assert steps.count(1) >= 5
     assert steps[-1] == 2
+
+
+def test_the_states_of_the_global_generators_are_stored_and_read_without_pickled_code(tmp_path):
+    seed_globals(5)
+    draw_globals()
+    path = save(tmp_path, 1)
+    seed_globals(9)  # `save` draws the weights of its model
+    set_random_states(load_checkpoint(path).rng)
+    expected = draw_globals()
+    set_random_states(load_checkpoint(path).rng)
+    assert draw_globals() == expected
+    assert load_checkpoint(path).rng["cuda"] == []
+    states = torch.load(path / "rng.pt", weights_only=True)
+    assert sorted(states) == ["cuda", "numpy", "python", "torch"]
+
+
+def test_a_checkpoint_without_states_of_generators_is_read(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "rng.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"rng\.pt is missing"):
+        load_checkpoint(path)
+    meta = json.loads((path / "checkpoint.json").read_text())
+    del meta["files"]["rng.pt"]  # as an older version wrote it
+    (path / "checkpoint.json").write_text(json.dumps(meta))
+    assert load_checkpoint(path).rng is None

@@ -182,6 +182,52 @@ def test_signals_finish_the_step_save_and_are_resumable(tmp_path, number, exit_c
     assert_equal_weights(resumed, expected)
 
 
+def test_what_a_callback_draws_goes_on_after_a_resume(tmp_path):
+    def run(out, stop=None):
+        drawn = []
+
+        def on_step(record):
+            drawn.append(draw_globals())
+            return record["step"] == stop
+
+        train(out, on_step=on_step)
+        return drawn
+
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "parts", stop=8) + run(tmp_path / "parts") == whole
+
+
+def test_auto_precision_is_bf16_where_there_are_instructions_for_it(tmp_path, monkeypatch):
+    from kexue.training import loop
+
+    for has, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(loop, "has_bf16", lambda device, has=has: has)
+        _, result = train(tmp_path / f"auto {name}", precision="auto")
+        assert result.history == train(tmp_path / name, precision=name)[1].history
+        assert newest_checkpoint(tmp_path / f"auto {name}").config["precision"] == name
+    monkeypatch.undo()
+    assert isinstance(loop.has_bf16(torch.device("cpu")), bool)
+    assert not loop.has_bf16(torch.device("meta"))
+
+
+def test_tokens_are_counted_and_shown_where_there_are_any(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    class Named(Dense):
+        def forward(self, input_ids, labels):
+            return super().forward(input_ids, labels)
+
+    def batches(number):
+        batch = noisy_batches()(number)
+        return {"input_ids": batch["ids"], "labels": batch["labels"]}
+
+    fit(Named(), batches, steps=4, out=tmp_path, accumulate=2, show_progress=True)
+    assert [line["tokens"] for line in metrics(tmp_path)] == [2 * 8 * 5] * 4
+    assert "tokens/s" in capsys.readouterr().err
+
+
 def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
@@ -401,8 +447,9 @@ def test_the_result_does_not_depend_on_the_callers_random_state(tmp_path):
     assert fit(Dense(), noisy_batches(), steps=4, out=tmp_path / "other", seed=1).history != losses[0]
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_path, bad):
+def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_path, bad, clip):
     class Turns(Regression):
         def forward(self, x, y):
             loss = super().forward(x, y).loss
@@ -420,7 +467,7 @@ def test_a_loss_or_gradient_that_is_not_finite_keeps_weights_and_checkpoint(tmp_
         kept.append([p.detach().clone() for p in model.parameters()])
 
     with pytest.raises(FloatingPointError, match=r"is nan in step 8, which was not applied; the last .*step-6"):
-        fit(model, [good] * 7 + [poison], steps=20, out=tmp_path, save_every=3, on_step=remember)
+        fit(model, [good] * 7 + [poison], steps=20, out=tmp_path, save_every=3, on_step=remember, clip=clip)
     assert newest_checkpoint(tmp_path).step == 6
     for a, b in zip(model.parameters(), kept[-1], strict=True):
         assert torch.equal(a, b)

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,10 @@ from training.runs import STEPS, Dense, train
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0"),
         ({"schedule": "exponential"}, ValueError, "schedule must be one of .* got 'exponential'"),
         ({"warmup": 25}, ValueError, "warmup must be at most steps = 24; got 25"),
-        ({"precision": "fp16"}, ValueError, "precision must be one of 'fp32', 'bf16'; got 'fp16'"),
+        ({"precision": "fp16"}, ValueError, "precision must be one of 'fp32', 'bf16', 'auto'; got 'fp16'"),
+        ({"resume": "no"}, TypeError, "resume must be a bool; got 'no'"),
+        ({"show_progress": 1}, TypeError, "show_progress must be a bool; got 1"),
+        ({"on_step": 3}, TypeError, "on_step must be callable or None; got int"),
         ({"fingerprint": 3}, TypeError, "fingerprint must be a str or None; got int"),
         ({"optimizer": 3, "lr": None}, TypeError, "optimizer must be a torch Optimizer"),
         ({"optimizer": [], "lr": None}, TypeError, "optimizer must be a torch Optimizer"),
@@ -68,6 +72,8 @@ def test_bad_batches_are_named(tmp_path, batches, error, message):
         (lambda w: SimpleNamespace(loss=None), TypeError, "got a SimpleNamespace"),
         (lambda w: w, ValueError, r"must be a scalar; got a tensor of shape \(3,\)"),
         (lambda w: torch.tensor(1.0), ValueError, "no gradient"),
+        (lambda w: {"loss": w.sum(), "num_items": -2}, ValueError, r"num_items must be .* got -2\.0"),
+        (lambda w: {"loss": w.sum(), "num_items": torch.tensor(math.nan)}, ValueError, "num_items must be .* got nan"),
     ],
 )
 def test_a_model_without_a_loss_is_named(tmp_path, output, error, message):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,9 +26,8 @@ OBJECTS = ("the bird.", "a red ball.", "the river.", "the night sky.", "飞鸟�
 def documents(count=40):
     out = []
     for i in range(count):
-        lines = [
-            f"{SUBJECTS[(i + j) % 6]} {VERBS[(i * 5 + j * j) % 6]} {OBJECTS[(i * 7 + 3 * j) % 6]}" for j in range(12)
-        ]
+        draw = random.Random(i)
+        lines = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}" for _ in range(12)]
         out.append(Document(id=str(i), text=" ".join(lines), title="", labels=()))
     return out
 

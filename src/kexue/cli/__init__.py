@@ -32,7 +32,7 @@ from kexue.cli.common import (
     print_table,
 )
 from kexue.cli.growth import grow
-from kexue.cli.language import pretrain, score, suggest
+from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(words_app, name="words")
 app.command()(grow)
-for command in (pretrain, score, suggest):
+for command in (pretrain, score, suggest, generate):
     app.command()(command)
 
 
@@ -240,6 +240,8 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for figures and report.html.")] = Path(
         "reports"
     ),
+    model: Annotated[Path | None, typer.Option(help="A model of yours, for nsp-zero-shot.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled texts of yours, with --model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a method's claim again."""
@@ -248,10 +250,15 @@ def reproduce(
 
     if slug is not None and slug not in available():
         raise typer.BadParameter(f"no reproduction of {slug!r}; expected one of {', '.join(available())}")
+    given = {name: path for name, path in (("model", model), ("data", data)) if path is not None}
+    if given and slug is None:
+        raise typer.BadParameter("--model and --data need the method that they are for")
+    if len(given) == 1:
+        raise typer.BadParameter("--model and --data go together")
     results = []
     for name in [slug] if slug is not None else available():
         with interruptible("interrupted"):
-            results.append(run(name, quick=quick, seed=seed, out=out))
+            results.append(run(name, quick=quick, seed=seed, out=out, **given))
         result = results[-1]
         if as_json:
             continue

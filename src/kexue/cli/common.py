@@ -106,11 +106,18 @@ def option_names(skipping: bool, flag: str = "--skip-errors") -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(message: str) -> Iterator[None]:
-    """End a long command that was interrupted with a word instead of a traceback."""
+def interruptible(message: str, orderly: bool = False) -> Iterator[None]:
+    """End a long command that was interrupted with a word instead of a traceback.
+
+    Args:
+        message: The word.
+        orderly: The command is a training run, which has done what SIGTERM asks for when it has saved: exit code 0.
+            Else it has not succeeded without its result, and the code is 128 + the number of the signal.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
         print(message, file=sys.stderr)
-        # Training notes which signal asked it to end; without a result the command has not succeeded.
-        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        # Training notes which signal asked it to end.
+        code = 128 + getattr(stop, "number", signal.SIGINT)
+        raise typer.Exit(getattr(stop, "exit_code", code) if orderly else code) from None

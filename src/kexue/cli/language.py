@@ -62,6 +62,9 @@ def pretrain(
     lr: Annotated[float | None, typer.Option(help="Largest learning rate; without, the size decides.")] = None,
     mask_rate: Annotated[float, typer.Option(help="Share of tokens that mlm masks.")] = 0.15,
     precision: Annotated[str, typer.Option(metavar="fp32|bf16|auto")] = "fp32",
+    strategy: Annotated[
+        str, typer.Option(metavar="ddp|fsdp", help="With several processes: torchrun -m kexue pretrain ...")
+    ] = "ddp",
     packages: Annotated[
         str | None, typer.Option(metavar="A,B", help="Without CORPUS: only the documentation of these packages.")
     ] = None,
@@ -101,12 +104,12 @@ def pretrain(
             raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
     try:
         settings = PretrainSettings(
-            objective, size, vocab_size, max_length, batch_size, steps, lr, mask_rate, precision, seed
+            objective, size, vocab_size, max_length, batch_size, steps, lr, mask_rate, precision, strategy, seed
         )
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     _offline()
-    with interruptible("interrupted; give the same command again to continue"), option_names(skip_errors):
+    with interruptible("interrupted; give the same command again to continue", orderly=True), option_names(skip_errors):
         train(
             list(corpus) if corpus else None,
             out,
@@ -116,6 +119,8 @@ def pretrain(
             read_options=options,
             log=lambda line: print(line, file=sys.stderr, flush=True),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes one speaks
     if as_json:
         print_json(LanguageModel.open(out).info)
         return
@@ -196,6 +201,72 @@ def suggest(
                 print("  nothing to suggest")
     if as_json:
         print_json(rows)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Continue this text.")] = None,
+    contains: Annotated[
+        list[str] | None, typer.Option(metavar="WORD,...", help="Search for sentences with these words.")
+    ] = None,
+    near: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Search for sentences with this meaning, alone: other wordings.")
+    ] = None,
+    shorten: Annotated[
+        float | None, typer.Option(help="With --near: keep at most this share of its tokens, such as 0.5.")
+    ] = None,
+    proposal: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="A one-pass or mlm model with the same tokenizer that proposes words."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 3,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to write; 64 without.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.9,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 0.95,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 300,
+    chains: Annotated[int, typer.Option(min=1, help="Chains of the search.")] = 32,
+    int8: Annotated[bool, typer.Option("--int8", help="Write with weights rounded to int8.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write with a causal language model: continue a text, or search for sentences that meet conditions."""
+    from kexue.workbench import LanguageModel
+
+    words = [word.strip() for part in contains or () for word in part.split(",") if word.strip()]
+    if contains and not words:
+        raise typer.BadParameter("--contains is empty; give words such as --contains cat,river")
+    searching = bool(words) or near is not None
+    if searching and prompt is not None:
+        raise typer.BadParameter(
+            "--prompt continues a text, --contains and --near search for one; give one or the other"
+        )
+    if shorten is not None and near is None:
+        raise typer.BadParameter("--shorten needs --near, the text to be shortened")
+    if proposal is not None and not searching:
+        raise typer.BadParameter("--proposal is for a search: give --contains or --near")
+    _offline()
+    opened = LanguageModel.open(model)
+    rows: list[dict[str, Any]]
+    if not searching:
+        texts = opened.write(
+            prompt or "", k, max_new_tokens=max_tokens, temperature=temperature,
+            top_p=top_p, seed=seed, quantize="int8" if int8 else None,
+        )  # fmt: skip
+        rows = [{"text": text} for text in texts]
+    else:
+        with interruptible("interrupted"):
+            found = opened.search(
+                words, near, shorten=shorten, proposal=None if proposal is None else LanguageModel.open(proposal),
+                count=k, steps=steps, chains=chains, max_length=max_tokens, seed=seed,
+            )  # fmt: skip
+        rows = [{"text": text, "log_rho": round(value, 4)} for text, value in found]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        print(row["text"] if "log_rho" not in row else f"{row['log_rho']:9.2f}  {' '.join(row['text'].split())}")
+    if not rows:
+        print("nothing found; try more --steps or --chains", file=sys.stderr)
 
 
 def _batches(texts: list[str] | None, size: int = 64) -> Iterator[list[str]]:

@@ -4,9 +4,8 @@ A step takes N tokens, each with the row of the cache it belongs to and its posi
 decoding, all tokens of all prompts before. Nothing is padded, no mask exists, and a row never sees another one. A step
 of a small model costs less than the hundred calls it takes to dispatch it, so there is one call.
 
-Weights stay where they are: the kernel gets their addresses. Matrices are float32, or int8 with one scale a row; the
-inputs stay float32, and an int8 weight becomes a float in a register. Tiles of 4 rows by 4 tokens keep 16 sums in
-registers.
+Weights stay where they are: the kernel gets their addresses. Matrices are float32, or int8 with one scale a row
+(:mod:`kexue.generation._int8_kernel`). Tiles of 4 rows by 4 tokens keep 16 sums in registers.
 
 Shapes: N tokens, D width, F inner width, H heads, d width of a head, L layers, V vocabulary, T room of the cache.
 """
@@ -16,10 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
+
+from kexue.generation._int8_kernel import prefetch, products_int8
 
 __all__ = ["ACTIVATIONS", "LAYER_FIELDS", "MODEL_FIELDS", "step"]
 
@@ -50,22 +49,6 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@intrinsic
-def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of a number."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, number(0), number(3), number(1)])  # to read, keep, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
 @njit(inline="always")
 def _vector(address, size):  # type: ignore[no-untyped-def]
     """(size,) float32 at the address; empty without one."""
@@ -74,7 +57,7 @@ def _vector(address, size):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _exp(x):  # type: ignore[no-untyped-def]
-    """exp to 2 ulp; unlike the library's it is computed for 16 numbers at once."""
+    """Exp to 2 ulp; unlike the library's it is computed for 16 numbers at once."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
@@ -138,31 +121,30 @@ def _norm(x, weight, bias, eps, rms, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
-def _products(x, w, out):  # type: ignore[no-untyped-def]
-    """x w^T. x (N, K), w (M, K), out (N, M)."""
+def _products_float(x, w, out):  # type: ignore[no-untyped-def]
+    """The product x w^T. x (N, K), w (M, K), out (N, M)."""
     rows, width = w.shape
     zero = np.float32(0.0)
     last = rows - rows % 4
     flat = w.reshape(-1)
-    line = 64 // w.itemsize
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
         stop = min(start + _TOKENS_AT_ONCE, x.shape[0])
         tiled = start + (stop - start) // 4 * 4
-        if w.itemsize > 1 and stop - start < 8:  # memory is the limit; one stream is twice as fast as four
+        if stop - start < 8:  # memory is the limit; one stream is twice as fast as four
             tiled = start
         for i in range(0, last if tiled > start else 0, 4):
             w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
             ahead = (i + 4) * width  # the next four rows come while these are used
-            share = 4 * width * 4 // (tiled - start) if start == 0 and i + 8 <= rows else 0
+            share = 16 * width // (tiled - start) if start == 0 and i + 8 <= rows else 0
             for c in range(start, tiled, 4):
-                for j in range(ahead, ahead + share, line):
-                    _prefetch(flat, j)
+                for j in range(ahead, ahead + share, 16):
+                    prefetch(flat, j)
                 ahead += share
                 x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
                 s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
                 s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
                 for j in range(width):
-                    a, b, e, f = np.float32(w0[j]), np.float32(w1[j]), np.float32(w2[j]), np.float32(w3[j])
+                    a, b, e, f = w0[j], w1[j], w2[j], w3[j]
                     p, q, r, s = x0[j], x1[j], x2[j], x3[j]
                     s00 += a * p
                     s01 += b * p
@@ -184,39 +166,30 @@ def _products(x, w, out):  # type: ignore[no-untyped-def]
                 out[c + 1, i], out[c + 1, i + 1], out[c + 1, i + 2], out[c + 1, i + 3] = s10, s11, s12, s13
                 out[c + 2, i], out[c + 2, i + 1], out[c + 2, i + 2], out[c + 2, i + 3] = s20, s21, s22, s23
                 out[c + 3, i], out[c + 3, i + 1], out[c + 3, i + 2], out[c + 3, i + 3] = s30, s31, s32, s33
-        if w.itemsize == 1:
-            for c in range(tiled, stop):
-                _product4(x[c], w, out[c])
         for i in range(rows):
             row = w[i]
-            first = start  # of the tokens for which this row is left
-            if i < last:
-                first = stop if w.itemsize == 1 else tiled
-            for c in range(first, stop):
+            for c in range(tiled if i < last else start, stop):
                 total, x0 = zero, x[c]
                 for j in range(width):
-                    total += np.float32(row[j]) * x0[j]
+                    total += row[j] * x0[j]
                 out[c, i] = total
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
-def _product4(x, w, out):  # type: ignore[no-untyped-def]
-    """One token, four rows at a time, as far as there are four."""
-    rows, width = w.shape
-    for i in range(0, rows - 3, 4):
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
-        s0 = s1 = s2 = s3 = np.float32(0.0)
-        for j in range(width):
-            s0 += np.float32(w0[j]) * x[j]
-            s1 += np.float32(w1[j]) * x[j]
-            s2 += np.float32(w2[j]) * x[j]
-            s3 += np.float32(w3[j]) * x[j]
-        out[i], out[i + 1], out[i + 2], out[i + 3] = s0, s1, s2, s3
+def _products(x, w, out):  # type: ignore[no-untyped-def]
+    """The product x w^T. x (N, K) float32, w (M, K) float32 or int8, out (N, M) float32."""
+    raise NotImplementedError("to be called by compiled functions")
+
+
+@overload(_products)
+def _choose_products(x, w, out):  # type: ignore[no-untyped-def]
+    if w.dtype == types.int8:
+        return lambda x, w, out: products_int8(x, w, out)
+    return lambda x, w, out: _products_float(x, w, out)
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _linear(x, w, scale, bias, out):  # type: ignore[no-untyped-def]
-    """x w^T, scaled, with bias. x (N, K), w (M, K), out (N, M)."""
+    """The product x w^T, scaled, with bias. x (N, K), w (M, K), out (N, M)."""
     _products(x, w, out)
     for c in range(len(out)):
         row = out[c]
@@ -254,10 +227,12 @@ def _attend(qkv, slots, positions, keys, values, out, scores):  # type: ignore[n
             q = qkv[n, h * width : (h + 1) * width]
             k, v = keys[slots[n], h], values[slots[n], h]
             after = n + 1 if h + 1 == heads and n + 1 < len(slots) else n
-            ahead = (slots[after] * heads + (h + 1) % heads) * room * width  # the next head comes while this one is used
+            ahead = (
+                (slots[after] * heads + (h + 1) % heads) * room * width
+            )  # the next head comes while this one is used
             for t in range(0, fours, 4):
                 for i in range(ahead + t * width, ahead + (t + 4) * width, 16):
-                    _prefetch(flat_keys, i)
+                    prefetch(flat_keys, i)
                 a = b = c = d = zero
                 k0, k1, k2, k3 = k[t], k[t + 1], k[t + 2], k[t + 3]
                 for i in range(width):
@@ -276,7 +251,7 @@ def _attend(qkv, slots, positions, keys, values, out, scores):  # type: ignore[n
             target[:] = zero
             for t in range(0, fours, 4):
                 for i in range(ahead + t * width, ahead + (t + 4) * width, 16):
-                    _prefetch(flat_values, i)
+                    prefetch(flat_values, i)
                 v0, v1, v2, v3 = v[t], v[t + 1], v[t + 2], v[t + 3]
                 a, b, c, d = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
                 for i in range(width):

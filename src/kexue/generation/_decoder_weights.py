@@ -90,10 +90,14 @@ _quantized: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Weights]] = weakref.
 
 
 def _fingerprint(model: nn.Module) -> Any:
-    """Changes when a weight does: a version number is not raised by everything that writes, so sums count as well."""
-    with torch.no_grad():
-        sums = torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
-    return [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()], sums.tolist()
+    """Changes when a weight does: not everything that writes raises the version number, so sums count as well."""
+    return [(p.data_ptr(), p._version, p.dtype, _sum(p.detach())) for p in model.parameters()]
+
+
+def _sum(x: Tensor) -> float:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+        return float(x.numpy().sum())  # a tenth of the time of torch's
+    return float(x.sum(dtype=torch.float64))
 
 
 def _quantize(plain: Weights) -> Weights:
@@ -119,11 +123,12 @@ def _read(model: KexueForCausalLM) -> Weights:
     if config.act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(map(repr, ACTIVATIONS))}; got {config.act!r}")
     layers = []
-    for layer in stack.layers:
-        attention, feed = layer.attention, layer.feed_forward  # type: ignore[union-attr]
+    every: Any = stack.layers
+    for layer in every:
+        attention, feed = layer.attention, layer.feed_forward
         parts = {
-            "norm1": layer.attention_norm, "qkv": attention.qkv, "out": attention.out,  # type: ignore[union-attr]
-            "norm2": layer.feed_forward_norm, "up": feed.up, "gate": feed.gate, "down": feed.down,  # type: ignore[union-attr]
+            "norm1": layer.attention_norm, "qkv": attention.qkv, "out": attention.out,
+            "norm2": layer.feed_forward_norm, "up": feed.up, "gate": feed.gate, "down": feed.down,
         }  # fmt: skip
         layers.append(_named(parts, LAYER_FIELDS))
     embeddings = stack.embeddings

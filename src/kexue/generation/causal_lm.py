@@ -86,7 +86,7 @@ class CausalLM(KexueForCausalLM):
         """Continue prompts and yield tokens as they come; see :func:`stream`."""
         return stream(self, prompts, max_new_tokens, **options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as a KexueForCausalLM.
 
         Args:

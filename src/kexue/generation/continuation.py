@@ -67,9 +67,7 @@ class Options:
     @property
     def filters(self) -> bool:
         """Whether something besides the temperature changes the distribution."""
-        return bool(
-            self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.no_repeat_ngram
-        )
+        return bool(self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.no_repeat_ngram)
 
 
 def check_prompts(prompts: Any, vocabulary: int, limit: int | None, new: int) -> list[list[int]]:
@@ -180,13 +178,14 @@ class _Chooser:
 
     def __init__(self, options: Options, prompts: Sequence[Sequence[int]], logits: Tensor) -> None:
         self.options, self.history = options, History(options, prompts, logits)
-        self.generators = [np.random.Generator(np.random.Philox(key=options.seed + (r << 64))) for r in range(len(prompts))]
+        self.generators = [
+            np.random.Generator(np.random.Philox(key=options.seed + (r << 64))) for r in range(len(prompts))
+        ]
         self.draws = np.empty((len(prompts), 0))
 
     def __call__(self, logits: Tensor, rows: list[int], index: int) -> list[int]:
         """Tokens number ``index`` of these rows, from logits (len(rows), V)."""
         options = self.options
-        check_rows(logits)
         if options.temperature == 0:
             if self.history.penalized or self.history.ngram:
                 logits = filter_logits(
@@ -210,7 +209,12 @@ class _Chooser:
 
 
 def _largest(logits: Tensor) -> list[int]:
-    """The first index of the maximum of each row."""
+    """The first index of the maximum of each row; a row without one raises."""
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
-        return logits.numpy().argmax(-1).tolist()  # ten times as fast as torch's
+        values = logits.numpy()
+        tokens = values.argmax(-1)  # ten times as fast as torch's; finds NaN, too
+        if not np.isfinite(values[np.arange(len(values)), tokens]).all():
+            check_rows(logits)
+        return tokens.tolist()
+    check_rows(logits)
     return logits.argmax(-1).tolist()

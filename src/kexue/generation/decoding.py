@@ -111,7 +111,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     if len(prompts) < 2:
         return 0
     most = min(len(prompt) for prompt in prompts) - 1
-    first, last = min(prompts), max(prompts)  # what these two share, all share
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these two share, all share
     shared = next((i for i in range(most) if first[i] != last[i]), most)
     return shared if shared >= _SHORTEST_PREFIX else 0
 
@@ -136,7 +136,7 @@ class _KernelSteps:
         )  # fmt: skip
         self.eps = np.float32(config.norm_eps)
         self.kind = np.empty(0, np.int8 if weights.int8 else np.float32)
-        self.rotation = np.empty((2, 0, 1), np.float32)
+        self.rope, self.rotation = config.position == "rope", np.empty((2, 0, 1), np.float32)
         width = config.hidden_size
         self.size = len(self.layers) * width * (4 * width + 3 * config.intermediate_size) + width * self.vocabulary
 
@@ -144,7 +144,7 @@ class _KernelSteps:
         self, tokens: list[int], rows: list[int], positions: list[int], wanted: list[int], cache: KVCache
     ) -> Tensor:
         logits = torch.empty(len(wanted), self.vocabulary)
-        if self.kept.config.position == "rope" and self.rotation.shape[1] < cache.room:
+        if self.rope and self.rotation.shape[1] < cache.room:
             self.rotation = torch.stack(_rotation(self.kept.config, torch.arange(cache.room), torch.float32)).numpy()
         data, out = cache.data.numpy(), logits.numpy()
         ids, slots, places, ends = (np.array(x, np.int64) for x in (tokens, rows, positions, wanted))
@@ -155,14 +155,14 @@ class _KernelSteps:
                 self.sizes, self.eps, self.kind, self.rotation, out[asked],
             )  # fmt: skip
 
-        cuts = _cuts(rows, torch.get_num_threads()) if len(ids) * self.size >= _WORTH_A_THREAD else [0, len(ids)]
+        threads = torch.get_num_threads() if len(tokens) * self.size >= _WORTH_A_THREAD else 1
+        cuts = _cuts(rows, threads) if threads > 1 else [0, len(tokens)]
         asked = np.searchsorted(ends, cuts)
-        if len(cuts) == 2:
-            run(slice(0, len(ids)), slice(0, len(ends)))
-        else:
-            run_parts(
-                lambda i: run(slice(cuts[i], cuts[i + 1]), slice(asked[i], asked[i + 1])), len(cuts) - 1, True
-            )
+
+        def part(i: int) -> None:
+            run(slice(cuts[i], cuts[i + 1]), slice(asked[i], asked[i + 1]))
+
+        run_parts(part, len(cuts) - 1, True)
         return logits
 
 

@@ -87,6 +87,7 @@ def filter_logits(
         if seen is None:
             raise ValueError("repetition_penalty needs seen, the tokens that occurred; got None")
         logits = repetition_filter(logits, seen, repetition_penalty)
+        check_rows(logits)  # the quotient or the product may overflow
     if no_repeat_ngram:
         if sequences is None:
             raise ValueError("no_repeat_ngram needs sequences, the ids so far; got None")
@@ -96,6 +97,7 @@ def filter_logits(
         return top_k_filter(logits, 1)
     if temperature < 1e-3:  # the quotient may overflow; a constant in all logits changes nothing
         logits = logits - logits.amax(-1, keepdim=True)
+        temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # below it, it may be 0 for this dtype
     if temperature != 1:
         logits = logits / temperature
     if top_k:

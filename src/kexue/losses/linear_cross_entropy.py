@@ -23,6 +23,7 @@ __all__ = ["linear_cross_entropy"]
 
 REDUCTIONS = ("mean", "sum", "none")
 _LOG2_E = math.log2(math.e)
+_BLOCK = 768  # rows of the table in one product on a CPU
 
 
 def linear_cross_entropy(
@@ -66,6 +67,7 @@ def linear_cross_entropy(
         True
     """
     _check(hidden, weight, labels, bias, ignore_index, reduction, chunk_bytes)
+    labels = labels.long()
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     counted = flat != ignore_index
     shape, kept = labels.shape, None
@@ -138,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The inputs are kept so that a second differentiation is noticed; they are alive anyway.
             ctx.save_for_backward(hidden, weight, bias, *grads[1:])
             return grads[0].sum()
-        losses = torch.cat([loss for loss, *_ in _chunks(*inputs, product, size, False)] or [_empty(hidden)])
+        losses = torch.cat([loss for loss, *_ in _chunks(*inputs, product, size)] or [_empty(hidden)])
         ctx.save_for_backward(hidden, weight, labels, counted, bias)
         return losses.sum() if scalar else losses
 
@@ -166,24 +168,59 @@ def _empty(hidden: Tensor) -> Tensor:
 
 def _chunks(
     hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, bias: Tensor | None, product: torch.dtype,
-    size: int, softmax: bool,
+    size: int,
 ) -> Any:  # fmt: skip
-    """Yield (loss (n,), softmax (n, V) or None, rows (n, D), labels, counted) chunk by chunk."""
+    """Yield loss (n,), unnormalised softmax (n, V), its sums (n, 1), rows (n, D), labels, counted, chunk by chunk.
+
+    The scores are overwritten by the next chunk.
+    """
     dtype = compute_dtype(hidden, weight)
     table = weight.to(product)
     shift = None if bias is None else bias.to(product)
+    own = product == dtype
+    if own and shift is not None:
+        shift = shift * _LOG2_E
+    blocks = None
+    if own and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        blocks = _Blocks(table, shift, min(size, hidden.shape[0]))
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
         rows, valid = hidden[part].to(product), counted[part]
         target = labels[part].masked_fill(~valid, 0).unsqueeze(1)
-        scores = rows @ table.T if shift is None else torch.addmm(shift, rows, table.T)
-        scores = scores.to(dtype)
+        # exp2 is the faster one on CPUs; where no rounding to a lower precision is between, its factor goes in first.
+        scaled = rows * _LOG2_E if own else rows
+        if blocks is not None:
+            scores = blocks.scores(scaled)
+        else:
+            scores = scaled @ table.T if shift is None else torch.addmm(shift, scaled, table.T)
+        if not own:
+            scores = scores.to(dtype).mul_(_LOG2_E)
         top = scores.amax(1, keepdim=True)
         picked = scores.gather(1, target)
-        scores = scores.sub_(top).mul_(_LOG2_E).exp2_()  # exp2 is the faster one on CPUs
+        scores = scores.sub_(top).exp2_()
         total = scores.sum(1, keepdim=True)
-        loss = (total.log() + top - picked).squeeze(1).masked_fill(~valid, 0)
-        yield loss, scores.div_(total) if softmax else None, rows, target, valid
+        loss = (total.log() + (top - picked) / _LOG2_E).squeeze(1).masked_fill(~valid, 0)
+        yield loss, scores, total, rows, target, valid
+        del scores  # or it would stay beside the next chunk's
+
+
+class _Blocks:
+    """rows @ table.T + shift by blocks of the vocabulary, into one buffer; in one product MKL takes longer."""
+
+    def __init__(self, table: Tensor, shift: Tensor | None, rows: int) -> None:
+        self.tables = table.split(_BLOCK)
+        self.shifts = [None] * len(self.tables) if shift is None else shift.split(_BLOCK)
+        self.buffer = table.new_empty(rows, table.shape[0])
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """(n, D) -> (n, V), n at most the rows of the buffer."""
+        out = self.buffer[: len(rows)]
+        for block, table, shift in zip(out.split(_BLOCK, 1), self.tables, self.shifts, strict=True):
+            if shift is None:
+                torch.mm(rows, table.T, out=block)
+            else:
+                torch.addmm(shift, rows, table.T, out=block)
+        return out
 
 
 def _gradients(
@@ -197,23 +234,24 @@ def _gradients(
     d_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
     losses, d_hidden = [_empty(hidden)], [hidden.new_zeros(0, hidden.shape[1], dtype=dtype)]
     done = 0
-    for loss, scores, rows, target, valid in _chunks(hidden, weight, labels, counted, bias, product, size, True):
-        scale = valid.to(dtype).unsqueeze(1)
+    for loss, scores, total, rows, target, valid in _chunks(hidden, weight, labels, counted, bias, product, size):
+        scale = valid.to(dtype).unsqueeze(1) / total
         if upstream is not None:
             scale = scale * upstream[done : done + len(rows)].unsqueeze(1)
-        scores.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
-        if upstream is not None or torch.compiler.is_compiling():  # else all rows count, with weight one
-            scores.mul_(scale)
+        scores.scatter_add_(1, target, -total)
         done += len(rows)
         losses.append(loss)
+        # Each row's factor is put where it is cheapest: on rows of D numbers, not of V.
         if d_bias is not None:
-            d_bias += scores.sum(0)
-        scores = scores.to(product)
+            d_bias += scores.T.mv(scale.squeeze(1))
+        if product != dtype:  # sums over the vocabulary in low precision must not overflow
+            scores, scale = scores.mul_(scale).to(product), torch.ones_like(scale)
         if needs[0]:
-            d_hidden.append((scores @ table).to(dtype))
+            d_hidden.append((scores @ table).to(dtype) * scale)
         if d_weight is not None:
             if product == dtype:
-                d_weight.addmm_(scores.T, rows)
+                d_weight.addmm_(scores.T, rows * scale)
             else:
                 d_weight += scores.T @ rows
+        del scores
     return torch.cat(losses), torch.cat(d_hidden) if needs[0] else None, d_weight, d_bias

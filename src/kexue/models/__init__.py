@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kexue.models.growth_check import GrowthReport, verify_growth
     from kexue.models.growth_files import grow_checkpoint
     from kexue.models.initialization import fan, predict_gain, truncated_normal_, variance_scaling_
+    from kexue.models.kept_tokens import gather_attention_bias, gather_tokens
+    from kexue.models.mask_embedding import correct_mask_embedding, uncorrect_mask_embedding
     from kexue.models.megatron import from_megatron_gpt2
     from kexue.models.one_pass_cache import OnePassCache
     from kexue.models.parameterization import NTKLinear, ScheduledResidual, unit_activation
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     )
     from kexue.models.simsiam import SimSiam, simsiam_loss
     from kexue.models.skip_path import norm_gains, skip_gain
+    from kexue.models.suggestions import Candidate, Suggestion
+    from kexue.models.token_dropping import DroppedTokens, DropToken, column_mask_equivalent, drop_token
 
 __all__ = [
     "BYOL",
@@ -51,6 +55,8 @@ __all__ = [
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
+    "DropToken",
+    "DroppedTokens",
     "GAUAlphaConfig",
     "GAUAlphaForMaskedLM",
     "GAUAlphaModel",
@@ -73,12 +79,17 @@ __all__ = [
     "ScheduledResidual",
     "SimSiam",
     "Suggestion",
+    "column_mask_equivalent",
+    "correct_mask_embedding",
     "deepnorm_constants",
+    "drop_token",
     "extend_positions",
     "fan",
     "from_bert",
     "from_gpt2",
     "from_megatron_gpt2",
+    "gather_attention_bias",
+    "gather_tokens",
     "gradient_norms",
     "grow",
     "grow_checkpoint",
@@ -94,6 +105,7 @@ __all__ = [
     "skip_gain",
     "tie_positions",
     "truncated_normal_",
+    "uncorrect_mask_embedding",
     "unit_activation",
     "variance_scaling_",
     "verify_growth",
@@ -106,6 +118,8 @@ _MODULES = {
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",
+    "DropToken": "token_dropping",
+    "DroppedTokens": "token_dropping",
     "GAUAlphaConfig": "gau_alpha",
     "GAUAlphaForMaskedLM": "gau_alpha",
     "GAUAlphaModel": "gau_alpha",
@@ -128,12 +142,17 @@ _MODULES = {
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
     "Suggestion": "suggestions",
+    "column_mask_equivalent": "token_dropping",
+    "correct_mask_embedding": "mask_embedding",
     "deepnorm_constants": "schemes",
+    "drop_token": "token_dropping",
     "extend_positions": "extension",
     "fan": "initialization",
     "from_bert": "bridges",
     "from_gpt2": "bridges",
     "from_megatron_gpt2": "megatron",
+    "gather_attention_bias": "kept_tokens",
+    "gather_tokens": "kept_tokens",
     "gradient_norms": "gradient_size",
     "grow": "growth",
     "grow_checkpoint": "growth_files",
@@ -149,6 +168,7 @@ _MODULES = {
     "skip_gain": "skip_path",
     "tie_positions": "extension",
     "truncated_normal_": "initialization",
+    "uncorrect_mask_embedding": "mask_embedding",
     "unit_activation": "parameterization",
     "variance_scaling_": "initialization",
     "verify_growth": "growth_check",

@@ -106,7 +106,7 @@ class KexueForTextAutoencoding(LanguageModel):
         x = outputs.last_hidden_state
         loss = count = None
         if labels is not None:
-            check_labels("labels", labels, x.shape[:-1])
+            labels = check_labels("labels", labels, x.shape[:-1])
             padding = None
             if attention_mask is not None:
                 padding = attention_mask == 0

@@ -7,6 +7,7 @@ transformers to rounding.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from kexue.models.family import (
     KexueForSequenceClassification,
     KexueModel,
 )
+from kexue.models.mask_embedding import FLAG, RECORD
 from kexue.models.stack import KexuePreTrainedModel
 
 __all__ = ["from_bert", "from_gpt2", "load_strictly"]
@@ -56,7 +58,7 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
         True
     """
     state = _state(state_dict)
-    kexue = config if isinstance(config, KexueConfig) else _bert_config(config, state)
+    kexue = copy.deepcopy(config) if isinstance(config, KexueConfig) else _bert_config(config)
     prefix = "bert." if any(key.startswith("bert.") for key in state) else ""
     names = {
         f"{prefix}embeddings.word_embeddings.weight": "embeddings.token.weight",
@@ -78,8 +80,9 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
     if language:
         heads |= _both("cls.predictions.transform.dense", "lm_head.dense")
         heads |= _both("cls.predictions.transform.LayerNorm", "lm_head.norm")
-        biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]  # one tensor, stated once or twice
-        bias = biases[1] if biases[1] in state and biases[0] not in state else biases[0]
+        # One tensor, stated once or twice; where they are not tied, the decoder's is the one that is read
+        biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]
+        bias = biases[1] if biases[1] in state else biases[0]
         heads[bias] = "lm_head.decoder.bias"
         ignored |= set(biases)
     kind: type[KexuePreTrainedModel]
@@ -103,7 +106,9 @@ def from_bert(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
     for i in range(kexue.num_layers):
         for part in ("weight", "bias"):
             keys = [f"{prefix}encoder.layer.{i}.attention.self.{x}.{part}" for x in ("query", "key", "value")]
-            new[f"{inner}layers.{i}.attention.qkv.{part}"] = torch.cat(_take(state, keys))
+            found, width = dict(zip(keys, _take(state, keys), strict=True)), kexue.hidden_size
+            _check_shapes(found, dict.fromkeys(keys, (width, width) if part == "weight" else (width,)))
+            new[f"{inner}layers.{i}.attention.qkv.{part}"] = torch.cat(list(found.values()))
             ignored |= set(keys)
     decoder = state.get("cls.predictions.decoder.weight")
     if decoder is not None:
@@ -137,7 +142,7 @@ def from_gpt2(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
         True
     """
     state = _state(state_dict)
-    kexue = config if isinstance(config, KexueConfig) else _gpt2_config(config)
+    kexue = copy.deepcopy(config) if isinstance(config, KexueConfig) else _gpt2_config(config)
     prefix = "transformer." if any(key.startswith("transformer.") for key in state) else ""
     language = "lm_head.weight" in state or prefix != ""
     inner = "kexue." if language else ""
@@ -158,7 +163,7 @@ def from_gpt2(state_dict: Mapping[str, Tensor], config: Any) -> KexuePreTrainedM
             names[f"{layer}.{theirs}.bias"] = f"{ours}.{mine}.bias"
     # Masks that old checkpoints carry along
     ignored = {key for key in state if re.fullmatch(rf"{re.escape(prefix)}h\.\d+\.attn\.(masked_)?bias", key)}
-    new = {inner + turned[key]: _take(state, [key])[0].T.contiguous() for key in turned}
+    new = {inner + name: _turned(_take(state, [key])[0]) for key, name in turned.items()}
     renamed = {key: inner + name for key, name in names.items()}
     if "lm_head.weight" in state:
         renamed["lm_head.weight"] = "lm_head.decoder.weight"
@@ -182,16 +187,24 @@ def load_strictly(kind: type[Any], config: KexueConfig, state: dict[str, Tensor]
     unknown = sorted(set(state) - set(expected))
     if missing or unknown:
         raise _misfit(missing, unknown)
-    wrong = [name for name, shape in expected.items() if tuple(state[name].shape) != shape]
-    if wrong:
-        lines = (f"{name} must be {expected[name]} and is {tuple(state[name].shape)}" for name in wrong[:4])
-        raise ValueError(f"the checkpoint does not fit its configuration: {'; '.join(lines)}")
+    _check_shapes(state, expected)
     model.load_state_dict({name: v.clone() if copy else v for name, v in state.items()}, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
     for p in model.parameters():
         p.requires_grad_(True)
     return model.eval()
+
+
+def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [name for name, shape in expected.items() if tuple(state[name].shape) != shape]
+    if wrong:
+        lines = (f"{name} must be {expected[name]} and is {tuple(state[name].shape)}" for name in wrong[:4])
+        raise ValueError(f"the checkpoint does not fit its configuration: {'; '.join(lines)}")
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.T.contiguous() if weight.dim() == 2 else weight  # another shape is refused later
 
 
 def _misfit(missing: list[str], unknown: list[str]) -> ValueError:
@@ -243,7 +256,8 @@ def _options(config: Any) -> Callable[..., Any]:
 
 
 def _special(get: Callable[..., Any]) -> dict[str, Any]:
-    kept = {name: get(name) for name in ("id2label", "label2id", "problem_type") if get(name) is not None}
+    names = ("id2label", "label2id", "problem_type", FLAG, RECORD)  # a corrected table stays marked as such
+    kept = {name: copy.deepcopy(get(name)) for name in names if get(name) is not None}
     return kept | {name: get(name) for name in ("bos_token_id", "eos_token_id")}
 
 
@@ -259,7 +273,7 @@ def _act(name: Any) -> str:
     return _BERT_ACTS[name]
 
 
-def _bert_config(config: Any, state: Mapping[str, Tensor]) -> KexueConfig:
+def _bert_config(config: Any) -> KexueConfig:
     get = _options(config)
     _refuse(get, {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False})
     return KexueConfig(

@@ -149,9 +149,8 @@ class KexueConfig(PretrainedConfig):
         check_real("rope_base", rope_base, above=1.0)
         if initializer_range is not None:
             check_real("initializer_range", initializer_range, above=0.0)
-        special = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
-        for name, token in special.items():
-            _check_token(name, token, vocab_size)
+        mask_token_id = _token("mask_token_id", mask_token_id, vocab_size)
+        pad_token_id = _token("pad_token_id", pad_token_id, vocab_size)
         if attn_mode == "diagonal" and mask_token_id is None:
             raise ValueError(
                 "attn_mode='diagonal' needs mask_token_id, the token that stands at every position to be predicted; "
@@ -185,12 +184,13 @@ class KexueConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def _check_token(name: str, token: int | None, vocab_size: int) -> None:
+def _token(name: str, token: int | None, vocab_size: int) -> int | None:
     if token is None:
-        return
+        return None
     check_int(name, token, 0)
     if token >= vocab_size:
         raise ValueError(f"{name} must be inside the vocabulary, below {vocab_size}; got {token}")
+    return int(token)
 
 
 def check_objectives(objectives: Any, attn_mode: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kexue._transformers import Cache, GenerationMixin, ModelOutput
 from kexue.losses import linear_cross_entropy
 from kexue.models.configuration import KexueConfig
-from kexue.models.stack import KexueModel, KexuePreTrainedModel, activation, make_norm, wants_dict
+from kexue.models.stack import KexueModel, KexuePreTrainedModel, activation, indices, make_norm, wants_dict
 
 __all__ = [
     "HeadedModel",
@@ -95,12 +95,12 @@ class LanguageHead(nn.Module):
         )
 
 
-def check_labels(name: str, labels: Any, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise unless ``labels`` is an integer tensor of the shape."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of integers; got {getattr(labels, 'dtype', type(labels).__name__)}")
+def check_labels(name: str, labels: Any, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Labels as int64; raise unless they are integers of the shape."""
+    labels = indices(name, labels).long()
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(labels.shape)}")
+    return labels
 
 
 def mean_loss(total: Tensor, count: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -218,7 +218,7 @@ class KexueForMaskedLM(LanguageModel):
         x = outputs.last_hidden_state
         loss = count = None
         if labels is not None:
-            check_labels("labels", labels, x.shape[:-1])
+            labels = check_labels("labels", labels, x.shape[:-1])
             count = (labels != -100).sum()
             loss = mean_loss(self.lm_head.loss(x, labels), count, num_items_in_batch)
         wanted = labels is None if return_logits is None else return_logits
@@ -304,7 +304,7 @@ class KexueForCausalLM(LanguageModel, GenerationMixin):
         x = outputs.last_hidden_state
         loss = count = None
         if labels is not None:
-            check_labels("labels", labels, x.shape[:-1])
+            labels = check_labels("labels", labels, x.shape[:-1])
             labels = shift_labels(labels, self.config.pad_token_id, input_ids, attention_mask, cu_seqlens)
             count = (labels != -100).sum()
             loss = mean_loss(self.lm_head.loss(x, labels), count, num_items_in_batch)
@@ -325,12 +325,17 @@ class KexueForCausalLM(LanguageModel, GenerationMixin):
 def shift_labels(
     labels: Tensor, pad: int | None, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """The label of each position's successor; -100 where there is none, or it is padding."""
-    if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask[..., -labels.shape[-1] :] == 0, -100)
-    elif pad is not None and input_ids is not None and cu_seqlens is None:
-        labels = labels.masked_fill(input_ids == pad, -100)
+    """The label of each position's successor; -100 where there is none, or one of the two is padding."""
+    padded = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        padded = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0  # with a cache it is longer
+    elif attention_mask is None and pad is not None and input_ids is not None and cu_seqlens is None:
+        padded = input_ids == pad
+    if padded is not None:
+        labels = labels.masked_fill(padded, -100)
     shifted = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], -100)], -1)
+    if padded is not None:
+        shifted = shifted.masked_fill(padded, -100)
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].long() - 1
         shifted = shifted.index_fill(0, ends[ends >= 0], -100)

@@ -47,12 +47,9 @@ def keys_and_values(
     config: KexueConfig, sources: Tensor, maps: tuple[Tensor, Tensor | None], rotary: Rotary
 ) -> list[KeyValue]:
     """(..., D) sources -> for each layer keys and values (..., H, d); ``rotary``: tables of the sources' places."""
-    heads = F.linear(sources, *maps).unflatten(-1, (config.num_layers, 2, config.num_heads, -1))
-    layers = []
-    for number in range(config.num_layers):
-        k, v = heads[..., number, 0, :, :], heads[..., number, 1, :, :]
-        layers.append((k if rotary is None else rotate(k, rotary), v))
-    return layers
+    # One unbind for all: the gradient of an index would be as large as the whole, once for each
+    parts = F.linear(sources, *maps).unflatten(-1, (2 * config.num_layers, config.num_heads, -1)).unbind(-3)
+    return [(k if rotary is None else rotate(k, rotary), v) for k, v in zip(parts[0::2], parts[1::2], strict=True)]
 
 
 def first_queries(model: Any, shape: tuple[int, ...], positions: Tensor, segments: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kexue._checks import check_int
 from kexue._tensors import compute_dtype
 from kexue.models._scoring import check_ids, check_mask, evaluating
+from kexue.models.heads import KexueForMaskedLM
 
 __all__ = ["masked_token_log_probs"]
 
@@ -40,7 +41,8 @@ def masked_token_log_probs(
         input_ids: (B, T) token ids.
         attention_mask: (B, T), 1 or True = takes part; None: all tokens do.
         mask_token_id: Id of [MASK]; None: ``model.config.mask_token_id``.
-        batch_size: Masked copies per pass; the scores take ``batch_size`` x T x V numbers.
+        batch_size: Masked copies per pass; the scores take ``batch_size`` x T x V numbers, those of
+            :class:`KexueForMaskedLM` ``batch_size`` x V, as its head runs on the masked rows only.
         **inputs: Further (B, T) inputs of the model, such as ``token_type_ids``.
 
     Returns:
@@ -86,7 +88,11 @@ def masked_token_log_probs(
             given: dict[str, Any] = {name: value[row, :width] for name, value in inputs.items()}
             if mask is not None:
                 given["attention_mask"] = mask[row, :width].to(input_ids.dtype)
-            scores = model(input_ids=copies, **given).logits[number, column]
+            if isinstance(model, KexueForMaskedLM):  # its head can run on the masked rows alone
+                states = model.kexue(copies, **given).last_hidden_state
+                scores = model.lm_head(states[number, column])
+            else:
+                scores = model(input_ids=copies, **given).logits[number, column]
             scores = scores.to(compute_dtype(scores))
             if out is None:
                 out = scores.new_zeros(input_ids.shape)

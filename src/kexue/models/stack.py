@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kexue._tensors import check_float
 from kexue._transformers import BaseModelOutputWithPast, Cache, DynamicCache, PreTrainedModel
 from kexue.models._packing import Packing
-from kexue.models._passes import Pass, attend, attention_mask_of, padding_mask, rotary_tables
+from kexue.models._passes import OWN, Pass, attend, attention_mask_of, padding_mask, rotary_tables
 from kexue.models.configuration import KexueConfig
 from kexue.models.one_pass import begin, look
 
@@ -229,8 +229,8 @@ class KexueModel(KexuePreTrainedModel):
             input_ids: (B, T) token ids, or packed (N,).
             attention_mask: (B, T), 1 or True = takes part; with a cache (B, past + T). None: all but ``pad_token_id``.
             token_type_ids: Segments, shaped as ``input_ids``; None: 0.
-            position_ids: Shaped as ``input_ids`` or (1, T); None: 0, 1, ... from the start of each text; in "causal"
-                mode the first token that takes part has position 0 (padding on the left).
+            position_ids: Shaped as ``input_ids``, (1, T) or (T,); None: 0, 1, ... from the start of each text; in
+                "causal" mode the first token that takes part has position 0 (padding on the left).
             inputs_embeds: (B, T, D) or packed (N, D) instead of ``input_ids``.
             past_key_values: Keys and values of the tokens before these, a cache of transformers ("causal" mode).
             use_cache: Return such a cache; None: only if one is given.
@@ -261,6 +261,11 @@ class KexueModel(KexuePreTrainedModel):
                     "packed input takes no attention_mask and no cache, and has no matrices of attention weights; "
                     "got one of them"
                 )
+            if config._attn_implementation not in OWN:
+                raise ValueError(
+                    f"packed input has an attention of its own, attn_implementation 'sdpa' or 'eager'; got "
+                    f"{config._attn_implementation!r}"
+                )
             now.packing = Packing.of(cu_seqlens, shape[0])
             past = 0
         else:
@@ -277,6 +282,7 @@ class KexueModel(KexuePreTrainedModel):
             now.cache, now.padding = past_key_values, attention_mask
         positions = self._positions(shape, past, position_ids, attention_mask, now, words.device)
         if token_type_ids is not None:
+            token_type_ids = indices("token_type_ids", token_type_ids)
             self._check_segments(token_type_ids, shape)
         now.rotary = rotary_tables(config, positions, words) if config.position == "rope" else None
         pairs: list[Any] = [(None, None)] * config.num_layers
@@ -289,8 +295,10 @@ class KexueModel(KexuePreTrainedModel):
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden: list[Any] = [x.expand(*shape, x.shape[-1])]
         weights: list[Any] = []
+        # A layer that is computed again would put its keys and values into the cache again
+        again = self.gradient_checkpointing and self.training and now.cache is None
         for layer, (keys, values) in zip(self.layers, pairs, strict=True):
-            if self.gradient_checkpointing and self.training:
+            if again:
                 x, matrix = self._gradient_checkpointing_func(layer.__call__, x, now, keys, values)
             else:
                 x, matrix = layer(x, now, keys, values)
@@ -319,9 +327,7 @@ class KexueModel(KexuePreTrainedModel):
                     f"inputs_embeds must have width {self.config.hidden_size}; got {tuple(inputs_embeds.shape)}"  # type: ignore[union-attr]
                 )
             return inputs_embeds  # type: ignore[return-value]
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
-            raise TypeError(f"input_ids must be a tensor of integers; got {kind}")
+        input_ids = indices("input_ids", input_ids)
         if input_ids.dim() != dims:
             hint = "" if input_ids.dim() != 1 else "; a packed row needs cu_seqlens"
             raise ValueError(f"input_ids must be {shape}; got shape {tuple(input_ids.shape)}{hint}")
@@ -339,7 +345,8 @@ class KexueModel(KexuePreTrainedModel):
     ) -> Tensor:
         limit = self.config.max_position if self.config.position == "learned" else None
         if given is not None:
-            if given.dim() not in (1, 2) or given.shape[-1] != shape[-1] or (given.dim() == 2 and len(shape) == 1):
+            given = indices("position_ids", given)
+            if tuple(given.shape) not in (tuple(shape), (1, *shape[1:]), tuple(shape[-1:])):
                 raise ValueError(f"position_ids must have shape {tuple(shape)}; got {tuple(given.shape)}")
             if limit is not None:
                 check_range("position_ids", given, limit)
@@ -366,6 +373,13 @@ class KexueModel(KexuePreTrainedModel):
                 raise ValueError("this model has no segments (type_vocab_size=0); got token_type_ids that are not 0")
             return
         check_range("token_type_ids", segments, self.embeddings.segment.num_embeddings)
+
+
+def indices(name: str, ids: Any) -> Tensor:
+    """Integers of any width in a dtype that embeddings take; TypeError for anything else."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of integers; got {getattr(ids, 'dtype', type(ids).__name__)}")
+    return ids if ids.dtype == torch.int32 else ids.long()
 
 
 def check_range(name: str, ids: Tensor, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,9 +128,9 @@ class KexueForNextSentence(HeadedModel):
 
 def _class_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Tensor]:
     """Mean cross entropy of (B, C) scores, and the number of labels that count."""
-    if labels.dim() == 2 and labels.shape[1] == 1:
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
-    check_labels("labels", labels, logits.shape[:1])
+    labels = check_labels("labels", labels, logits.shape[:1])
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (labels != -100) & ((labels < 0) | (labels >= logits.shape[1]))
         if bool(wrong.any()):
@@ -193,7 +194,7 @@ class KexueForSequenceClassification(HeadedModel):
             output_attentions: As above.
             output_hidden_states: As above.
             return_dict: As above.
-            num_items_in_batch: As in :meth:`KexueForMaskedLM.forward`, of classes.
+            num_items_in_batch: As in :meth:`KexueForMaskedLM.forward`; (B, C) labels are B C items.
             **kwargs: As above.
 
         Returns:
@@ -237,6 +238,8 @@ class KexueForSequenceClassification(HeadedModel):
         return x[torch.arange(x.shape[0], device=x.device), last]
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
         kind = self.config.problem_type
         if kind is None:
             if self.config.num_labels == 1:
@@ -251,9 +254,9 @@ class KexueForSequenceClassification(HeadedModel):
             target = target.unsqueeze(1)
         if target.shape != scores.shape:
             raise ValueError(f"labels must have shape {tuple(scores.shape)} for {kind}; got {tuple(labels.shape)}")
-        count = torch.tensor(len(labels), device=labels.device)
+        count = torch.tensor(target.numel(), device=labels.device)
         distance = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-        return (distance(scores, target) if len(labels) else scores.sum()), count
+        return mean_loss(distance(scores, target, reduction="sum"), count, num_items_in_batch), count
 
 
 class KexueForPreTraining(LanguageModel):
@@ -261,7 +264,7 @@ class KexueForPreTraining(LanguageModel):
 
     Args:
         config: A :class:`KexueConfig`.
-        objectives: Weights; None: those of the configuration, which keeps them.
+        objectives: Weights; None: those of the configuration. The model's copy of the configuration keeps them.
 
     Example:
         >>> config = KexueConfig(50, hidden_size=16, num_layers=2, num_heads=4, mask_token_id=4, type_vocab_size=2)
@@ -275,10 +278,11 @@ class KexueForPreTraining(LanguageModel):
     accepts_loss_kwargs = False  # the two losses are means of different numbers of items
 
     def __init__(self, config: KexueConfig, objectives: Mapping[str, float] | None = None) -> None:
+        if objectives is not None:
+            config = copy.deepcopy(config)  # other models may be built from the same one
+            config.objectives = check_objectives(objectives, config.attn_mode)
         super().__init__(config)
         refuse_mode(self, config, ("bidirectional", "causal"))
-        if objectives is not None:
-            config.objectives = check_objectives(objectives, config.attn_mode)
         masked = config.attn_mode == "bidirectional"
         bias = masked if config.head_bias is None else config.head_bias
         self.lm_head = LanguageHead(config, masked and config.head_transform, bias)
@@ -334,7 +338,7 @@ class KexueForPreTraining(LanguageModel):
         weights, language = self.config.objectives, "clm" if self.config.attn_mode == "causal" else "mlm"
         loss = count = None
         if labels is not None:
-            check_labels("labels", labels, x.shape[:-1])
+            labels = check_labels("labels", labels, x.shape[:-1])
             if language == "clm":
                 labels = shift_labels(labels, self.config.pad_token_id, input_ids, attention_mask, cu_seqlens)
             count = (labels != -100).sum()

@@ -398,7 +398,8 @@ def measure(quick: bool, seed: int) -> Measurement:
     note = "The released weights and word list were not used. " + (
         "One seed and 60 steps only: the answers mean nothing."
         if quick
-        else f"{len(seeds)} seeds from {seed}, at most {steps} steps; {torch.get_num_threads()} thread(s). The pairs left "
-        "out never occur in training, which makes their answers improbable; pairs that do occur are the control."
+        else f"{len(seeds)} seeds from {seed}, at most {steps} steps of {BATCH} documents; threads: "
+        f"{torch.get_num_threads()}. The pairs left out never occur in training, which makes their answers improbable; "
+        "pairs that do occur are the control."
     )
     return Measurement(figures, verdict, plot, note)

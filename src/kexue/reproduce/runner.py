@@ -3,7 +3,8 @@
 Each row of the catalogue has a module ``kexue.reproduce.<slug with underscores>`` that holds
 
 - ``CLAIM``: what the article or paper says, in one or two sentences;
-- ``measure(quick: bool, seed: int) -> Measurement``: measure it again, without tuning.
+- ``measure(quick: bool, seed: int) -> Measurement``: measure it again, without tuning. Further arguments, with None as
+  their default, are inputs that a user may supply (a model, a file).
 
 Everything else (timing, the figure file, the report page, the command line) is done here.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,7 +79,9 @@ def available() -> list[str]:
     return [slug for slug, method in METHODS.items() if importlib.util.find_spec(method.module) is not None]
 
 
-def run(slug: str, quick: bool = False, seed: int = 0, out: str | Path | None = None) -> Reproduction:
+def run(
+    slug: str, quick: bool = False, seed: int = 0, out: str | Path | None = None, **given: str | Path
+) -> Reproduction:
     """Re-measure the claim of one method.
 
     Args:
@@ -85,12 +89,14 @@ def run(slug: str, quick: bool = False, seed: int = 0, out: str | Path | None = 
         quick: Run the small version (a few seconds) instead of the full one (under two minutes on two cores).
         seed: First seed; a reproduction that averages over seeds uses ``seed, seed + 1, ...``.
         out: Folder for the figure ``<slug>.png``; None writes no file.
+        **given: The user's own inputs, further arguments of the row's ``measure``: ``model`` and ``data`` of
+            nsp-zero-shot.
 
     Returns:
         A :class:`Reproduction`.
 
     Raises:
-        ValueError: Unknown slug, or a row without a reproduction.
+        ValueError: Unknown slug, a row without a reproduction, or inputs that it does not take.
     """
     if slug not in METHODS:
         raise ValueError(f"unknown method {slug!r}; `kexue methods` lists the {len(METHODS)} slugs")
@@ -98,8 +104,11 @@ def run(slug: str, quick: bool = False, seed: int = 0, out: str | Path | None = 
         raise ValueError(f"{slug!r} has no reproduction yet; available: {', '.join(available())}")
     check_int("seed", seed, 0)
     module = importlib.import_module(METHODS[slug].module)
+    foreign = sorted(set(given) - set(inspect.signature(module.measure).parameters))
+    if foreign:
+        raise ValueError(f"the reproduction of {slug!r} takes no {', '.join(foreign)}")
     start = time.process_time()
-    result: Measurement = module.measure(quick=quick, seed=seed)
+    result: Measurement = module.measure(quick=quick, seed=seed, **given)
     seconds = time.process_time() - start
     check_choice("verdict", result.verdict, VERDICTS)
     path = None

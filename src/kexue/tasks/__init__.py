@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
+    from kexue.tasks.next_sentence import NextSentenceScorer
+    from kexue.tasks.samples_contrast import SamplesContrast
+    from kexue.tasks.zero_shot import NSPZeroShotClassifier
 
-_MODULES: dict[str, str] = {}
+__all__ = [
+    "NSPZeroShotClassifier",
+    "NextSentenceScorer",
+    "RankedCandidate",
+    "SamplesContrast",
+    "coreference_prompt",
+    "link_entities",
+    "rank_cloze",
+    "type_entity",
+]
+
+_MODULES = {
+    "NSPZeroShotClassifier": "zero_shot",
+    "NextSentenceScorer": "next_sentence",
+    "RankedCandidate": "entities",
+    "SamplesContrast": "samples_contrast",
+    "coreference_prompt": "entities",
+    "link_entities": "entities",
+    "rank_cloze": "entities",
+    "type_entity": "entities",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The training loop, rates per layer, gradient transforms, and optimizers as flows."""
+"""The training loop, batches of tokens, rates per layer, gradient transforms, and optimizers as flows."""
 
 from kexue.training.checkpoint import (
     Checkpoint,
@@ -14,8 +14,11 @@ from kexue.training.gradients import TransformHandle, gradient_transform
 from kexue.training.groups import param_groups
 from kexue.training.interrupt import TrainingInterrupted
 from kexue.training.loop import FitResult, fit
+from kexue.training.masking import MaskedBatches, mask_tokens
 from kexue.training.optimizers import default_optimizers
 from kexue.training.order import batch_indices, numpy_generator, shuffled_batches, torch_generator
+from kexue.training.packing import PackedBatches, PackedDocuments, pack_documents
+from kexue.training.pairs import NextSentencePairs
 from kexue.training.polyak import PolyakSGD
 from kexue.training.scaled_rates import scale_lr_, unscale_lr_
 from kexue.training.schedule import lr_factor
@@ -43,7 +46,11 @@ __all__ = [
     "FitResult",
     "GradientFlow",
     "LayerDepths",
+    "MaskedBatches",
+    "NextSentencePairs",
     "OrderReport",
+    "PackedBatches",
+    "PackedDocuments",
     "PolyakSGD",
     "TrainingInterrupted",
     "Trajectory",
@@ -65,10 +72,12 @@ __all__ = [
     "load_checkpoint",
     "lr_factor",
     "mask",
+    "mask_tokens",
     "measure_order",
     "newest_checkpoint",
     "normalize",
     "numpy_generator",
+    "pack_documents",
     "param_groups",
     "project",
     "quadratic_flow",

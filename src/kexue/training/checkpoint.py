@@ -6,10 +6,14 @@ leaves the earlier checkpoints as they were. ``step-N/`` holds
 
     model.safetensors   the model's state_dict; a tensor that has several names (tied weights) is stored once
     optimizer.pt        a list with the state_dict of each optimizer, read with ``weights_only=True``
+    rng.pt              states of the global generators of torch, CUDA, numpy and Python, as tensors and plain values
     checkpoint.json     format version, step, loss, settings, names of tied weights, size and CRC-32 of the other files
 
-No state of a random generator is among them: order and noise are functions of (seed, step, rank), see order.py. Each
-file is serialised in memory first (two times the weights for Adam), so that a full disk is an OSError of a plain write.
+Order and noise are functions of (seed, step, rank), see order.py: a run does not depend on the states of the
+generators, which are kept for what a callback draws after its step. There is no gradient scaler, since bfloat16 and
+float32 need none. Each file is serialised in memory first (two times the weights for Adam), so that a full disk is an
+OSError of a plain write. With several processes the checkpoint is that of one: rank 0 writes the whole state, which any
+number of processes continues, with either strategy.
 """
 
 from __future__ import annotations
@@ -34,11 +38,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kexue._files import atomic_path, fsync_directory
+from kexue.training.order import random_states
+from kexue.training.processes import Processes
+from kexue.training.strategies import is_spread, spread_like, whole
 
 __all__ = ["Checkpoint", "DamagedCheckpointError", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _META = "model.safetensors", "optimizer.pt", "checkpoint.json"
+_MODEL, _OPTIMIZER, _RNG, _META = "model.safetensors", "optimizer.pt", "rng.pt", "checkpoint.json"
 
 
 class DamagedCheckpointError(ValueError):
@@ -61,6 +68,7 @@ class Checkpoint:
         config: Settings of the run, as plain JSON values.
         model: State dict of the model, on the CPU.
         optimizers: State dict of each optimizer.
+        rng: States of the global generators; None in a checkpoint that was written without them.
 
     Example:
         >>> Checkpoint(Path("run/step-1"), 1, 0.5, {}, {"weight": torch.ones(1, 2)}, []).restore(nn.Linear(2, 1), [])
@@ -75,6 +83,7 @@ class Checkpoint:
     config: dict[str, Any]
     model: dict[str, torch.Tensor]
     optimizers: list[dict[str, Any]]
+    rng: dict[str, Any] | None = None
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Load the states; every weight has to fit.
@@ -89,11 +98,30 @@ class Checkpoint:
         if len(optimizers) != len(self.optimizers):
             raise ValueError(f"{self.path} holds {len(self.optimizers)} optimizers; got {len(optimizers)}")
         try:
-            model.load_state_dict(self.model, strict=True)
+            own = model.state_dict()
+            model.load_state_dict({k: spread_like(v, own[k]) if k in own else v for k, v in self.model.items()})
             for optimizer, state in zip(optimizers, self.optimizers, strict=True):
-                optimizer.load_state_dict(state)
+                optimizer.load_state_dict(_spread_state(state, optimizer))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path} does not fit the model or its optimizers: {error}") from error
+
+
+def _spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """The state with the tensors that belong to a sharded parameter sharded like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    by_key = dict(zip(keys, parameters, strict=False))  # load_state_dict names groups that do not fit
+    return state | {
+        "state": {
+            key: {
+                name: spread_like(value, by_key[key])
+                if isinstance(value, torch.Tensor) and key in by_key and value.shape == by_key[key].shape
+                else value
+                for name, value in entry.items()
+            }
+            for key, entry in state["state"].items()
+        }
+    }
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -119,21 +147,59 @@ def remove_all(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _model_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is made of, on the CPU."""
+
+    tensors: dict[str, torch.Tensor]
+    tied: dict[str, str]
+    optimizers: list[dict[str, Any]]
+
+
+def snapshot(model: nn.Module, optimizers: Sequence[Optimizer], keep: bool = True) -> Snapshot:
+    """Whole state of model and optimizers; all ranks have to call it.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        keep: False on the ranks that only lend their parts.
+    """
+    tensors, tied = _model_tensors(model, keep)
+    states = [_on_host(optimizer.state_dict(), keep) for optimizer in optimizers]
+    return Snapshot(tensors, tied, states)
+
+
+def _on_host(value: Any, keep: bool) -> Any:
+    """Nested dicts and lists with every sharded tensor put together."""
+    if isinstance(value, Mapping):
+        return {key: _on_host(entry, keep) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(entry, keep) for entry in value)
+    if isinstance(value, torch.Tensor) and (full := whole(value)) is not value:
+        return full.cpu() if keep else None
+    return value
+
+
+def _model_tensors(model: nn.Module, keep: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors to store, and further names of tensors that are stored already."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
-    for name, value in model.state_dict().items():
+    for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"state_dict entries must be tensors to be saved; {name!r} is {type(value).__name__}")
-        identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        identity: tuple[Any, ...] = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if is_spread(value):
+            identity = (id(value),)  # the part on this rank may be empty
         if value.numel() and identity in names:
             tied[name] = names[identity]
             continue
         names[identity] = name
-        stored = value.detach().cpu().contiguous()
+        full = whole(value.detach())
+        if not keep:
+            continue
+        stored = full.cpu().contiguous()
         if stored.untyped_storage().data_ptr() in storages:
             stored = stored.clone()  # another part of a storage that is stored under another name
         storages.add(stored.untyped_storage().data_ptr())
@@ -183,19 +249,33 @@ def save_checkpoint(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_checkpoint(folder, nn.Linear(2, 1), [], step=3, loss=0.5, config={"seed": 0})
         ...     print(path.name, sorted(p.name for p in path.iterdir()), load_checkpoint(path).config)
-        step-3 ['checkpoint.json', 'model.safetensors', 'optimizer.pt'] {'seed': 0}
+        step-3 ['checkpoint.json', 'model.safetensors', 'optimizer.pt', 'rng.pt'] {'seed': 0}
     """
+    return write_snapshot(folder, snapshot(model, optimizers), step=step, loss=loss, config=config, keep=keep)
+
+
+def write_snapshot(
+    folder: str | os.PathLike[str],
+    state: Snapshot,
+    *,
+    step: int,
+    loss: float,
+    config: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """The part of :func:`save_checkpoint` that one rank does."""
     folder = Path(folder)
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        tensors, tied = _model_tensors(model)
-        files = {_MODEL: _write(temporary / _MODEL, safetensors.torch.save(tensors, metadata={"format": "pt"}))}
-        buffer = io.BytesIO()
-        torch.save([optimizer.state_dict() for optimizer in optimizers], buffer)
-        files[_OPTIMIZER] = _write(temporary / _OPTIMIZER, buffer.getvalue())
-        meta = {"format": FORMAT, "step": step, "loss": loss, "config": config, "tied": tied, "files": files}
+        content = safetensors.torch.save(state.tensors, metadata={"format": "pt"})
+        files = {_MODEL: _write(temporary / _MODEL, content)}
+        for name, value in ((_OPTIMIZER, state.optimizers), (_RNG, random_states())):
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            files[name] = _write(temporary / name, buffer.getvalue())
+        meta = {"format": FORMAT, "step": step, "loss": loss, "config": config, "tied": state.tied, "files": files}
         _write(temporary / _META, (json.dumps(meta, ensure_ascii=False, indent=2) + "\n").encode())
         fsync_directory(temporary)
         if final.exists():  # a damaged one, or the run was told to repeat the step
@@ -233,6 +313,10 @@ def _verified(path: Path, files: Mapping[str, Any], name: str) -> bytes:
     return content
 
 
+def _unpickled(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read and verify one checkpoint.
 
@@ -263,9 +347,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             )
         model = safetensors.torch.load(_verified(path, meta["files"], _MODEL))
         model.update({name: model[first] for name, first in meta["tied"].items()})
-        content = io.BytesIO(_verified(path, meta["files"], _OPTIMIZER))
-        optimizers = torch.load(content, map_location="cpu", weights_only=True)
-        return Checkpoint(path, int(meta["step"]), float(meta["loss"]), dict(meta["config"]), model, optimizers)
+        optimizers = _unpickled(_verified(path, meta["files"], _OPTIMIZER))
+        rng = _unpickled(_verified(path, meta["files"], _RNG)) if _RNG in meta["files"] else None
+        return Checkpoint(path, int(meta["step"]), float(meta["loss"]), dict(meta["config"]), model, optimizers, rng)
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path}: {Path(str(error.filename)).name} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -296,5 +380,46 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
         try:
             return load_checkpoint(path)
         except DamagedCheckpointError as error:
-            warnings.warn(f"damaged checkpoint: {error}; falling back to the one before it", stacklevel=3)
+            warnings.warn(f"damaged checkpoint: {error}; falling back to the one before it, if any", stacklevel=3)
     return None
+
+
+def sent(checkpoint: Checkpoint | None, processes: Processes) -> Checkpoint | None:
+    """Rank 0's checkpoint on every rank; its tensors travel one by one."""
+    if processes.world == 1:
+        return checkpoint
+    here = None if checkpoint is None else dict(vars(checkpoint))
+    tensors: list[torch.Tensor] = []
+    there = processes.share(_without_tensors(here, tensors))
+    if there is None:
+        return None
+    rest = iter(tensors)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, _Blank):
+            tensor = next(rest) if processes.rank == 0 else torch.empty(value.shape, dtype=value.dtype)
+            return processes.broadcast_(tensor)
+        if isinstance(value, Mapping):
+            return {key: fill(entry) for key, entry in value.items()}
+        return type(value)(map(fill, value)) if isinstance(value, (list, tuple)) else value
+
+    return Checkpoint(**fill(there))
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """Stands for a tensor that is sent separately."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _without_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Blank(value.shape, value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(entry, tensors) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_tensors(entry, tensors) for entry in value)
+    return value

@@ -8,31 +8,40 @@
 Everything that a step needs is a function of its number, so that resuming means: load the last checkpoint, go on. A run
 that was killed ends with the weights of one that was not, bit for bit on a CPU with the same number of threads.
 Nothing wraps the data, so there is nothing whose position could be lost.
+
+Under ``torchrun`` the same call trains with several processes, by DDP or FSDP2. Rank r of W takes the batches r, W + r,
+2W + r, ...: W processes do what one process does with ``accumulate`` W times as large, up to the order of additions,
+noise included. The loss is the mean over all predicted items of all ranks, whatever their number on each. Rank 0 alone
+writes and speaks; a signal, an exception or a bad number on one rank ends the run on all of them at the same step.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue._progress import Bar, progress
-from kexue.training.checkpoint import newest_checkpoint, remove_all, remove_unfinished, save_checkpoint
+from kexue._progress import progress
+from kexue.training.blocks import Compiled
+from kexue.training.display import Display
 from kexue.training.interrupt import TrainingInterrupted, deferred_signals
-from kexue.training.metrics import MetricsLog
-from kexue.training.optimizers import OptimizerSpec, build_optimizers
+from kexue.training.numbering import batch_source, numbering_of
+from kexue.training.optimizers import OptimizerSpec, build_optimizers, trained
 from kexue.training.order import check_seed, kept_random_state
+from kexue.training.processes import joined
+from kexue.training.run import Run
 from kexue.training.schedule import lr_factor
-from kexue.training.step import backward, clip_gradients, finite, train_mode
+from kexue.training.step import Stepper, clip_gradients, finite, has_bf16, read_loss, train_mode
+from kexue.training.strategies import STRATEGIES, class_name, shard_, strategy_of
 
 __all__ = ["FitResult", "fit"]
 
@@ -77,6 +86,9 @@ def fit(
     clip: float | None = 1.0,
     accumulate: int = 1,
     precision: str = "fp32",
+    strategy: str = "ddp",
+    per_rank: bool | None = None,
+    compile: bool = False,
     fingerprint: str | None = None,
     keep: int = 2,
     on_step: Callable[[dict[str, Any]], bool | None] | None = None,
@@ -87,8 +99,9 @@ def fit(
 
     The model is called as ``model(**batch)`` and returns its loss: a scalar tensor, an object or mapping with ``loss``,
     or a tuple that begins with it. It may also give ``num_items``, the number of predicted items that the loss is the
-    mean of; then a step with several batches is normalised by their total. The model stays on its device, and the
-    tensors of a batch are moved there. Dropout and other users of the global generators are seeded by (seed, step).
+    mean of; then a step with several batches or processes is normalised by their total. The model stays on its device,
+    and the tensors of a batch are moved there. Dropout and other users of the global generators are seeded by
+    (seed, step).
 
     ``out`` receives ``metrics.jsonl`` (one line per step) and the folders ``step-N`` (see
     :mod:`kexue.training.checkpoint`). SIGINT and SIGTERM let the step finish, save, and raise
@@ -97,7 +110,8 @@ def fit(
     Args:
         model: Module to train; a loss with parameters of its own belongs inside.
         batches: Sequence of dicts, used in turn and again from the start; or a function from the number of the batch,
-            from 0, to a dict. Make noise in it from :func:`numpy_generator` or :func:`torch_generator`.
+            from 0, to a dict. Make noise in it from :func:`numpy_generator` or :func:`torch_generator`. With several
+            processes see ``per_rank``.
         steps: Optimizer steps of the whole run.
         out: Folder of the run, made if missing.
         save_every: Steps between checkpoints; the last step is always saved.
@@ -113,10 +127,17 @@ def fit(
         weight_decay: Decay of the default AdamW.
         clip: Largest norm of all dense gradients together; None switches it off. Sparse gradients are not clipped.
         accumulate: Batches per step; their gradients are averaged by ``num_items``, else by rows.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", "bf16" for autocast, or "auto": bf16 on a GPU or CPU that has instructions for it.
+        strategy: What several processes do: "ddp" keeps the whole model on each; "fsdp" shards it, block by block, and
+            leaves it sharded (its parameters are DTensors). A single process ignores it.
+        per_rank: With several processes: False if the function ``batches`` does not know the rank; then it is called
+            with the numbers of this rank's batches. True if it gives this rank's own part of a batch; then it is called
+            with the same number on all ranks. None finds out by comparing batch 0 between the ranks.
+        compile: Compile each block with ``torch.compile(dynamic=False)``. Every new shape of a batch is compiled anew,
+            so give few shapes. Goes on eagerly, with a warning, where compiling fails.
         fingerprint: Any text that identifies data and model; a run with another one is not continued.
         keep: Checkpoints that stay.
-        on_step: Called after each step with its line of metrics; returning True saves and ends the run.
+        on_step: Called after each step with its line of metrics, on every rank; returning True saves and ends the run.
         label: Name beside the progress bar.
         show_progress: None shows the bar if standard error is a terminal.
 
@@ -155,98 +176,122 @@ def fit(
     seed = check_seed(seed)
     lr_factor(0, steps, warmup=warmup, schedule=schedule)  # refuses bad settings
     check_real("weight_decay", weight_decay, minimum=0.0)
-    check_choice("precision", precision, ("fp32", "bf16"))
+    check_choice("precision", precision, ("fp32", "bf16", "auto"))
+    check_choice("strategy", strategy, STRATEGIES)
     if lr is not None:
         check_real("lr", lr, above=0.0)
     if clip is not None:
         check_real("clip", clip, above=0.0)
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise TypeError(f"fingerprint must be a str or None; got {type(fingerprint).__name__}")
-    batch_at, length = _batch_source(batches)
-    optimizers = build_optimizers(model, optimizer, lr, weight_decay)
-    rates = [float(group["lr"]) for o in optimizers for group in o.param_groups]  # at the top of the schedule
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
-    config = {
-        "model": f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} parameters",
-        "batches": length,
-        "steps": int(steps),
-        "seed": seed,
-        "schedule": schedule,
-        "warmup": int(warmup),
-        "clip": None if clip is None else float(clip),
-        "accumulate": int(accumulate),
-        "precision": precision,
-        "fingerprint": fingerprint,
-        **_optimizer_config(optimizers),
-    }
+    flags = {"resume": resume, "compile": compile, "per_rank": per_rank, "show_progress": show_progress}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool) and not (flag is None and name in ("per_rank", "show_progress")):
+            raise TypeError(f"{name} must be a bool; got {flag!r}")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be callable or None; got {type(on_step).__name__}")
+    batch_at, length = batch_source(batches)
+    device = trained(model)[0].device
+    low = torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16(device)) else None
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        remove_all(folder)
-    done, loss = _resume(folder, model, optimizers, config)
+    with joined(device) as processes:
+        compiled = Compiled(model, steps) if compile else None
+        if strategy == "fsdp" and processes.world > 1:
+            shard_(model, processes, device, low)
+        optimizers = build_optimizers(model, optimizer, lr, weight_decay)
+        numbering = numbering_of(batch_at, length, accumulate, processes, per_rank, seed, device)
+        config = {
+            "model": f"{class_name(model)} with {sum(p.numel() for p in model.parameters())} parameters",
+            "batches": length,
+            "steps": int(steps),
+            "seed": seed,
+            "schedule": schedule,
+            "warmup": int(warmup),
+            "clip": None if clip is None else float(clip),
+            "batches per step": int(accumulate) * (1 if numbering.per_rank else processes.world),
+            "precision": "fp32" if low is None else "bf16",
+            "fingerprint": fingerprint,
+            **_optimizer_config(optimizers),
+        }
+        run = Run(folder, model, optimizers, config, processes, keep)
+        run.open(resume)
+        stepper = Stepper(
+            strategy_of(strategy, model, read_loss, processes), numbering, seed, device, low, trained(model)
+        )
+        if compiled is not None:
+            stepper.retry = compiled.gave_up
+        try:
+            factor = partial(lr_factor, steps=steps, warmup=warmup, schedule=schedule)
+            return _train(run, stepper, steps, save_every, clip, factor, on_step, label, show_progress)
+        finally:
+            if compiled is not None:
+                compiled.undo()
+
+
+def _train(
+    run: Run,
+    stepper: Stepper,
+    steps: int,
+    save_every: int,
+    clip: float | None,
+    factor_at: Callable[[int], float],
+    on_step: Callable[[dict[str, Any]], bool | None] | None,
+    label: str,
+    show_progress: bool | None,
+) -> FitResult:
+    """The steps that are left."""
+    model, optimizers, processes, parameters = run.model, run.optimizers, run.processes, stepper.parameters
     groups = [group for o in optimizers for group in o.param_groups]
-
-    def save() -> Path:
-        log.sync()
-        return save_checkpoint(folder, model, optimizers, step=done, loss=loss, config=config, keep=keep)
-
+    rates = run.rates
+    first = processes.rank == 0
     stopped = False
     with (
         train_mode(model),
-        kept_random_state(device),
-        MetricsLog(folder / "metrics.jsonl", done) as log,
+        kept_random_state(stepper.device),
+        run.metrics() as log,
         deferred_signals() as signals,
-        progress(label, steps, show_progress) as bar,
+        progress(label, steps, show_progress if first else False) as bar,
     ):
-        display = _Display(bar, done)
-        while done < steps and not stopped:
+        run.restore_random_states()
+        display = Display(bar, run.done)
+        while run.done < steps and not stopped:
             began = time.perf_counter()
-            factor = lr_factor(done, steps, warmup=warmup, schedule=schedule)
+            factor = factor_at(run.done)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
             for p in parameters:
                 p.grad = None
-            mean, items = backward(model, batch_at, done, accumulate, seed, precision, device, parameters)
-            loss, norm = finite(mean, clip_gradients(parameters, clip), done, folder)
+            found = stepper(run.done, signals.received, run.failure)
+            loss, norm = finite(found.loss, clip_gradients(parameters, clip), run.done, run.folder)
             for o in optimizers:
                 o.step()
-            done += 1
-            seconds = round(time.perf_counter() - began, 6)
-            record = {
-                "step": done,
+            stepper.strategy.stepped()
+            run.done += 1
+            run.loss = loss
+            record: dict[str, Any] = {
+                "step": run.done,
                 "loss": loss,
                 "lr": max(group["lr"] for group in groups),
                 "grad_norm": norm,
-                "items": items,
+                "items": found.items,
             }
-            log.write(record | {"seconds": seconds})
-            stopped = on_step is not None and on_step(record | {"seconds": seconds}) is True
+            if found.tokens is not None:
+                record["tokens"] = found.tokens
+            record["seconds"] = round(time.perf_counter() - began, 6)
+            run.note(record)
+            if on_step is not None:
+                stopped = run.answer(on_step, record)
             display.update(record)
-            due = done % save_every == 0 or done == steps or stopped
-            saved = save() if due else None
-            if signals.received is not None:
+            due = run.done % save_every == 0 or run.done == steps or stopped
+            saved = run.save() if due else None
+            received = signals.received if processes.world == 1 else found.signal
+            if received is not None:
                 signals.answered = True
-                raise TrainingInterrupted(signals.received, done, saved or save())
+                raise TrainingInterrupted(received, run.done, saved or run.save())
         display.close()
         for p in parameters:
             p.grad = None
-    return FitResult(done, loss, log.losses, done < steps)
-
-
-def _batch_source(batches: Any) -> tuple[Callable[[int], Any], int | None]:
-    """Function from the number of a batch to the batch, and how many there are if that is known."""
-    if callable(batches) and not hasattr(batches, "__getitem__"):
-        return batches, None
-    if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
-        raise TypeError(
-            "batches must be a sequence of dicts or a function step -> dict (an iterator cannot be resumed); got "
-            f"{type(batches).__name__}"
-        )
-    length = len(batches)
-    if length == 0:
-        raise ValueError("batches must hold at least one batch; got an empty sequence")
-    return lambda number: batches[number % length], length
+    return FitResult(run.done, run.loss, log.losses, run.done < steps)
 
 
 def _optimizer_config(optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -258,51 +303,3 @@ def _optimizer_config(optimizers: list[Optimizer]) -> dict[str, Any]:
                 if key not in ("foreach", "fused") and isinstance(value, (bool, int, float, str, tuple)):
                     config[f"{type(o).__name__} {number} group {place} {key}"] = value
     return config
-
-
-def _resume(folder: Path, model: nn.Module, optimizers: list[Optimizer], config: dict[str, Any]) -> tuple[int, float]:
-    """Load the newest checkpoint of the same run; returns its step and loss."""
-    remove_unfinished(folder)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        return 0, math.nan
-    now, then = json.loads(json.dumps(config)), checkpoint.config
-    # Options that only one side knows come from another version of torch.
-    differing = [key for key in now if key in then and now[key] != then[key]]
-    if differing:
-        listing = "; ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in differing)
-        raise ValueError(
-            f"{folder} holds a run with other settings: {listing}. Use the old ones to continue it, another folder, or "
-            "resume=False to delete it and start over"
-        )
-    checkpoint.restore(model, optimizers)
-    return checkpoint.step, checkpoint.loss
-
-
-class _Display:
-    """Feeds the progress bar at most ten times a second: smoothed loss, items per second, learning rate."""
-
-    def __init__(self, bar: Bar, done: int) -> None:
-        bar.advance(done)
-        self.bar = bar
-        self.start = self.shown = time.monotonic()
-        self.loss: float | None = None
-        self.items = 0.0
-        self.waiting = 0
-        self.rate = 0.0
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        self.loss = record["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * record["loss"]
-        self.items += record["items"]
-        self.rate = record["lr"]
-        self.waiting += 1
-        if time.monotonic() - self.shown > 0.1:
-            self.close()
-
-    def close(self) -> None:
-        """Show what has not been shown yet."""
-        self.shown = time.monotonic()
-        if self.waiting:
-            speed = self.items / max(self.shown - self.start, 1e-9)
-            self.bar.advance(self.waiting, f"loss {self.loss:.4g}, {speed:.3g} items/s, lr {self.rate:.2e}")
-            self.waiting = 0

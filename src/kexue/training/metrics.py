@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,15 @@ class MetricsLog:
     """Append to ``path``, after dropping what was written beyond ``step``.
 
     A run that is killed has written lines that its last checkpoint does not know; they are computed again after
-    resuming, so they are cut off here, with any half line. ``losses`` are those of the lines that stay.
+    resuming, so they are cut off here, with any half line. ``losses`` are those of the lines that stay. Without a path
+    (on the ranks that do not write) the losses are only collected.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, step: int) -> None:
         self.losses: list[float] = []
+        self._file: io.FileIO | None = None
+        if path is None:
+            return
         kept: list[bytes] = []
         for line, record in _records(path, step):
             kept.append(line)
@@ -31,19 +35,20 @@ class MetricsLog:
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)
         # Unbuffered: a line is in the hands of the system when write() returns, and a full disk shows at once.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._file = io.FileIO(path, "ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record of one step."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        rest = line
-        while rest:  # a write that comes up short is followed by one that says why
-            rest = rest[self._file.write(rest) :]
+        if self._file is not None:
+            rest = json.dumps(record, allow_nan=False).encode() + b"\n"
+            while rest:  # a write that comes up short is followed by one that says why
+                rest = rest[self._file.write(rest) :]
         self.losses.append(record["loss"])
 
     def sync(self) -> None:
         """Bring all lines to the disk, before a checkpoint says that their steps are done."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -51,7 +56,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _records(path: Path, step: int) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -20,11 +20,12 @@ OptimizerSpec = Optimizer | Sequence[Optimizer] | Callable[[list[nn.Parameter]],
 _DEFAULT_LR = 1e-3
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient; ValueError if there are none."""
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
         raise ValueError(f"the model has no parameter that requires a gradient; got {type(model).__name__}")
-    return trained
+    return found
 
 
 def undecayed(model: nn.Module, embeddings: bool = False) -> set[nn.Parameter]:
@@ -72,9 +73,9 @@ def default_optimizers(model: nn.Module, lr: float = _DEFAULT_LR, weight_decay: 
     for module in model.modules():
         if isinstance(module, EMBEDDINGS) and module.sparse:
             sparse.update(module.parameters(recurse=False))
-    trained = _trained(model)
-    tables = [p for p in trained if p in sparse]
-    dense = [p for p in trained if p not in sparse]
+    every = trained(model)
+    tables = [p for p in every if p in sparse]
+    dense = [p for p in every if p not in sparse]
     spared = undecayed(model)
     groups = [
         {"params": [p for p in dense if p not in spared], "weight_decay": weight_decay},
@@ -94,12 +95,12 @@ def build_optimizers(
     model: nn.Module, spec: OptimizerSpec | None, lr: float | None, weight_decay: float
 ) -> list[Optimizer]:
     """Optimizers from what the user gave: nothing, one, several, or a function of the parameters."""
-    trained = _trained(model)
+    every = trained(model)
     if spec is None:
         return default_optimizers(model, _DEFAULT_LR if lr is None else lr, weight_decay)
     made = spec
     if not isinstance(spec, Optimizer) and callable(spec):
-        made = spec(trained)
+        made = spec(every)
     optimizers = [made] if isinstance(made, Optimizer) else made
     if not isinstance(optimizers, Sequence) or not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
         raise TypeError(

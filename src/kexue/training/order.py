@@ -228,3 +228,28 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         random.setstate(states[2])
         if accelerator is not None:
             torch.cuda.set_rng_state(accelerator, device)
+
+
+def random_states() -> dict[str, Any]:
+    """States of the global generators as tensors and plain values, which torch stores without pickled code."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    _, words, place, has_gauss, gauss = state
+    version, numbers, next_gauss = random.getstate()
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if started else [],
+        "numpy": [torch.from_numpy(words.view(np.int32).copy()), int(place), int(has_gauss), float(gauss)],
+        "python": [version, torch.tensor(np.array(numbers, np.uint32).view(np.int32)), next_gauss],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators where :func:`random_states` found them; those of devices that are gone are left out."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    words, place, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", words.numpy().view(np.uint32), place, has_gauss, gauss))  # noqa: NPY002
+    version, numbers, next_gauss = states["python"]
+    random.setstate((version, tuple(numbers.numpy().view(np.uint32).tolist()), next_gauss))

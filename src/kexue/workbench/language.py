@@ -300,6 +300,125 @@ class LanguageModel:
                 out.append((text, candidate.log_prob))
         return tuple(out)
 
+    def write(
+        self,
+        prompt: str = "",
+        count: int = 1,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.9,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        seed: int = 0,
+        quantize: str | None = None,
+    ) -> list[str]:
+        """Continue a text.
+
+        Args:
+            prompt: How the text begins; may be empty.
+            count: How many continuations to draw.
+            max_new_tokens: Tokens to append at most, 64 or what is left of the window without; a text ends earlier
+                where the model ends it.
+            temperature: Divides the logits; 0: always the most probable token.
+            top_p: Draw from the fewest tokens of at least this probability.
+            top_k: Draw from the k most probable tokens only; 0: all.
+            seed: Of the random numbers.
+            quantize: None, or "int8": faster on a CPU, slightly other values.
+
+        Returns:
+            Texts that begin with the prompt.
+
+        Raises:
+            TypeError: ``prompt`` is no string.
+            ValueError: The model is not causal, or prompt and new tokens are longer than its window.
+        """
+        from kexue.generation import generate_fast
+
+        self._refuse_other_than("clm", "writing")
+        ids = [self.tokenizer.bos_token_id, *self._ids(prompt)]
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(64, self.model.config.max_position - len(ids)))
+        rows = generate_fast(
+            self.model, [ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            num_return=count, stop_ids=[self.tokenizer.eos_token_id], quantize=quantize,
+        )  # fmt: skip
+        return [prompt + self.tokenizer.decode([i for i in row if i not in self._special])
+                for row in rows]  # fmt: skip
+
+    def search(
+        self,
+        contains: Sequence[str] = (),
+        near: str | None = None,
+        *,
+        shorten: float | None = None,
+        proposal: LanguageModel | None = None,
+        count: int = 5,
+        steps: int = 300,
+        chains: int = 32,
+        max_length: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> list[tuple[str, float]]:
+        """Look for sentences that meet conditions, by constrained sampling (CGMH).
+
+        Args:
+            contains: Words that occur.
+            near: A text with the wanted meaning; given alone, its other wordings are looked for.
+            shorten: Share of the tokens of ``near`` that is kept at most.
+            proposal: A one-pass or masked model with the same tokenizer that proposes words; None: this model.
+            count: How many sentences to return.
+            steps: Steps of each chain.
+            chains: Number of chains.
+            max_length: Greatest number of tokens.
+            seed: Of the random numbers.
+            progress: Show a bar; None: if standard error is a terminal.
+
+        Returns:
+            Distinct sentences with the log of their unnormalised law, best first.
+
+        Raises:
+            ValueError: The model is not causal, neither ``contains`` nor ``near`` is given, a word of ``contains`` is
+                empty, or ``proposal`` has another vocabulary.
+        """
+        from kexue.generation import SearchSettings, compress, keywords_to_sentence, paraphrase
+
+        self._refuse_other_than("clm", "searching")
+        mlm = None
+        if proposal is not None:
+            if proposal.objective == "clm":
+                raise ValueError(
+                    "the proposal must be a model that sees both sides (one-pass or mlm); got a causal one"
+                )
+            if proposal.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError("the proposal must have the same tokenizer as the model; their vocabularies differ")
+            mlm = proposal.model
+        settings = SearchSettings(steps=steps, chains=chains, seed=seed)
+        shared: dict[str, Any] = {"count": count, "settings": settings, "progress": progress}
+        if near is not None and shorten is not None:
+            found = compress(
+                self.model, near, self.tokenizer, mlm, ratio=shorten, max_length=max_length, contains=contains, **shared
+            )
+        elif shorten is not None:
+            raise ValueError("shorten needs near, the text to be shortened; got None")
+        elif near is not None and not contains:
+            found = paraphrase(self.model, near, self.tokenizer, mlm, **shared)
+        else:
+            found = keywords_to_sentence(
+                self.model, list(contains), self.tokenizer, mlm, near=near, max_length=max_length, **shared
+            )
+        return [(one.text.strip(), one.log_rho) for one in found]
+
+    def _ids(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError(f"the text must be a string; got {type(text).__name__}")
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        encoded = self.tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(encoded.input_ids)
+
+    def _refuse_other_than(self, objective: str, doing: str) -> None:
+        if self.objective != objective:
+            raise ValueError(f"{doing} needs a causal model (--objective {objective}); this one is {self.objective}")
+
 
 def _listed(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str | bytes):

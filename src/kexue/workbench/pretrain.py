@@ -4,25 +4,33 @@
 
 An interrupted or killed run goes on where it was; the model that stood there before is untouched until the new one
 takes its place. The result is a folder that transformers loads (``AutoModel``, ``AutoTokenizer``), and
-:class:`kexue.workbench.LanguageModel` scores, corrects and writes text with.
+:class:`kexue.workbench.LanguageModel` scores, corrects and writes text with. Under ``torchrun`` several processes on
+one file system train together; the first one prepares the text and writes the result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
 from kexue._files import recover_directory, replace_directory, write_json
+from kexue._transformers import PreTrainedTokenizerFast, show_loading
 from kexue.corpus import Document
+from kexue.training import FitResult, fit, newest_checkpoint
+from kexue.training.processes import joined
+from kexue.words import train_tokenizer
 from kexue.workbench.build import explained, open_corpus
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.pieces import Pieces, whole_text
@@ -35,6 +43,7 @@ OBJECTIVES = ("one-pass", "mlm", "clm")
 # Width, layers, heads; the learning rate that goes with them
 SIZES = {"tiny": (128, 3, 4, 2e-3), "small": (256, 6, 8, 1e-3), "base": (512, 8, 8, 6e-4)}
 _MOST_STEPS = 3000
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class PretrainSettings:
         lr: Largest learning rate; None: what goes with the size.
         mask_rate: Share of tokens that "mlm" masks.
         precision: "fp32", "bf16", or "auto".
+        strategy: "ddp" or "fsdp", under torchrun.
         seed: Seed of everything random.
 
     Example:
@@ -68,6 +78,7 @@ class PretrainSettings:
     lr: float | None = None
     mask_rate: float = 0.15
     precision: str = "fp32"
+    strategy: str = "ddp"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +96,7 @@ class PretrainSettings:
         if self.mask_rate > 1:
             raise ValueError(f"mask_rate must be at most 1; got {self.mask_rate}")
         check_choice("precision", self.precision, ("fp32", "bf16", "auto"))
+        check_choice("strategy", self.strategy, ("ddp", "fsdp"))
 
 
 def pretrain(
@@ -119,10 +131,49 @@ def pretrain(
         TrainingInterrupted: After SIGINT or SIGTERM, when everything is saved.
     """
     settings = settings or PretrainSettings()
-    say = log or (lambda line: None)
     target = Path(out).resolve()
     if not target.name or target.is_mount():
         raise WorkspaceError(f"cannot write a model at {target}, which cannot be replaced; give a folder inside it")
+    partial = target.with_name(f".{target.name}.partial")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
+    with joined(device) as processes, ExitStack() as locks:
+        say = log if log is not None and processes.rank == 0 else lambda line: None
+
+        def begin() -> dict[str, Any]:
+            locks.enter_context(_locked(target))
+            _check_free(target, force)
+            return _begin(partial, corpus, settings, packages, read_options or {}, bool(progress), say)
+
+        with explained(partial):
+            key = processes.first(begin)
+            tokenizer, pieces = _prepared(partial)
+            model, steps, lr = _model(pieces, tokenizer, settings)
+            count = sum(p.numel() for p in model.parameters())
+            size = settings.batch_size
+            say(f"training  {settings.objective}, {count:,} parameters, {steps:,} steps of {size} pieces")
+            result = fit(
+                model.to(device),
+                Batches(pieces, tokenizer, settings),
+                steps=steps,
+                out=partial / "training",
+                save_every=max(1, min(200, steps // 10)),
+                lr=lr,
+                seed=settings.seed,
+                schedule="cosine",
+                warmup=max(1, steps // 10),
+                precision=settings.precision,
+                strategy=settings.strategy,
+                fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+                keep=2,
+                label=settings.objective,
+                show_progress=progress,
+            )
+            processes.first(lambda: _finish(partial, target, key, settings, result, say))
+    return target
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
@@ -132,29 +183,30 @@ def pretrain(
             f"another run is writing {target} (it holds {lock.lock_file}); wait for it or choose another folder"
         ) from None
     try:
-        recover_directory(target)
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            if not (target / MANIFEST).is_file():
-                raise WorkspaceError(f"{target} exists and is no language model of kexue; choose another folder")
-            if not force:
-                raise WorkspaceError(f"{target} exists; choose another folder, or --force to replace it")
-        partial = target.with_name(f".{target.name}.partial")
-        with explained(partial):
-            return _pretrain_locked(corpus, target, partial, settings, packages, read_options or {}, progress, say)
+        yield
     finally:
         lock.release()
 
 
-def _pretrain_locked(
-    corpus: Any,
-    target: Path,
+def _check_free(target: Path, force: bool) -> None:
+    recover_directory(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not (target / MANIFEST).is_file():
+            raise WorkspaceError(f"{target} exists and is no language model of kexue; choose another folder")
+        if not force:
+            raise WorkspaceError(f"{target} exists; choose another folder, or --force to replace it")
+
+
+def _begin(
     partial: Path,
+    corpus: Any,
     settings: PretrainSettings,
     packages: Iterable[str] | None,
     read_options: dict[str, Any],
-    progress: bool | None,
+    progress: bool,
     say: Callable[[str], None],
-) -> Path:
+) -> dict[str, Any]:
+    """Tokenizer and pieces of this run, made if they are not there; returns what identifies the run."""
     documents, source, fingerprint = open_corpus(corpus, packages, read_options)
     if fingerprint is None:
         documents = list(documents)  # from a program: they are read twice, and must be known
@@ -162,8 +214,11 @@ def _pretrain_locked(
         for document in documents:
             digest.update(repr((document.id, whole_text(document))).encode("utf-8", "replace"))
         fingerprint = digest.hexdigest()
-    settled = {"kexue": __version__, "settings": asdict(settings), "fingerprint": fingerprint, "source": source}
-    key = json.loads(json.dumps(settled, default=str))
+    settled = {
+        "kexue": __version__, "settings": asdict(settings), "fingerprint": fingerprint, "source": source,
+        "read_options": read_options,
+    }  # fmt: skip
+    key: dict[str, Any] = json.loads(json.dumps(settled, default=str))
     state = partial / "state.json"
     try:
         found = json.loads(state.read_text(encoding="utf-8"))
@@ -176,36 +231,60 @@ def _pretrain_locked(
             shutil.rmtree(partial)
         partial.mkdir()
         write_json(state, key)
-    tokenizer = _tokenizer(partial, documents, settings, progress, say)
-    pieces = _pieces(partial, documents, tokenizer, settings, say)
-    model, steps, lr = _prepare(pieces, tokenizer, settings)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"training  {settings.objective}, {parameters:,} parameters, {steps:,} steps of {settings.batch_size} pieces")
-    from kexue._transformers import show_loading
-    from kexue.training import fit
+    folder = partial / "tokenizer"
+    if not (folder / "done").exists():
+        texts = (whole_text(document) for document in documents)
+        tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length, progress=progress)
+        tokenizer.save_pretrained(folder)
+        (folder / "done").touch()
+        say(f"tokenizer {len(tokenizer):,} tokens")
+    folder = partial / "pieces"
+    if not (folder / "done").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(partial / "tokenizer")
+        pieces = Pieces.write(folder, documents, tokenizer, settings.max_length, settings.seed)
+        if not len(pieces.trained):
+            raise ValueError("the corpus is too small to train a model: it has no sentence that is not held out")
+        (folder / "done").touch()
+        say(f"pieces    {len(pieces.trained):,} of {pieces.tokens:,} tokens; {len(pieces.held):,} held out")
+    return key
 
-    result = fit(
-        model,
-        Batches(pieces, tokenizer, settings),
-        steps=steps,
-        out=partial / "training",
-        save_every=max(1, min(200, steps // 10)),
-        lr=lr,
-        seed=settings.seed,
-        schedule="cosine",
-        warmup=max(1, steps // 10),
-        precision=settings.precision,
-        fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
-        keep=2,
-        label=settings.objective,
-        show_progress=progress,
-    )
+
+def _prepared(partial: Path) -> tuple[Any, Pieces]:
+    return PreTrainedTokenizerFast.from_pretrained(partial / "tokenizer"), Pieces(partial / "pieces")
+
+
+def _model(pieces: Pieces, tokenizer: Any, settings: PretrainSettings) -> tuple[Any, int, float]:
+    """The untrained model, the number of steps, and the learning rate."""
+    width, layers, heads, rate = SIZES[settings.size]
+    model = build_model(settings.objective, tokenizer, width, layers, heads, settings.max_length, settings.seed)
+    steps = settings.steps
+    if steps is None:
+        once = len(pieces.trained) / settings.batch_size
+        steps = max(1, round(min(_MOST_STEPS, max(3 * once, min(1000, 20 * once)))))
+    return model, steps, settings.lr or rate
+
+
+def _finish(
+    partial: Path,
+    target: Path,
+    key: dict[str, Any],
+    settings: PretrainSettings,
+    result: FitResult,
+    say: Callable[[str], None],
+) -> None:
+    """Measure the model of the last checkpoint and put it in its place."""
+    tokenizer, pieces = _prepared(partial)
+    model, steps, _ = _model(pieces, tokenizer, settings)
+    checkpoint = newest_checkpoint(partial / "training")
+    if checkpoint is None:
+        raise WorkspaceError(f"the checkpoints in {partial / 'training'} have gone; run the same command again")
+    model.load_state_dict(checkpoint.model)  # whole weights, however many processes had a part of them
     figures = {
-        "held-out pieces": len(pieces.held),
         "pieces": len(pieces.trained),
+        "held-out pieces": len(pieces.held),
         "tokens": pieces.tokens,
         "vocabulary": len(tokenizer),
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
         "training loss": round(result.loss, 4),
         **evaluate(model, pieces, tokenizer, settings),
@@ -224,52 +303,3 @@ def _pretrain_locked(
         target.rmdir()
     replace_directory(finished, target)
     shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _tokenizer(
-    partial: Path,
-    documents: Iterable[Document],
-    settings: PretrainSettings,
-    progress: bool | None,
-    say: Callable[[str], None],
-) -> Any:
-    """The tokenizer of this run, learnt if it has not been."""
-    from kexue._transformers import PreTrainedTokenizerFast
-    from kexue.words import train_tokenizer
-
-    folder = partial / "tokenizer"
-    if (folder / "done").exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    texts = (whole_text(document) for document in documents)
-    tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length, progress=bool(progress))
-    tokenizer.save_pretrained(folder)
-    (folder / "done").touch()
-    say(f"tokenizer {len(tokenizer):,} tokens")
-    return tokenizer
-
-
-def _pieces(
-    partial: Path, documents: Iterable[Document], tokenizer: Any, settings: PretrainSettings, say: Callable[[str], None]
-) -> Pieces:
-    """The pieces of this run, written if they have not been."""
-    folder = partial / "pieces"
-    if (folder / "done").exists():
-        return Pieces(folder)
-    pieces = Pieces.write(folder, documents, tokenizer, settings.max_length, settings.seed)
-    if not len(pieces.trained):
-        raise ValueError("the corpus is too small to train a model: it has no sentence that is not held out")
-    (folder / "done").touch()
-    say(f"pieces    {len(pieces.trained):,} of {pieces.tokens:,} tokens; {len(pieces.held):,} held out")
-    return pieces
-
-
-def _prepare(pieces: Pieces, tokenizer: Any, settings: PretrainSettings) -> tuple[Any, int, float]:
-    """The untrained model, the number of steps, and the learning rate."""
-    width, layers, heads, rate = SIZES[settings.size]
-    model = build_model(settings.objective, tokenizer, width, layers, heads, settings.max_length, settings.seed)
-    steps = settings.steps
-    if steps is None:
-        once = len(pieces.trained) / settings.batch_size
-        steps = max(1, round(min(_MOST_STEPS, max(3 * once, min(1000, 20 * once)))))
-    return model, steps, settings.lr or rate

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kexue.training import batch_indices
+from kexue.training import batch_indices, mask_tokens
 from kexue.workbench.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -70,8 +70,6 @@ class Batches:
         bounds = torch.from_numpy(np.concatenate([[0], np.cumsum([len(row) for row in rows])]))
         batch = {"input_ids": ids, "cu_seqlens": bounds}
         if self.settings.objective == "mlm":
-            from kexue.training import mask_tokens
-
             inputs, labels = mask_tokens(
                 ids, self.settings.seed, step, mask_token_id=self.mask, vocab_size=self.vocabulary,
                 special_ids=self.special, rate=self.settings.mask_rate,
