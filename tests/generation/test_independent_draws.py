@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -233,6 +234,12 @@ class Top:
 
     def random(self, shape):
         return np.full(shape, np.nextafter(1, 0))
+
+
+def test_weights_whose_sum_overflows():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AliasTable([1e308, 1e308]).probs.tolist() == [0.5, 0.5]
 
 
 def test_weight_zero_is_never_drawn_not_even_by_rounding(monkeypatch):

@@ -126,6 +126,7 @@ def test_dense_batches_of_full_rows():
         ([[], []], {}, ValueError, "at least one token; got 2 documents"),
         ([[5], [6, 70, -1]], {"vocab_size": 50}, ValueError, r"documents\[1\] must be in \[0, 50\); got -1, 70"),
         ([[5], [-1]], {}, ValueError, r"documents\[1\] must be in .* got -1"),
+        (None, {}, TypeError, "documents must be a sequence of sequences of ids; got None"),
         ([[5.5]], {}, TypeError, r"documents\[0\] must be integers; got float64"),
         ([np.array([5.5])], {}, TypeError, r"documents\[0\] must be integers; got float64"),
         ([[[5]]], {}, ValueError, r"documents\[0\] must be one sequence of ids; got shape \(1, 1\)"),

@@ -245,3 +245,63 @@ def test_commands(models):
     assert json.loads(result.stdout)[0]["text"].startswith("The cat")
     assert run(app, ["pretrain", "--objective", "bert"]).exit_code == 2
     assert run(app, ["pretrain", "--column"]).exit_code == 2
+
+
+def test_writing(models):
+    writer = LanguageModel.open(models / "clm")
+    first, second = writer.write("The cat", 2, max_new_tokens=8, seed=3)
+    assert first.startswith("The cat")
+    assert first == writer.write("The cat", 1, max_new_tokens=8, seed=3)[0]
+    assert second.startswith("The cat")
+    greedy = writer.write("The cat", temperature=0, max_new_tokens=8)[0]
+    ids = torch.tensor([writer._ids("The cat")])
+    ids = torch.cat([torch.tensor([[2]]), ids], 1)
+    theirs = writer.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=3, pad_token_id=0)[0]
+    assert greedy == writer.tokenizer.decode([i for i in theirs.tolist() if i > 4])
+    assert len(writer.write()) == 1
+    assert writer.write("The cat", temperature=0, max_new_tokens=4, quantize="int8")[0].startswith("The cat")
+    with pytest.raises(ValueError, match="causal"):
+        LanguageModel.open(models / "one-pass").write("The cat")
+    with pytest.raises(TypeError, match="string"):
+        writer.write(3)
+
+
+def test_searching(models):
+    writer, reader = LanguageModel.open(models / "clm"), LanguageModel.open(models / "one-pass")
+    quick = {"steps": 20, "chains": 4, "count": 2, "progress": False}
+    for options in ({}, {"proposal": reader}):
+        found = writer.search(["dog", "river"], **quick, **options)
+        assert found
+        assert all("dog" in text and "river" in text for text, _ in found)
+    assert writer.search(["dog", "river"], **quick) == writer.search(["dog", "river"], **quick)
+    source = "The old man hears the river."
+    assert all(text != source for text, _ in writer.search(near=source, **quick))
+    shorter = writer.search(near=source, shorten=0.6, **quick)
+    assert all(len(text) < len(source) for text, _ in shorter)
+    with pytest.raises(ValueError, match="shorten needs near"):
+        writer.search(["dog"], shorten=0.5)
+    with pytest.raises(ValueError, match="both sides"):
+        writer.search(["dog"], proposal=writer)
+    with pytest.raises(ValueError, match="causal"):
+        reader.search(["dog"])
+
+
+def test_the_command_generate(models):
+    run, writer = CliRunner().invoke, str(models / "clm")
+    result = run(app, ["generate", writer, "--prompt", "The cat", "-k", "2", "--max-tokens", "6", "--json"])
+    assert [row["text"][:7] for row in json.loads(result.stdout)] == ["The cat"] * 2
+    result = run(app, ["generate", writer, "--contains", "dog,river", "--steps", "20", "--chains", "4"])
+    assert all("dog" in line and "river" in line for line in result.stdout.splitlines())
+    for options, message in (
+        (["--prompt", "a", "--contains", "b"], "one or the other"),
+        (["--contains", ","], "empty"),
+        (["--shorten", "0.5"], "--near"),
+        (["--near", "The cat", "--shorten", "7"], "between 0 and 1"),
+        (["--prompt", "a", "--steps", "5"], "no effect"),
+        (["--near", "The cat", "--top-p", "0.5"], "no effect"),
+        (["--near", "The cat", "--max-tokens", "5"], "no effect"),
+        (["--proposal", writer], "--contains or --near"),
+    ):
+        result = run(app, ["generate", writer, *options])
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.replace("│", " ").split())

@@ -221,10 +221,14 @@ def generate(
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 3,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to write; 64 without.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.9,
-    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 0.95,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 300,
-    chains: Annotated[int, typer.Option(min=1, help="Chains of the search.")] = 32,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: always the most probable token; 0.9 without.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens of this probability; 0.95 without.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the search; 300 without.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains of the search; 32 without.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write with weights rounded to int8.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -244,20 +248,33 @@ def generate(
         raise typer.BadParameter("--shorten needs --near, the text to be shortened")
     if proposal is not None and not searching:
         raise typer.BadParameter("--proposal is for a search: give --contains or --near")
+    if shorten is not None and not 0 < shorten < 1:
+        raise typer.BadParameter(f"--shorten must be between 0 and 1; got {shorten}")
+    useless = {"--temperature": temperature, "--top-p": top_p, "--int8": int8 or None}
+    if not searching:
+        useless = {"--steps": steps, "--chains": chains}
+    elif near is not None and not words and shorten is None:
+        useless["--max-tokens"] = max_tokens
+    for name, value in useless.items():
+        if value is not None:
+            doing = (
+                "other wordings are looked for" if name == "--max-tokens" else "searching" if searching else "writing"
+            )
+            raise typer.BadParameter(f"{name} has no effect when {doing}")
     _offline()
     opened = LanguageModel.open(model)
     rows: list[dict[str, Any]]
     if not searching:
         texts = opened.write(
-            prompt or "", k, max_new_tokens=max_tokens, temperature=temperature,
-            top_p=top_p, seed=seed, quantize="int8" if int8 else None,
+            prompt or "", k, max_new_tokens=max_tokens, temperature=0.9 if temperature is None else temperature,
+            top_p=0.95 if top_p is None else top_p, seed=seed, quantize="int8" if int8 else None,
         )  # fmt: skip
         rows = [{"text": text} for text in texts]
     else:
         with interruptible("interrupted"):
             found = opened.search(
                 words, near, shorten=shorten, proposal=None if proposal is None else LanguageModel.open(proposal),
-                count=k, steps=steps, chains=chains, max_length=max_tokens, seed=seed,
+                count=k, steps=steps or 300, chains=chains or 32, max_length=max_tokens, seed=seed,
             )  # fmt: skip
         rows = [{"text": text, "log_rho": round(value, 4)} for text, value in found]
     if as_json:

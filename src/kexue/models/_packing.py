@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -77,14 +79,11 @@ class Packing:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
         """Attention inside each text; q, k, v and the result are (N, H, d)."""
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
-            try:
-                from torch.nn.attention.varlen import varlen_attn
-            except ImportError:  # an older torch
-                pass
-            else:
+            kernel = _varlen_kernel()
+            if kernel is not None:
                 bounds, longest = self.boundaries, self.longest
                 window = (-1, 0) if causal else (-1, -1)
-                out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
+                out: Tensor = kernel(q, k, v, bounds, bounds, longest, longest, window_size=window)
                 return out
         outputs = []
         for index, mask in self.buckets:
@@ -99,3 +98,13 @@ class Packing:
             ).transpose(1, 2)
             outputs.append(out.flatten(0, 1) if mask is None else out[mask[:, 0, 0]])
         return torch.cat(outputs)[self.order] if outputs else q
+
+
+@lru_cache(maxsize=1)
+def _varlen_kernel() -> Any:
+    """Torch's attention for rows of several lengths, if this version has it in the form that is used here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None

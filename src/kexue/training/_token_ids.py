@@ -15,8 +15,12 @@ def id_array(name: str, ids: Any) -> NDArray[Any]:
 
     Raises:
         TypeError: They are no integers.
+        ValueError: Lists of different lengths.
     """
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    try:
+        array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    except ValueError:
+        raise ValueError(f"{name} must have rows of one length, padded where they differ; got ragged lists") from None
     if array.size == 0 and not isinstance(ids, (torch.Tensor, np.ndarray)):
         array = array.astype(np.int64)  # numpy makes floats of an empty list
     if array.dtype.kind not in "iu":

@@ -98,6 +98,8 @@ def mask_tokens(
     check_ids("input_ids", ids, vocab_size)
     if vocab_size - 1 > np.iinfo(ids.dtype).max:
         ids = ids.astype(np.int64)  # [MASK] or a random token may not fit
+    if not hasattr(special_ids, "__iter__"):
+        raise TypeError(f"special_ids must be a sequence of ids; got {special_ids!r}")
     special = id_array("special_ids", list(special_ids))
     check_ids("special_ids", special, vocab_size)
     barred = np.zeros(vocab_size, bool)
@@ -107,12 +109,12 @@ def mask_tokens(
     if attention_mask is not None:
         allowed &= _shaped("attention_mask", attention_mask, ids.shape).astype(bool)
     starts = _word_starts(ids, allowed, word_ids, word_starts)
+    breaks = _text_starts(ids, cu_seqlens)
     generator = numpy_generator(seed, step, rank)
     place = np.flatnonzero(allowed)
     if starts is None and mean_span is None:
         place = place[generator.random(len(place), dtype=np.float32) < rate]
     else:
-        breaks = _text_starts(ids, cu_seqlens)
         place = _select_units(place, starts, breaks, float(rate), mean_span, max_span, generator)
     flat = ids.reshape(-1)
     labels = np.full(ids.size, -100, np.int64)

@@ -126,6 +126,8 @@ def pack_documents(
         raise ValueError('method="concat" needs eos_token_id: nothing else would separate the documents')
     if vocab_size is not None:
         check_int("vocab_size", vocab_size, 1)
+    if not hasattr(documents, "__iter__"):
+        raise TypeError(f"documents must be a sequence of sequences of ids; got {documents!r}")
     tokens, sizes = join("documents", documents, vocab_size)
     which = np.flatnonzero(sizes)
     if not len(which):
