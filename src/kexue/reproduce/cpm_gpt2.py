@@ -140,7 +140,7 @@ def _peer(path: Path) -> Any:
 
         return find_class("CpmTokenizer")(str(path))
     except Exception as error:  # it wants rjieba, and depends on a slow-tokenizer base that versions move about
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error).strip() else ''}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60] if str(error).strip() else ''}"
 
 
 def _tokenizer() -> dict[str, list[Any]] | str:
@@ -399,6 +399,7 @@ def measure(quick: bool, seed: int) -> Measurement:
         "One seed and 60 steps only: the answers mean nothing."
         if quick
         else f"{len(seeds)} seeds from {seed}, at most {steps} steps of {BATCH} documents; threads: "
-        f"{torch.get_num_threads()}."
+        f"{torch.get_num_threads()}. The pairs left out never occur in training, which makes their answers improbable; "
+        "pairs that do occur are the control."
     )
     return Measurement(figures, verdict, plot, note)
