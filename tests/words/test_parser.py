@@ -129,7 +129,17 @@ def test_a_template_of_holes_alone_does_not_loop_but_counts():
     assert TemplateParser({(None, None): 3}).parse("x a y").template is None
 
 
+@pytest.fixture
+def shallow():
+    """Python's default depth of recursion; torch's compiler raises it for the whole process."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_a_sentence_of_2000_words_needs_no_recursion():
     words = ["x"] + ["的", "y"] * 999 + ["z"]
     tree = TemplateParser({(None, "的", None): 3}).parse(words)
