@@ -24,7 +24,7 @@ from kexue.cli.common import (
     SkipBad,
     TextColumn,
     TitleColumn,
-    columns,
+    corpus_options,
     interruptible,
     option_names,
     print_hits,
@@ -93,26 +93,14 @@ def build(
     from kexue.workbench import Workspace
     from kexue.workbench.lexicon import check_choice_of_words
 
-    options: dict[str, Any] = columns(
-        id_column=id_column, title_column=title_column, text_column=text_column, label_column=label_column
-    )
-    if encoding != "utf-8":
-        options["encoding"] = encoding
-    if skip_errors:
-        options["on_error"] = "skip"
-    if options and not paths:
-        raise typer.BadParameter("column, encoding and --skip-errors options need PATHS")
-    if packages is not None and paths:
-        raise typer.BadParameter("--packages chooses among the installed documentation; leave PATHS out")
+    options, chosen = corpus_options(
+        "PATHS", paths, packages, encoding, skip_errors, id_column=id_column, title_column=title_column,
+        text_column=text_column, label_column=label_column,
+    )  # fmt: skip
     try:
         words = check_choice_of_words(words)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--words") from None
-    chosen = None
-    if packages is not None:
-        chosen = [name.strip() for name in packages.split(",") if name.strip()]
-        if not chosen:
-            raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
     with interruptible("interrupted; give the same command again to continue"), option_names(skip_errors):
         workspace = Workspace.build(
             list(paths) if paths else None,

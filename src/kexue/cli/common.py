@@ -40,6 +40,39 @@ def columns(**given: str | None) -> dict[str, str]:
     return {key: value for key, value in given.items() if value is not None}
 
 
+def corpus_options(
+    name: str, paths: list[Path] | None, packages: str | None, encoding: str, skip: bool, **given: str | None
+) -> tuple[dict[str, Any], list[str] | None]:
+    """Options of the reader, and the chosen packages: of commands that read paths or, without, the documentation.
+
+    Args:
+        name: What the command calls its paths.
+        paths: The paths.
+        packages: Names separated by commas.
+        encoding: Of text files.
+        skip: Leave out what cannot be read.
+        **given: Names of columns.
+
+    Raises:
+        typer.BadParameter: Options that do not go together.
+    """
+    options: dict[str, Any] = columns(**given)
+    if encoding != "utf-8":
+        options["encoding"] = encoding
+    if skip:
+        options["on_error"] = "skip"
+    if options and not paths:
+        raise typer.BadParameter(f"column, encoding and --skip-errors options need {name}")
+    if packages is None:
+        return options, None
+    if paths:
+        raise typer.BadParameter(f"--packages chooses among the installed documentation; leave {name} out")
+    chosen = [package.strip() for package in packages.split(",") if package.strip()]
+    if not chosen:
+        raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
+    return options, chosen
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, ensure_ascii=False, indent=2))

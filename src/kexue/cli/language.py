@@ -19,7 +19,7 @@ from kexue.cli.common import (
     SkipBad,
     TextColumn,
     TitleColumn,
-    columns,
+    corpus_options,
     interruptible,
     option_names,
     print_json,
@@ -86,22 +86,10 @@ def pretrain(
     from kexue.workbench.pretrain import PretrainSettings
     from kexue.workbench.pretrain import pretrain as train
 
-    options: dict[str, Any] = columns(
-        id_column=id_column, title_column=title_column, text_column=text_column, label_column=label_column
-    )
-    if encoding != "utf-8":
-        options["encoding"] = encoding
-    if skip_errors:
-        options["on_error"] = "skip"
-    if options and not corpus:
-        raise typer.BadParameter("column, encoding and --skip-errors options need CORPUS")
-    if packages is not None and corpus:
-        raise typer.BadParameter("--packages chooses among the installed documentation; leave CORPUS out")
-    chosen = None
-    if packages is not None:
-        chosen = [name.strip() for name in packages.split(",") if name.strip()]
-        if not chosen:
-            raise typer.BadParameter("--packages is empty; give names such as numpy,scipy")
+    options, chosen = corpus_options(
+        "CORPUS", corpus, packages, encoding, skip_errors, id_column=id_column, title_column=title_column,
+        text_column=text_column, label_column=label_column,
+    )  # fmt: skip
     try:
         settings = PretrainSettings(
             objective, size, vocab_size, max_length, batch_size, steps, lr, mask_rate, precision, strategy, seed
