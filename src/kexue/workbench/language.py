@@ -123,8 +123,13 @@ class LanguageModel:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            what = "does not exist" if not path.exists() else "is no language model: it has no readable config.json"
-            raise WorkspaceError(f"{path} {what}; make one with `kexue pretrain CORPUS --out {path}`") from None
+            if not path.exists():
+                what = f"does not exist; make it with `kexue pretrain CORPUS --out {path}`"
+            elif path.is_dir():
+                what = "is no language model: it has no readable config.json; give a folder made by `kexue pretrain`"
+            else:
+                what = "is no language model but a file; give a folder made by `kexue pretrain`"
+            raise WorkspaceError(f"{path} {what}") from None
         if not isinstance(config, dict) or config.get("model_type") != "kexue":
             kind = config.get("model_type") if isinstance(config, dict) else config
             raise WorkspaceError(f"{path} must hold a Kexue language model; got the model type {kind!r}")
