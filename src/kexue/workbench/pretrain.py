@@ -14,18 +14,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
-from kexue._files import recover_directory, replace_directory, write_json
+from kexue._files import replace_directory, write_json
 from kexue._transformers import PreTrainedTokenizerFast, show_loading
 from kexue.corpus import Document
 from kexue.training import FitResult, fit, newest_checkpoint
@@ -35,6 +34,7 @@ from kexue.workbench.build import explained, open_corpus
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.pieces import Pieces, whole_text
 from kexue.workbench.pretrain_model import Batches, build_model, evaluate
+from kexue.workbench.targets import check_free, locked, resolved
 
 __all__ = ["MANIFEST", "OBJECTIVES", "SIZES", "PretrainSettings", "pretrain"]
 
@@ -131,17 +131,15 @@ def pretrain(
         TrainingInterrupted: After SIGINT or SIGTERM, when everything is saved.
     """
     settings = settings or PretrainSettings()
-    target = Path(out).resolve()
-    if not target.name or target.is_mount():
-        raise WorkspaceError(f"cannot write a model at {target}, which cannot be replaced; give a folder inside it")
+    target = resolved(out)
     partial = target.with_name(f".{target.name}.partial")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
     with joined(device) as processes, ExitStack() as locks:
         say = log if log is not None and processes.rank == 0 else lambda line: None
 
         def begin() -> dict[str, Any]:
-            locks.enter_context(_locked(target))
-            _check_free(target, force)
+            locks.enter_context(locked(target))
+            check_free(target, MANIFEST, "language model", force)
             return _begin(partial, corpus, settings, packages, read_options or {}, bool(progress), say)
 
         with explained(partial):
@@ -170,31 +168,6 @@ def pretrain(
             )
             processes.first(lambda: _finish(partial, target, key, settings, result, say))
     return target
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise WorkspaceError(
-            f"another run is writing {target} (it holds {lock.lock_file}); wait for it or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_free(target: Path, force: bool) -> None:
-    recover_directory(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not (target / MANIFEST).is_file():
-            raise WorkspaceError(f"{target} exists and is no language model of kexue; choose another folder")
-        if not force:
-            raise WorkspaceError(f"{target} exists; choose another folder, or --force to replace it")
 
 
 def _begin(

@@ -1,0 +1,67 @@
+"""The folder that a command writes: one run at a time, and nothing that stands there is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kexue._files import recover_directory
+from kexue.workbench.errors import WorkspaceError
+
+__all__ = ["check_free", "locked", "resolved"]
+
+
+def resolved(out: str | Path) -> Path:
+    """The absolute path of a folder that can be replaced as a whole.
+
+    Raises:
+        WorkspaceError: It is a root or a mount point.
+    """
+    target = Path(out).resolve()
+    if not target.name or target.is_mount():
+        raise WorkspaceError(f"cannot write a model at {target}, which cannot be replaced; give a folder inside it")
+    return target
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keep other runs from writing ``target``.
+
+    Raises:
+        WorkspaceError: Another run is writing it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise WorkspaceError(
+            f"another run is writing {target} (it holds {lock.lock_file}); wait for it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_free(target: Path, manifest: str, what: str, force: bool) -> None:
+    """Raise unless ``target`` is empty, or holds a model of the same kind that ``force`` says to replace.
+
+    Args:
+        target: The folder.
+        manifest: Name of the file that marks a model of this kind.
+        what: The kind in words, as in "is no language model of kexue".
+        force: Whether a model of this kind may be replaced.
+
+    Raises:
+        WorkspaceError: The folder is taken.
+    """
+    recover_directory(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not (target / manifest).is_file():
+            raise WorkspaceError(f"{target} exists and is no {what} of kexue; choose another folder")
+        if not force:
+            raise WorkspaceError(f"{target} exists; choose another folder, or --force to replace it")
