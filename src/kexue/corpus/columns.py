@@ -29,7 +29,10 @@ GUESSES: dict[str, tuple[str, ...]] = {
         *("正文", "内容", "文本", "摘要"),
     ),
     "title": ("title", "headline", "name", "subject", "标题", "题目"),
-    "label": ("label", "labels", "category", "categories", "tags", "tag", "class", "标签", "类别", "分类"),
+    "label": (
+        *("label", "labels", "category", "categories", "tags", "tag", "class", "group"),
+        *("标签", "类别", "分类", "组"),
+    ),
 }
 _KNOWN = frozenset(name for names in GUESSES.values() for name in names)
 _LISTS = frozenset(("labels", "tags", "categories"))  # plural: a string there holds several labels
