@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from kexue._checks import check_int
 from kexue._files import atomic_path, write_json
+from kexue.models._gru_kernel import LastStates, steps_of
 
 __all__ = ["CharGRUEncoder"]
 
@@ -120,11 +122,28 @@ class CharGRUEncoder(nn.Module):
         lengths = self._lengths(ids)
         if ids.shape[0] == 0 or ids.shape[1] == 0:
             return self.embedding.weight.new_zeros(ids.shape[0], self.d)
-        embedded = self.embedding(ids.long())
-        packed = pack_padded_sequence(embedded, lengths.clamp(min=1), batch_first=True, enforce_sorted=False)
-        state = self.gru(packed)[1][0]
-        filled = (lengths > 0).to(state.device)
+        ids, filled = ids.long(), (lengths > 0).to(ids.device)
+        lengths = lengths.clamp(min=1)
+        if ids.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            state = self._last_states(ids, lengths)
+        else:
+            embedded = self.embedding(ids)
+            state = self.gru(pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False))[1][0]
         return torch.where(filled[:, None], state, 0.0)
+
+    def _last_states(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """What the GRU gives, in a few large operations (see ``_gru_kernel.py``)."""
+        gru: Any = self.gru
+        lengths, order = lengths.sort(descending=True, stable=True)
+        sizes, ends = steps_of(lengths)
+        steps = ids[order, : len(sizes)].T
+        flat = steps[torch.arange(len(sizes))[:, None] < lengths]
+        bias = gru.bias_ih_l0 + torch.cat([gru.bias_hh_l0[: 2 * self.d], gru.bias_hh_l0.new_zeros(self.d)])
+        known, place = torch.unique(flat, return_inverse=True)  # multiply each character of the batch once
+        table = F.linear(self.embedding(known), gru.weight_ih_l0, bias)
+        rz, n = (F.embedding(place, part) for part in table.split((2 * self.d, self.d), dim=1))
+        last = LastStates.apply(rz, n, gru.weight_hh_l0, gru.bias_hh_l0[2 * self.d :], sizes, ends)
+        return last[torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))]
 
     def _lengths(self, ids: Tensor) -> Tensor:
         """Characters of each row, on the CPU, where packing wants them; refuses what is no padded row of ids."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections import Counter
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -65,7 +65,10 @@ class Run:
 
     def _hash(self, texts: list[str], labels: NDArray[np.int64]) -> str:
         """Identifies texts, groups, settings of the head, and the weights at the start."""
-        digest = hashlib.sha256(repr(self.classifier.head).encode())
+        kind = self.classifier.head.kind
+        name = kind if isinstance(kind, str) else getattr(kind, "__qualname__", type(kind).__name__)
+        head = self.classifier.head
+        digest = hashlib.sha256(f"{name} {head.scale} {head.margin} {head.sample_rate}".encode())
         for text in texts:
             digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
         digest.update(labels.tobytes())
