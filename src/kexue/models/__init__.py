@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder
     from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
+    from kexue.models.char_gru import CharGRUEncoder
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
     from kexue.models.family import (
@@ -52,6 +53,7 @@ __all__ = [
     "BYOL",
     "BagEncoder",
     "Candidate",
+    "CharGRUEncoder",
     "CollapseMeter",
     "CollapseReport",
     "DeepNormConstants",
@@ -115,6 +117,7 @@ _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
     "Candidate": "suggestions",
+    "CharGRUEncoder": "char_gru",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
     "DeepNormConstants": "schemes",

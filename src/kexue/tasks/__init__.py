@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
     from kexue.tasks.next_sentence import NextSentenceScorer
+    from kexue.tasks.retrieval import retrieval_report
     from kexue.tasks.samples_contrast import SamplesContrast
+    from kexue.tasks.sentence_similarity import SentenceSimilarity
     from kexue.tasks.zero_shot import NSPZeroShotClassifier
 
 __all__ = [
@@ -16,9 +18,11 @@ __all__ = [
     "NextSentenceScorer",
     "RankedCandidate",
     "SamplesContrast",
+    "SentenceSimilarity",
     "coreference_prompt",
     "link_entities",
     "rank_cloze",
+    "retrieval_report",
     "type_entity",
 ]
 
@@ -27,9 +31,11 @@ _MODULES = {
     "NextSentenceScorer": "next_sentence",
     "RankedCandidate": "entities",
     "SamplesContrast": "samples_contrast",
+    "SentenceSimilarity": "sentence_similarity",
     "coreference_prompt": "entities",
     "link_entities": "entities",
     "rank_cloze": "entities",
+    "retrieval_report": "retrieval",
     "type_entity": "entities",
 }
 
