@@ -33,6 +33,7 @@ from kexue.cli.common import (
 )
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
+from kexue.cli.similarity import similarity_app
 from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app = typer.Typer(
     help="Turn your own text into small, fast, explainable language models on your own machine.",
 )
 app.add_typer(words_app, name="words")
+app.add_typer(similarity_app, name="similarity")
 app.command()(grow)
 for command in (pretrain, score, suggest, generate):
     app.command()(command)
