@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
@@ -33,6 +32,7 @@ from kexue.losses._common import (
     contrast_value,
     inverse_norms,
     reduce_loss,
+    unit_rows,
 )
 from kexue.losses._contrast_kernel import run_pairs, run_self
 
@@ -182,12 +182,16 @@ def info_nce(
     check_float("q", q, 2)
     check_float("k", k)
     n, width = q.shape
+    if in_batch is not None and not isinstance(in_batch, bool):
+        raise TypeError(f"in_batch must be True, False or None; got {in_batch!r}")
     in_batch = negatives is None if in_batch is None else in_batch
     if tuple(k.shape) != (n, width) and not (k.dim() == 3 and k.shape[0] == n and k.shape[2] == width):
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}; got {tuple(k.shape)}")
+    if k.dim() == 3 and k.shape[1] == 0:
+        raise ValueError(f"every row needs a positive; got k of shape {tuple(k.shape)}")
     if negatives is not None:
         check_float("negatives", negatives)
-        if negatives.shape[-1] != width or negatives.dim() not in (2, 3):
+        if negatives.dim() not in (2, 3) or negatives.shape[-1] != width:
             raise ValueError(f"negatives must be (K, {width}) or ({n}, K, {width}); got {tuple(negatives.shape)}")
         if negatives.dim() == 3 and negatives.shape[0] != n:
             raise ValueError(f"negatives of each row must have {n} rows; got {tuple(negatives.shape)}")
@@ -223,8 +227,7 @@ def _own_negatives(
     """Negatives (N, K, D) or positives (N, P, D): the scores (N, K) exist, their number is that of the inputs."""
     dtype = compute_dtype(q, k)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, x = q.to(dtype), k.to(dtype), negatives.to(dtype)  # type: ignore[union-attr]
-        q = F.normalize(q, dim=-1)
+        q, k, x = unit_rows(q, dtype)[0], k.to(dtype), negatives.to(dtype)  # type: ignore[union-attr]
         k = k[:, None] if k.dim() == 2 else k
         positive = (torch.einsum("npd,nd->np", k, q) * inverse_norms(k).squeeze(-1) - margin) / temperature
         dots = q @ x.T if x.dim() == 2 else torch.einsum("nkd,nd->nk", x, q)

@@ -73,8 +73,9 @@ class ContrastiveDiagnostics:
     Attributes:
         xi: (...) sum over the negatives of exp(s_j - s_t): how far each row is from solved.
         log_xi: (...) the same as a logarithm, the FlatNCE value.
-        centred: (...) log_xi - log(K - 1), comparable between numbers of candidates.
-        ess: (...) effective number of negatives, (sum w)^2 / sum w^2, between 1 and K - 1.
+        centred: (...) log_xi minus the logarithm of the number of negatives (K - 1 without those at -inf): comparable
+            between numbers of candidates.
+        ess: (...) effective number of negatives, (sum w)^2 / sum w^2, between 1 and K - 1; 0 without negatives.
         pos_gradient_lost: Share of rows where 1 - p_t rounds to 0 in the dtype of the scores, so that the usual
             cross-entropy gives the positive no gradient.
     """
@@ -115,12 +116,14 @@ def contrastive_diagnostics(scores: Tensor, target: Tensor) -> ContrastiveDiagno
     target = target.long()
     lost = torch.softmax(scores, -1).gather(-1, target.unsqueeze(-1)) == 1
     others, chosen = split_scores(scores, target)
-    squares, _ = split_scores(scores, target, 2.0)
+    negatives = scores.to(others.dtype).scatter(-1, target.unsqueeze(-1), -math.inf)
+    count = (negatives > -math.inf).sum(-1)
+    weights = torch.softmax(negatives, -1)
     log_xi = others - chosen
     return ContrastiveDiagnostics(
         xi=log_xi.exp(),
         log_xi=log_xi,
-        centred=log_xi - math.log(scores.shape[-1] - 1),
-        ess=(2 * others - squares).exp(),
+        centred=log_xi - count.clamp(min=1).to(others.dtype).log(),
+        ess=torch.where(count > 0, weights.square().sum(-1).reciprocal(), 0.0),
         pos_gradient_lost=float(lost.double().mean()) if lost.numel() else 0.0,
     )
