@@ -35,7 +35,7 @@ def _weights(v: Tensor, total: Tensor, coef: Tensor, flat: bool, inverse_t: floa
     return weight, weight / torch.where(total > 0, total, 1.0)
 
 
-def _rows_pass(
+def rows_pass(
     q: Tensor,
     positive: Tensor,
     columns: Tensor,
@@ -163,15 +163,15 @@ def pair_pass(
     elif symmetric:  # rows and columns need shifts of their own: two matrices
         index = [torch.arange(uq.shape[0], device=q.device)]
         half = None if coef is None else coef / 2
-        v, gq, gk, gp = _rows_pass(uq, uk, uk, index, mask, half, inverse_t, margin, flat)
+        v, gq, gk, gp = rows_pass(uq, uk, uk, index, mask, half, inverse_t, margin, flat)
         turned = None if mask is None else mask.T
-        v_col, hk, hq, hp = _rows_pass(uk, uq, uq, index, turned, half, inverse_t, margin, flat)
+        v_col, hk, hq, hp = rows_pass(uk, uq, uq, index, turned, half, inverse_t, margin, flat)
         gq, gk, gx = gq + hq + hp, gk + gp + hk, uq.new_empty(0)
     else:
         ux, ix = unit_rows(extra, dtype) if extra is not None else (uk[:0], ik[:0])
         columns = torch.cat([uk, ux]) if in_batch and extra is not None else uk if in_batch else ux
         index = [torch.arange(uq.shape[0], device=q.device)] if in_batch else []
-        v, gq, gc, gk = _rows_pass(uq, uk, columns, index, mask, coef, inverse_t, margin, flat)
+        v, gq, gc, gk = rows_pass(uq, uk, columns, index, mask, coef, inverse_t, margin, flat)
         v_col, gx = uq.new_empty(0), uq.new_empty(0)
         if coef is not None:
             if in_batch:
@@ -198,7 +198,7 @@ def self_pass(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> t
     partner = unit.roll(half, 0)
     if inverse_t > UNSHIFTED:  # each row needs a shift of its own, which breaks the symmetry
         rows = torch.arange(n, device=z.device)
-        v, gq, gc, gp = _rows_pass(
+        v, gq, gc, gp = rows_pass(
             unit, partner, unit, [rows, (rows + half) % max(n, 1)], None, coef, inverse_t, 0.0, flat
         )
         if coef is None:
