@@ -101,13 +101,14 @@ def test_tiles_and_blocks_change_nothing(monkeypatch, budget, rows):
     def results():
         made = [
             nt_xent(q, k, 0.3, reduction="none"),
+            nt_xent(q, k, 0.02, reduction="none"),
             info_nce(q, k, temperature=0.3, symmetric=True, reduction="none"),
             info_nce(q, k, negatives, temperature=0.3, in_batch=True, reduction="none"),
         ]
         return [(x, torch.autograd.grad(x.square().sum(), (q, k))) for x in made]
 
     whole = results()
-    monkeypatch.setattr(kernel, "TILE", 4)
+    monkeypatch.setattr(kernel, "TILE", 4)  # 6 rows or more: several tiles
     if budget is not None:
         monkeypatch.setattr(kernel, "BUDGET", budget)
     torch.testing.assert_close(results(), whole)

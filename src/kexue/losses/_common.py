@@ -24,11 +24,13 @@ MIN_NORM = 1e-12  # a vector shorter than this has no direction: it counts as ze
 def inverse_norms(x: Tensor) -> Tensor:
     """1 / norm of each row, (..., 1); 0 for a zero row, whose gradient is then 0 too."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    top: Tensor | float = 1.0
-    if torch.compiler.is_compiling() or not x.is_cpu or bool(torch.isinf(norm).any()):
-        # the squares of a row beyond 1e19 overflow float32: it is divided by its largest entry first
-        top = torch.where(norm.detach() == torch.inf, x.detach().abs().amax(-1, keepdim=True), 1.0)
-        norm = torch.linalg.vector_norm(x / top, dim=-1, keepdim=True)
+    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        low, high = (float(end) for end in torch.aminmax(norm.detach()))
+        if low > MIN_NORM and high < torch.inf:  # the usual case, in two operations
+            return norm.reciprocal()
+    # the squares of a row beyond 1e19 overflow float32: it is divided by its largest entry first
+    top = torch.where(norm.detach() == torch.inf, x.detach().abs().amax(-1, keepdim=True), 1.0)
+    norm = torch.linalg.vector_norm(x / top, dim=-1, keepdim=True)
     return torch.where(norm > MIN_NORM, norm.clamp(min=MIN_NORM).reciprocal(), 0.0) / top
 
 
@@ -41,7 +43,7 @@ def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient with respect to x from that with respect to x / |x|."""
-    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * inverse
+    return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).mul_(inverse)
 
 
 def check_temperature(temperature: Any) -> None:

@@ -129,24 +129,27 @@ class _Views(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, inverse_t: float, flat: bool, report: str, reduction: str, rows: Rows | None
+        ctx: Any, z1: Tensor, z2: Tensor, inverse_t: float, flat: bool, report: str, reduction: str, rows: Rows | None
     ) -> Tensor:
-        ctx.reduction, ctx.options, ctx.dtype, ctx.rows = reduction, (inverse_t, flat), z.dtype, rows
-        coef = _coefficients(z, compute_dtype(z), reduction, ctx.needs_input_grad[0], rows, views=2)
+        ctx.reduction, ctx.options, ctx.dtypes, ctx.rows = reduction, (inverse_t, flat), (z1.dtype, z2.dtype), rows
+        z = torch.cat([z1, z2])
+        coef = _coefficients(z, compute_dtype(z), reduction, any(ctx.needs_input_grad), rows, views=2)
         v, grad = _views(rows, z, coef, inverse_t, flat)
-        ctx.save_for_backward(grad, z)  # the input also for once_differentiable
+        ctx.save_for_backward(grad, z1, z2)  # the inputs also for once_differentiable
         loss = contrast_value(v, report)
         return _reduce(loss.clone() if reduction == "none" else loss, reduction, rows, views=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made, z = ctx.saved_tensors
+        made, z1, z2 = ctx.saved_tensors
         if ctx.reduction == "none":
+            z = torch.cat([z1, z2])
             made = _views(ctx.rows, z, grad.to(compute_dtype(z)), *ctx.options)[1]
         else:
             made = made * grad
-        return made.to(ctx.dtype), *([None] * 5)
+        first, second = made.split(z1.shape[0]) if len(made) else (made, made)
+        return first.to(ctx.dtypes[0]), second.to(ctx.dtypes[1]), *([None] * 5)
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...], start: int | None, symmetric: bool, validate: bool) -> None:
@@ -343,7 +346,7 @@ def nt_xent(
     rows = _gathered(process_group, z1.shape[0], 0, z1.device)
     if (z1.shape[0] if rows is None else rows.total) == 1:
         raise ValueError("every row needs a negative; a batch of 1 pair has none")
-    return _Views.apply(torch.cat([z1, z2]), 1.0 / temperature, mode == "flat", report, reduction, rows)
+    return _Views.apply(z1, z2, 1.0 / temperature, mode == "flat", report, reduction, rows)
 
 
 class InfoNCELoss(nn.Module):
