@@ -83,6 +83,9 @@ def test_a_row_without_negatives_is_solved_whatever_is_reported(mode):
     shown.sum().backward()
     assert torch.isfinite(s.grad).all()
     assert s.grad[1].all()
+    with pytest.raises(ValueError, match=r"row \[0\] are all -inf"):
+        flat_cross_entropy(s, torch.tensor([0, 0]), mode=mode, report="flat")
+    assert flat_cross_entropy(s, torch.tensor([0, 0]), report="flat", validate=False) == -math.inf
 
 
 def test_diagnostics_leave_out_excluded_candidates_and_survive_large_scores():

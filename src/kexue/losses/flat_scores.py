@@ -46,15 +46,16 @@ def flat_cross_entropy(
         mode: Which gradient: "flat" or "info".
         report: Which value is returned; None is the one of ``mode``.
         reduction: "none", "mean" or "sum" over rows.
-        validate: Check the range of the targets (one reduction; never done under torch.compile).
+        validate: Check the range of the targets (one reduction) and that the flat value of every row has a negative;
+            never done under torch.compile.
 
     Returns:
-        The loss in float32 (float64 for float64 scores). A row whose other scores are all -inf has the flat value
-        -inf and no gradient from them.
+        The loss in float32 (float64 for float64 scores). A row whose other scores are all -inf has the InfoNCE value
+        0; its flat value would be -inf.
 
     Raises:
         TypeError: Wrong kind of argument.
-        ValueError: Shapes that do not fit, fewer than 2 candidates, targets out of range.
+        ValueError: Shapes that do not fit, fewer than 2 candidates, targets out of range, a row without negatives.
 
     Example:
         >>> flat_cross_entropy(torch.tensor([[30.0, 1.0]]), torch.tensor([0]))
@@ -63,6 +64,10 @@ def flat_cross_entropy(
     report = check_modes(mode, report, reduction)
     _check_scores(scores, target, validate)
     others, chosen = split_scores(scores, target.long())
+    if report == "flat" and validate and not torch.compiler.is_compiling():
+        empty = (others.detach() == -math.inf).nonzero()
+        if len(empty):
+            raise ValueError(f"every row needs a negative; the other scores of row {empty[0].tolist()} are all -inf")
     return reduce_loss(contrast_report(others - chosen, mode, report), reduction)
 
 
