@@ -120,13 +120,14 @@ def _symmetric_pass(
     w_row, f_row = _weights(v_row, across, half, flat, inverse_t)
     w_col, f_col = _weights(v_col, down, half, flat, inverse_t)
     grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
+    pull = -(w_row + w_col)
     for block in blocks:
         e = e if len(blocks) == 1 else exponentials(block)
         e.mul_(f_row[block, None] + f_col)
+        e.diagonal(block.start).copy_(pull[block])  # the positives pull with the same product
         torch.mm(e, k, out=grad_q[block])
         grad_k.addmm_(e.T, q[block])
-    both = (w_row + w_col)[:, None]
-    return v_row, v_col, grad_q.addcmul_(k, both, value=-1), grad_k.addcmul_(q, both, value=-1)
+    return v_row, v_col, grad_q, grad_k
 
 
 def pair_pass(
