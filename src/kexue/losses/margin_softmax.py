@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
-from kexue.losses._common import REDUCTIONS, check_labels, reduce_loss, split_scores, unit_rows
+from kexue.losses._common import REDUCTIONS, check_labels, inverse_norms, reduce_loss, split_scores, unit_rows
 from kexue.losses._margin_kernel import MarginSoftmaxFunction, rows_per_block
 from kexue.losses._margins import Kind, check_margin, margin_of_rows, resolve_margin, score, target_score
 from kexue.losses._shards import GatherRows, OwnRows, Shards
@@ -328,7 +328,8 @@ class MarginSoftmax(nn.Module):
         block_rows: Rows of a block; None chooses.
         log_q: With sampling, let each random class stand for ``others / drawn`` classes, which makes the sum over
             classes unbiased.
-        sparse_grad: With sampling, give ``weight`` a sparse gradient (for SGD or SparseAdam) instead of a dense one.
+        sparse_grad: With sampling, give ``weight`` a sparse gradient instead of a dense one, for an optimizer that
+            touches only those rows: SGD, ``torch.optim.SparseAdam`` or ``kexue.models.bag_encoder.RowAdam``.
         filter_eps: As in :func:`margin_softmax_loss`.
         reduction: "none", "mean" or "sum".
         validate: Check the range of the labels in each call.
@@ -414,9 +415,12 @@ class MarginSoftmax(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> MarginSoftmax:
-        """Set every class vector to length 1, in place (call it after the optimizer's step); zero vectors stay."""
-        norm = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=compute_dtype(self.weight))
-        self.weight.div_(torch.where(norm > 0, norm, 1.0))
+        """Set every class vector to length 1, in place (call it after the optimizer's step).
+
+        Vectors without a direction, which are zero or shorter than 1e-12, stay as they are.
+        """
+        inverse = inverse_norms(self.weight.to(compute_dtype(self.weight)))
+        self.weight.mul_(torch.where(inverse > 0, inverse, 1.0))
         return self
 
     def _sample(self, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
