@@ -11,24 +11,24 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Table, compare, installed, peak_memory
 from kexue.losses import MarginSoftmax, flat_cross_entropy, info_nce, margin_softmax_loss, nt_xent
+from kexue.models.bag_encoder import RowAdam
 
 SECTION = "Losses"
 PML = "pytorch-metric-learning"
 
 
 class Step:
-    """Forward and backward with fresh gradients."""
+    """Forward and backward with fresh gradients, several in a row where one is shorter than what a switch costs."""
 
-    def __init__(self, loss: Callable[[], Tensor], *leaves: Tensor) -> None:
-        self.loss, self.leaves = loss, leaves
+    def __init__(self, loss: Callable[[], Tensor], *leaves: Tensor, times: int = 1) -> None:
+        self.loss, self.leaves, self.times = loss, leaves, times
 
-    def __call__(self) -> float:
-        """One step; the old gradients are dropped first."""
-        for x in self.leaves:
-            x.grad = None
-        value = self.loss()
-        value.backward()
-        return float(value.detach())
+    def __call__(self) -> None:
+        """The steps; old gradients are dropped before each."""
+        for _ in range(self.times):
+            for x in self.leaves:
+                x.grad = None
+            self.loss().backward()
 
     def memory(self) -> dict[str, str]:
         """Peak memory of one step, and the part of it that is not gradients of the leaves."""
@@ -116,60 +116,99 @@ def margin_head() -> Table:
     )
 
 
+class Training:
+    """One training step of the class vectors: loss, gradient and optimizer."""
+
+    def __init__(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.loss, self.optimizer = loss, optimizer
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def training_step() -> Table:
+    """What the optimizer adds: Adam over all class vectors, or over the rows that were sampled."""
+    rows, width, classes = 256, 128, 100_000
+    torch.manual_seed(0)
+    z, labels = torch.randn(rows, width), torch.randint(classes, (rows,))
+
+    def step(optimizer: Callable[..., torch.optim.Optimizer], **options: object) -> Training:
+        head = MarginSoftmax(width, classes, **options)  # type: ignore[arg-type]
+        return Training(lambda: head(z, labels), optimizer(head.parameters(), lr=1e-3))
+
+    sampled, sparse = {"sample_rate": 0.1}, {"sample_rate": 0.1, "sparse_grad": True}
+    steps: dict[str, Training] = {}
+    if installed("pytorch_metric_learning"):
+        from pytorch_metric_learning.losses import CosFaceLoss
+
+        peer = CosFaceLoss(num_classes=classes, embedding_size=width, margin=0.35, scale=30.0)
+        steps["pytorch-metric-learning, Adam"] = Training(
+            lambda: peer(z, labels), torch.optim.Adam(peer.parameters(), 1e-3)
+        )
+    steps |= {
+        "MarginSoftmax, Adam": step(torch.optim.Adam),
+        "sample_rate .1, Adam": step(torch.optim.Adam, **sampled),
+        "sample_rate .1, sparse gradient, SparseAdam": step(torch.optim.SparseAdam, **sparse),
+        "sample_rate .1, sparse gradient, RowAdam": step(RowAdam, **sparse),
+    }
+    return compare(
+        "Training step of a margin softmax head",
+        f"B {rows}, D {width}, C {classes}, float32: loss, gradient and optimizer step of the class vectors.",
+        steps,
+        peer="MarginSoftmax, Adam",
+        packages=("torch", PML) if installed("pytorch_metric_learning") else ("torch",),
+        repeats=5,
+    )
+
+
 def ce_views(z: Tensor, temperature: float) -> Tensor:
     u = F.normalize(z, dim=1)
     scores = (u @ u.T / temperature).fill_diagonal_(-math.inf)
     return F.cross_entropy(scores, (torch.arange(len(z)) + len(z) // 2) % len(z))
 
 
-def views(pairs: int) -> Table:
+def views(pairs: int, times: int, repeats: int) -> Table:
     torch.manual_seed(0)
     z = torch.randn(2 * pairs, 128, requires_grad=True)
-    labels = torch.arange(pairs).repeat(2)
-    steps: dict[str, Step] = {}
-    remarks = []
-    if installed("pytorch_metric_learning") and pairs <= 64:  # cubic: seconds and gigabytes at 2N = 512
-        from pytorch_metric_learning.losses import NTXentLoss
-
-        peer = NTXentLoss(0.07)
-        steps["pytorch-metric-learning NTXentLoss"] = Step(lambda: peer(z, labels), z)
-    elif installed("pytorch_metric_learning"):
-        remarks.append("pytorch-metric-learning is O(N^3): timed at 2N = 128, and in a table of its own at 512.")
-    steps |= {
-        "F.cross_entropy form": Step(lambda: ce_views(z, 0.07), z),
-        "nt_xent info": Step(lambda: nt_xent(*z.split(pairs), 0.07, "info"), z),
-        "nt_xent flat": Step(lambda: nt_xent(*z.split(pairs), 0.07), z),
+    steps = {
+        "F.cross_entropy form": Step(lambda: ce_views(z, 0.07), z, times=times),
+        "nt_xent info": Step(lambda: nt_xent(*z.split(pairs), 0.07, "info"), z, times=times),
+        "nt_xent flat": Step(lambda: nt_xent(*z.split(pairs), 0.07), z, times=times),
+        "nt_xent flat, temperature .01": Step(lambda: nt_xent(*z.split(pairs), 0.01), z, times=times),
     }
     return table(
         f"SimCLR layout, 2N = {2 * pairs}",
-        "D 128, temperature .07, float32, forward and backward.",
+        f"D 128, temperature .07, float32, forward and backward, {times} in a row.",
         steps,
         "F.cross_entropy form",
-        repeats=5 if pairs > 500 else 41,
-        remarks=remarks,
+        repeats=repeats,
     )
 
 
-def views_once() -> Table | None:
-    """One call of the cubic peer is seconds long; both sides once, at 2N = 512."""
+def views_against_pml(pairs: int) -> list[Table]:
+    """The cubic peer takes seconds and gigabytes at 2N = 512: in a table of its own, few times."""
     if not installed("pytorch_metric_learning"):
-        return None
+        return []
     from pytorch_metric_learning.losses import NTXentLoss
 
     torch.manual_seed(0)
-    z = torch.randn(512, 128, requires_grad=True)
-    labels, peer = torch.arange(256).repeat(2), NTXentLoss(0.07)
+    z = torch.randn(2 * pairs, 128, requires_grad=True)
+    labels, peer = torch.arange(pairs).repeat(2), NTXentLoss(0.07)
     steps = {
         "pytorch-metric-learning NTXentLoss": Step(lambda: peer(z, labels), z),
-        "nt_xent info": Step(lambda: nt_xent(*z.split(256), 0.07, "info"), z),
+        "nt_xent info": Step(lambda: nt_xent(*z.split(pairs), 0.07, "info"), z),
     }
-    return table(
-        "SimCLR layout, 2N = 512, against the cubic peer",
-        "D 128, temperature .07, float32, forward and backward.",
-        steps,
-        "pytorch-metric-learning NTXentLoss",
-        repeats=3,
-    )
+    return [
+        table(
+            f"SimCLR layout, 2N = {2 * pairs}, against the cubic peer",
+            "D 128, temperature .07, float32, forward and backward.",
+            steps,
+            "pytorch-metric-learning NTXentLoss",
+            repeats=3,
+        )
+    ]
 
 
 def pairs_in_batch() -> Table:
@@ -212,6 +251,6 @@ def on_scores() -> Table:
 
 def run() -> list[Table]:
     """All comparisons of this room."""
-    once = views_once()
-    cubic = [once] if once else []
-    return [margin_head(), views(64), views(256), *cubic, views(2048), pairs_in_batch(), on_scores()]
+    small = [views(64, 20, 15), views(256, 5, 15), views(2048, 1, 5)]
+    cubic = [*views_against_pml(64), *views_against_pml(256)]
+    return [margin_head(), training_step(), *small, *cubic, pairs_in_batch(), on_scores()]

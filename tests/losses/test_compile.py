@@ -16,7 +16,10 @@ def cases():
     mask = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) < 0.8
     head = MarginSoftmax(5, 6, kind="metric", filter_eps=1e-3)
     return {
-        "callable": (lambda a, b: margin_softmax_loss(a, b, labels, lambda c: c - 0.1 * c**2), (q, weight)),
+        "callable": (
+            lambda a, b, m: margin_softmax_loss(a, b, labels, lambda c: c - m[0] * c**2),
+            (q, weight, margin),
+        ),
         "learned margin": (lambda a, b, m: margin_softmax_loss(a, b, labels, "arc", margin=m), (q, weight, margin)),
         "head": (lambda a: head(a, labels), (q,)),
         "symmetric, masked": (lambda a, b: info_nce(a, b, symmetric=True, negative_mask=mask, margin=0.2), (q, k)),

@@ -101,13 +101,14 @@ def test_tiles_and_blocks_change_nothing(monkeypatch, budget, rows):
     def results():
         made = [
             nt_xent(q, k, 0.3, reduction="none"),
+            nt_xent(q, k, 0.02, reduction="none"),
             info_nce(q, k, temperature=0.3, symmetric=True, reduction="none"),
             info_nce(q, k, negatives, temperature=0.3, in_batch=True, reduction="none"),
         ]
         return [(x, torch.autograd.grad(x.square().sum(), (q, k))) for x in made]
 
     whole = results()
-    monkeypatch.setattr(kernel, "TILE", 4)
+    monkeypatch.setattr(kernel, "TILE", 4)  # 6 rows or more: several tiles
     if budget is not None:
         monkeypatch.setattr(kernel, "BUDGET", budget)
     torch.testing.assert_close(results(), whole)
@@ -198,6 +199,15 @@ def test_zero_rows_have_no_gradient_and_stay_finite():
     assert not q.grad[1].any()
 
 
+def test_vectors_whose_squares_overflow_have_the_direction_they_have():
+    q, k = (x.detach() for x in pair(dtype=torch.float32))
+    negatives = more(7, 3, 5).detach().float()
+    plain = info_nce(q, k), nt_xent(q, k), info_nce(q, k, negatives)
+    long = 1e20 * q
+    torch.testing.assert_close((info_nce(long, k), nt_xent(long, k), info_nce(long, k, negatives)), plain)
+    torch.testing.assert_close(info_nce(q, 1e20 * k, 1e20 * negatives), plain[2])
+
+
 def test_autocast_does_not_lower_the_precision():
     q, k = pair(dtype=torch.float32)
     plain = info_nce(q, k), nt_xent(q, k)
@@ -255,7 +265,11 @@ def test_ranking_loss_takes_columns_of_features():
         ({"negative_mask": torch.ones(4, 4)}, TypeError, "bool"),
         ({"negative_mask": torch.ones(4, 5, dtype=torch.bool)}, ValueError, r"\(4, 4\); got \(4, 5\)"),
         ({"negative_mask": torch.eye(4) > 0}, ValueError, "row 0"),
+        ({"negatives": torch.tensor(1.0)}, ValueError, r"got \(\)"),
+        ({"k": torch.randn(4, 0, 5), "negatives": torch.randn(3, 5)}, ValueError, "needs a positive"),
+        ({"in_batch": "no"}, TypeError, "'no'"),
         ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": 1e-40}, ValueError, "at least 1e-30"),
         ({"temperature": "low"}, TypeError, "temperature"),
         ({"mode": "flatt"}, ValueError, "'flatt'"),
         ({"report": "both"}, ValueError, "'both'"),

@@ -75,6 +75,30 @@ def test_report_changes_the_value_and_not_the_gradient():
     torch.testing.assert_close(torch.autograd.grad(shown, s), torch.autograd.grad(flat_cross_entropy(s, target), s))
 
 
+@pytest.mark.parametrize("mode", ["flat", "info"])
+def test_a_row_without_negatives_is_solved_whatever_is_reported(mode):
+    s = torch.tensor([[1.0, -math.inf, -math.inf], [1.0, 2.0, 3.0]], requires_grad=True)
+    shown = flat_cross_entropy(s, torch.tensor([0, 0]), mode=mode, report="info", reduction="none")
+    assert float(shown[0].detach()) == 0
+    shown.sum().backward()
+    assert torch.isfinite(s.grad).all()
+    assert s.grad[1].all()
+    with pytest.raises(ValueError, match=r"row \[0\] are all -inf"):
+        flat_cross_entropy(s, torch.tensor([0, 0]), mode=mode, report="flat")
+    assert flat_cross_entropy(s, torch.tensor([0, 0]), report="flat", validate=False) == -math.inf
+
+
+def test_diagnostics_leave_out_excluded_candidates_and_survive_large_scores():
+    s = torch.tensor([[1.0, 0.0, -math.inf, 0.0], [1.0, -math.inf, -math.inf, -math.inf]])
+    report = contrastive_diagnostics(s, torch.tensor([0, 0]))
+    assert report.ess.tolist() == [2.0, 0.0]
+    assert report.centred.tolist() == [-1.0, -math.inf]  # log 2 - 1, less the log of 2 negatives
+    large = torch.tensor([[0.0, 30000.0, 30000.0, 30001.0]])
+    weights = torch.tensor([1.0, 1.0, math.e])
+    expected = float(weights.sum() ** 2 / weights.square().sum())
+    assert float(contrastive_diagnostics(large, torch.tensor([0])).ess) == pytest.approx(expected, rel=1e-6)
+
+
 def test_diagnostics_count_what_rounding_loses():
     s = torch.zeros(4, 9)
     s[:, 0] = torch.tensor([0.0, 5.0, 25.0, 40.0])

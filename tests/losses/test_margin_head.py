@@ -28,6 +28,7 @@ def test_project_sets_unit_length_and_leaves_zero_vectors():
     with torch.no_grad():
         head.weight[3] = 0
         direction = torch.nn.functional.normalize(head.weight)
+        head.weight[5] *= 1e20
     assert head.project_() is head
     torch.testing.assert_close(head.weight.detach(), direction)
     assert head.weight[3].norm() == 0
@@ -131,8 +132,13 @@ def test_two_processes_with_half_the_classes_equal_one_process(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    (first, a), (second, b) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, a, m), (second, b, n) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(a, b)
+    z, labels, weight = whole_batch()
+    margin = torch.linspace(0.1, 0.4, 11, dtype=torch.float64).requires_grad_()
+    expected = torch.autograd.grad(margin_softmax_loss(z, weight, labels, "arc", 30.0, margin), margin)[0]
+    torch.testing.assert_close(m, expected)
+    torch.testing.assert_close(n, expected)
     for case, left, right in zip(CASES, first, second, strict=True):
         loss, grad_z, grad_w = single(*case)
         if case[2] == "none":

@@ -296,6 +296,91 @@ def test_dropping_classes_keeps_the_loss_and_the_stated_bound():
     torch.testing.assert_close(approx_w[~dropped], exact_w[~dropped])
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("am", 30.0), ("arc", 64.0), ("a", 30.0), ("metric", 30.0)])
+def test_one_hot_labels_and_steep_margins_keep_relative_precision(kind, scale):
+    z, weight, labels = separated(torch.float32)
+    margin = 4 if kind == "a" else 0.35
+    z64, w64 = z.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = reference.margin_softmax(z64, w64, labels, kind, scale, margin).mean()
+    want = torch.autograd.grad(expected, (z64, w64))
+    assert 0 < float(expected.detach()) < 1e-3
+    loss = margin_softmax_loss(z, weight, labels, kind, scale, margin)
+    got = torch.autograd.grad(loss, (z, weight))
+    assert relative(loss, expected) < 3e-6
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+    loss = margin_softmax_loss(z, weight, F.one_hot(labels, len(weight)).float(), kind, scale, margin)
+    got = torch.autograd.grad(loss, (z, weight))
+    assert max(relative(a, b) for a, b in zip((loss, *got), (expected, *want), strict=True)) < 3e-4
+
+
+@pytest.mark.parametrize("length", [1e20, 1e30])
+@pytest.mark.parametrize("which", ["z", "weight", "soft"])
+def test_vectors_whose_squares_overflow_have_the_direction_they_have(length, which):
+    z, weight, labels = batch(dtype=torch.float32, grad=False)
+    target = F.one_hot(labels, len(weight)).float() if which == "soft" else labels
+    plain = margin_softmax_loss(z, weight, target)
+    a = (z * (length if which != "weight" else 1)).requires_grad_()
+    b = (weight * (length if which == "weight" else 1)).requires_grad_()
+    loss = margin_softmax_loss(a, b, target)
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    assert torch.isfinite(a.grad).all()
+    assert torch.isfinite(b.grad).all()
+    assert a.grad.any()
+    assert b.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "am", "arc", "a", "metric", "combined"])
+def test_classes_at_minus_infinity_take_no_part(kind):
+    c = torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, margin = torch.tensor([0, 1, 3]), {"combined": (1.0, 0.2, 0.1)}.get(kind)
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    expected = margin_cross_entropy(c[:, kept], torch.tensor([0, 1, 2]), kind, 9.0, margin, "none")
+    c[:, 2] = -math.inf
+    for target in (labels, F.one_hot(labels, 6).double()):
+        x = c.clone().requires_grad_()
+        loss = margin_cross_entropy(x, target, kind, 9.0, margin, "none")
+        torch.testing.assert_close(loss, expected)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        assert torch.isfinite(grad).all()
+        assert not grad[:, 2].any()
+
+
+def test_cosines_take_any_leading_shape():
+    c = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    labels, margin = torch.arange(6).view(2, 3), torch.linspace(0.1, 0.5, 6).view(2, 3)
+    flat = margin_cross_entropy(c.view(6, 6), labels.view(6), "arc", 9.0, margin.view(6)[labels.view(6)], "none")
+    rows = margin_cross_entropy(c, labels, "arc", 9.0, margin, "none")
+    torch.testing.assert_close(rows, flat.view(2, 3))
+    soft = torch.softmax(c, -1)
+    torch.testing.assert_close(margin_cross_entropy(c, soft), margin_cross_entropy(c.view(6, 6), soft.view(6, 6)))
+    torch.testing.assert_close(
+        margin_cross_entropy(c[0, 0], labels[0, 0]), margin_cross_entropy(c[0, :1], labels[0, :1])
+    )
+
+
+def test_parameters_of_psi_get_their_gradient():
+    z, weight, labels = batch()
+    bend = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for reduction in ("none", "mean"):
+        loss = margin_softmax_loss(z, weight, labels, lambda c: c - bend * c**2, 9.0, reduction=reduction).sum()
+        expected = reference.margin_softmax(z, weight, labels, lambda c: c - bend * c**2, 9.0, None)
+        expected = expected.sum() if reduction == "none" else expected.mean()
+        got, want = (torch.autograd.grad(x, (z, weight, bend)) for x in (loss, expected))
+        torch.testing.assert_close(got, want)
+
+
+def test_angular_margin_is_exact_at_the_ends_and_does_not_wrap_below_zero():
+    c = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    value, slope = margins().target_score(c, "arc", 0.5)
+    assert value.tolist() == pytest.approx([math.cos(0.5), -1 - 0.5 * math.sin(0.5)], abs=1e-15)
+    assert torch.isfinite(slope).all()
+    c = torch.cos(torch.tensor([3.1], dtype=torch.float64))
+    for margin in (-0.4, torch.tensor([-0.4])):
+        assert float(margins().target_score(c, "arc", margin)[0]) == pytest.approx(math.cos(2.7))
+    assert margins().target_score(torch.ones(1), "metric", 0.25)[0].tolist() == [-0.25]
+
+
 def test_empty_batch_is_zero_with_zero_gradients():
     z, weight, labels = batch(rows=0)
     loss = margin_softmax_loss(z, weight, labels)
@@ -340,6 +425,8 @@ def test_auto_scale_reaches_the_probability_it_names():
         ({"kind": lambda c: c.sum()}, ValueError, "psi must return"),
         ({"margin": torch.rand(4)}, ValueError, r"got \(4,\)"),
         ({"margin": math.inf}, ValueError, "finite"),
+        ({"margin": torch.tensor([0.1, math.nan])}, ValueError, "finite; got nan"),
+        ({"kind": "arc", "margin": 3.5}, ValueError, "at most pi; got 3.5"),
         ({"block_rows": 0}, ValueError, "block_rows"),
         ({"filter_eps": -1.0}, ValueError, "filter_eps"),
     ],

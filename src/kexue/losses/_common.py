@@ -24,7 +24,14 @@ MIN_NORM = 1e-12  # a vector shorter than this has no direction: it counts as ze
 def inverse_norms(x: Tensor) -> Tensor:
     """1 / norm of each row, (..., 1); 0 for a zero row, whose gradient is then 0 too."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > MIN_NORM, norm.clamp(min=MIN_NORM).reciprocal(), 0.0)
+    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        low, high = (float(end) for end in torch.aminmax(norm.detach()))
+        if low > MIN_NORM and high < torch.inf:  # the usual case, in two operations
+            return norm.reciprocal()
+    # the squares of a row beyond 1e19 overflow float32: it is divided by its largest entry first
+    top = torch.where(norm.detach() == torch.inf, x.detach().abs().amax(-1, keepdim=True), 1.0)
+    norm = torch.linalg.vector_norm(x / top, dim=-1, keepdim=True)
+    return torch.where(norm > MIN_NORM, norm.clamp(min=MIN_NORM).reciprocal(), 0.0) / top
 
 
 def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,12 +43,13 @@ def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient with respect to x from that with respect to x / |x|."""
-    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * inverse
+    return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).mul_(inverse)
 
 
 def check_temperature(temperature: Any) -> None:
-    """Raise unless ``temperature`` is a positive finite number."""
+    """Raise unless ``temperature`` is a positive finite number; scores of 1e30 are as far as float32 reaches."""
     check_real("temperature", temperature, above=0.0)
+    check_real("temperature", temperature, minimum=1e-30)
 
 
 def check_labels(labels: Any, rows: tuple[int, ...], classes: int, validate: bool) -> None:
@@ -139,7 +147,11 @@ def contrast_value(v: Tensor, report: str) -> Tensor:
 def contrast_report(v: Tensor, mode: str, report: str) -> Tensor:
     """The value of ``report`` with the gradient of ``mode``."""
     loss = contrast_value(v, mode)
-    return loss if mode == report else loss - loss.detach() + contrast_value(v, report).detach()
+    if mode == report:
+        return loss
+    shown = contrast_value(v, report).detach()
+    difference = torch.where(torch.isinf(loss), 0.0, loss - loss.detach())  # a row without negatives: -inf + inf
+    return difference + shown
 
 
 def check_modes(mode: str, report: str | None, reduction: str) -> str:

@@ -35,7 +35,7 @@ def _weights(v: Tensor, total: Tensor, coef: Tensor, flat: bool, inverse_t: floa
     return weight, weight / torch.where(total > 0, total, 1.0)
 
 
-def _rows_pass(
+def rows_pass(
     q: Tensor,
     positive: Tensor,
     columns: Tensor,
@@ -120,13 +120,14 @@ def _symmetric_pass(
     w_row, f_row = _weights(v_row, across, half, flat, inverse_t)
     w_col, f_col = _weights(v_col, down, half, flat, inverse_t)
     grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k)
+    pull = -(w_row + w_col)
     for block in blocks:
         e = e if len(blocks) == 1 else exponentials(block)
         e.mul_(f_row[block, None] + f_col)
+        e.diagonal(block.start).copy_(pull[block])  # the positives pull with the same product
         torch.mm(e, k, out=grad_q[block])
         grad_k.addmm_(e.T, q[block])
-    both = (w_row + w_col)[:, None]
-    return v_row, v_col, grad_q.addcmul_(k, both, value=-1), grad_k.addcmul_(q, both, value=-1)
+    return v_row, v_col, grad_q, grad_k
 
 
 def pair_pass(
@@ -163,15 +164,15 @@ def pair_pass(
     elif symmetric:  # rows and columns need shifts of their own: two matrices
         index = [torch.arange(uq.shape[0], device=q.device)]
         half = None if coef is None else coef / 2
-        v, gq, gk, gp = _rows_pass(uq, uk, uk, index, mask, half, inverse_t, margin, flat)
+        v, gq, gk, gp = rows_pass(uq, uk, uk, index, mask, half, inverse_t, margin, flat)
         turned = None if mask is None else mask.T
-        v_col, hk, hq, hp = _rows_pass(uk, uq, uq, index, turned, half, inverse_t, margin, flat)
+        v_col, hk, hq, hp = rows_pass(uk, uq, uq, index, turned, half, inverse_t, margin, flat)
         gq, gk, gx = gq + hq + hp, gk + gp + hk, uq.new_empty(0)
     else:
         ux, ix = unit_rows(extra, dtype) if extra is not None else (uk[:0], ik[:0])
         columns = torch.cat([uk, ux]) if in_batch and extra is not None else uk if in_batch else ux
         index = [torch.arange(uq.shape[0], device=q.device)] if in_batch else []
-        v, gq, gc, gk = _rows_pass(uq, uk, columns, index, mask, coef, inverse_t, margin, flat)
+        v, gq, gc, gk = rows_pass(uq, uk, columns, index, mask, coef, inverse_t, margin, flat)
         v_col, gx = uq.new_empty(0), uq.new_empty(0)
         if coef is not None:
             if in_batch:
@@ -186,6 +187,37 @@ def pair_pass(
     return v, v_col, gq, gk, gx
 
 
+def _one_tile(unit: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> tuple[Tensor, Tensor]:
+    """A small batch, where every call counts: the whole square at once; v and the gradient on unit vectors."""
+    n = unit.shape[0]
+    half = n // 2
+    e = torch.addmm(unit[:1, :1], unit, unit.T, beta=0, alpha=inverse_t * LOG2E)  # beta = 0: the first is not read
+    # (i, i) and (i, i + N): in the view (2, N, 2, N) these are the entries with equal second and last index
+    special = e.view(2, half, 2, half).diagonal(dim1=1, dim2=3)
+    positive = special[0, 1] / LOG2E
+    special.fill_(-math.inf)
+    shift = e.amax(1, keepdim=True) if inverse_t > UNSHIFTED else None
+    if shift is not None:
+        e.sub_(shift)
+    total = e.exp2_().sum(1)
+    log_total = total.log() if shift is None else total.log() + shift.squeeze(1) / LOG2E
+    v = (log_total.view(2, half) - positive).view(n)
+    if coef is None:
+        return v, unit.new_empty(0)
+    weight = coef * inverse_t if flat else torch.sigmoid(v).mul_(coef).mul_(inverse_t)
+    factor = weight / total  # not 0: no exponent is below -40, or the largest is 0
+    if shift is None:
+        e.mul_(factor[:, None] + factor)
+    else:  # shifted by rows, e is not symmetric
+        e.mul_(factor[:, None])
+        e = e + e.T
+        special = e.view(2, half, 2, half).diagonal(dim1=1, dim2=3)
+    pull = weight.view(2, half).sum(0).neg_()
+    special[0, 1].copy_(pull)
+    special[1, 0].copy_(pull)
+    return v, torch.mm(e, unit)
+
+
 def self_pass(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> tuple[Tensor, Tensor]:
     """The SimCLR layout: z (2N, D), the positive of row i is row i + N modulo 2N, negatives are the other 2N - 2.
 
@@ -195,36 +227,46 @@ def self_pass(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> t
     unit, inverse = unit_rows(z, compute_dtype(z))
     n = unit.shape[0]
     half = n // 2
-    partner = unit.roll(half, 0)
+    if n <= TILE:
+        v, grad = _one_tile(unit, coef, inverse_t, flat)
+        return v, grad if coef is None else through_norm(grad, unit, inverse)
     if inverse_t > UNSHIFTED:  # each row needs a shift of its own, which breaks the symmetry
         rows = torch.arange(n, device=z.device)
-        v, gq, gc, gp = _rows_pass(
-            unit, partner, unit, [rows, (rows + half) % max(n, 1)], None, coef, inverse_t, 0.0, flat
+        v, gq, gc, gp = rows_pass(
+            unit, unit.roll(half, 0), unit, [rows, (rows + half) % max(n, 1)], None, coef, inverse_t, 0.0, flat
         )
         if coef is None:
             return v, unit.new_empty(0)
         return v, through_norm(gq + gc + gp.roll(half, 0), unit, inverse)
-    similarity = (unit * partner).sum(1) * inverse_t
     scaled = unit * (inverse_t * LOG2E)
     starts = range(0, n, TILE)
     tiles = [(slice(i, min(i + TILE, n)), slice(j, min(j + TILE, n))) for i in starts for j in starts if j >= i]
     keep = n * (n + TILE) // 2 <= BUDGET
     buffer = unit.new_empty(TILE * TILE if not keep else 0)
     kept: list[Tensor] = []
+    total, positive = unit.new_zeros(n), unit.new_empty(half)
 
     def exponentials(a: slice, b: slice) -> Tensor:
         height, width = a.stop - a.start, b.stop - b.start
-        e = unit.new_empty(height, width) if keep else buffer[: height * width].view(height, width)
-        torch.mm(scaled[a], unit[b].T, out=e)
+        e = None if keep else buffer[: height * width].view(height, width)
+        e = torch.mm(scaled[a], unit[b].T, out=e)
+        for first, entries in partners(a, b, e)[:1]:
+            positive[first : first + len(entries)] = entries
+        e.exp2_()
         if a == b:
-            e.fill_diagonal_(-math.inf)
-        if half - TILE < b.start - a.start < half + TILE:  # the diagonal j = i + N crosses the tile
-            e.diagonal(half - (b.start - a.start)).fill_(-math.inf)
-            if a == b:
-                e.diagonal(-half).fill_(-math.inf)
-        return e.exp2_()
+            e.fill_diagonal_(0.0)
+        for _, entries in partners(a, b, e):
+            entries.zero_()
+        return e
 
-    total = unit.new_zeros(n)
+    def partners(a: slice, b: slice, e: Tensor) -> list[tuple[int, Tensor]]:
+        """Entries (i, i + N) of a tile with the first i; in a tile on the diagonal also their mirror images."""
+        offset = half - (b.start - a.start)
+        if not a.start - a.stop < offset < b.stop - b.start:
+            return []
+        found = [(a.start + max(0, -offset), e.diagonal(offset))]
+        return [*found, (0, e.diagonal(-half))] if a == b else found
+
     for a, b in tiles:
         e = exponentials(a, b)
         total[a] += e.sum(1)
@@ -232,18 +274,20 @@ def self_pass(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> t
             total[b] += e.sum(0)
         if keep and coef is not None:
             kept.append(e)
-    v = total.log() - similarity
+    v = (total.log().view(2, half) - positive / LOG2E).view(n)
     if coef is None:
         return v, unit.new_empty(0)
     weight, factor = _weights(v, total, coef, flat, inverse_t)
+    pull = -(weight[:half] + weight[half:])
     grad = torch.zeros_like(unit)
     for number, (a, b) in enumerate(tiles):
         e = kept[number] if keep else exponentials(a, b)
         e.mul_(factor[a, None] + factor[b])
+        for first, entries in partners(a, b, e):  # the positives pull with the same product that the negatives push
+            entries.copy_(pull[first : first + len(entries)])
         grad[a].addmm_(e, unit[b])
         if a != b:
             grad[b].addmm_(e.T, unit[a])
-    grad.addcmul_(partner, (weight + weight.roll(half))[:, None], value=-1)
     return v, through_norm(grad, unit, inverse)
 
 
@@ -297,5 +341,7 @@ def run_self(z: Tensor, coef: Tensor | None, inverse_t: float, flat: bool) -> tu
     """:func:`self_pass`, in the same way."""
     if torch.compiler.is_compiling():
         return _self_op(z, coef, inverse_t, flat)
+    if not torch.is_autocast_enabled(z.device.type):
+        return self_pass(z, coef, inverse_t, flat)
     with torch.autocast(z.device.type, enabled=False):
         return self_pass(z, coef, inverse_t, flat)

@@ -58,7 +58,7 @@ def margin_pass(
         z: (B, D) embeddings.
         weight: (C, D) class vectors.
         labels: (B,) target row of ``weight``; -1 when the target is not among them (another process holds it).
-        logit: (B,) scale * psi of the target.
+        logit: (B,) scale * psi of the target, in float64 where the device has it.
         slope: (B,) d psi / d cos of the target.
         coef: (B,) upstream gradient of each row, or None for the loss alone.
         repeat: (C,) how many classes each class stands for, or None for one.
@@ -90,7 +90,7 @@ def margin_pass(
     distance = unit_z.new_empty(min(step, classes) * rows if metric else 0)
     factor = scale * LOG2E
     shifted = scale * (math.sqrt(2.0) if metric else 1.0) > UNSHIFTED
-    logit, slope = logit.to(dtype), slope.to(dtype)
+    slope = slope.to(dtype)
 
     def unit_chunk(j: int, k: int) -> Tensor:
         return torch.mul(weight[j:k], inverse_w[j:k], out=scratch[: k - j])
@@ -143,17 +143,17 @@ def margin_pass(
                 gz.addmm_(e.T, unit)
         if reduce is not None:
             reduce(total, "sum")
-        others = total.log() if shift is None else total.log() + shift / LOG2E
-        gap = others - logit[block]
+        others = total.to(logit.dtype).log() if shift is None else total.to(logit.dtype).log() + shift / LOG2E
+        gap = others - logit[block]  # in float64: its rounding is the relative error of a small loss
         loss[block] = F.softplus(gap, threshold=50.0)
         if coef is None:
             continue
-        missed = torch.sigmoid(gap) * coef[block] * scale  # 1 - p_target, times the outer factors
+        missed = torch.sigmoid(gap).to(dtype) * coef[block] * scale  # 1 - p_target, times the outer factors
         safe = torch.where(total > 0, total, 1.0)
         pull = missed / safe * (0.5 if metric else 1.0)
         buffer[position] = -slope[block] * safe * (2.0 if metric else 1.0)
         if filter_eps:
-            kept = scores @ (torch.sigmoid(gap) / safe) >= filter_eps
+            kept = scores @ (torch.sigmoid(gap).to(dtype) / safe) >= filter_eps
             kept[yb[yb >= 0]] = True
         zp = zb * pull[:, None]
         for j, k in chunks if needs_w or filter_eps else ():

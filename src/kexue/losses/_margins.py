@@ -11,8 +11,9 @@ Formulas, with c = cos theta and margin m:
     metric     f(c) - m with f(c) = -sqrt(1 - c); the scores of the other classes are f as well       (article 8656)
 
 cos(m theta) for an integer m is the Chebyshev polynomial T_m(c) with the slope m U_(m-1)(c): no arccos, exact slope.
-The slopes of arc and metric are infinite at |c| = 1; 1 - c^2 is clamped at 1e-7 and 1 - c at 1e-6 there. The gradient
-on the sphere stays bounded because the tangent vanishes at the same rate.
+The slopes of arc and metric are infinite at |c| = 1: in them 1 - c^2 is clamped at 1e-7 and 1 - c at 1e-6; psi itself
+is exact. The gradient on the sphere stays bounded because the tangent vanishes at the same rate. For the other classes
+of metric the clamp is in the score as well.
 """
 
 from __future__ import annotations
@@ -56,7 +57,17 @@ def resolve_margin(kind: Kind, margin: Any) -> Any:
             raise TypeError(f"margin must be a floating tensor; got dtype {margin.dtype}")
         return margin
     check_real("margin", margin)
+    if kind == "arc" and abs(float(margin)) > math.pi:
+        raise ValueError(f"the margin of kind 'arc' is an angle of at most pi; got {margin!r}")
     return float(margin)
+
+
+def check_margin(margin: Any, validate: bool) -> None:
+    """Raise unless the entries of a tensor margin are finite; one reduction, as for labels."""
+    if isinstance(margin, Tensor) and validate and not torch.compiler.is_compiling():
+        bad = margin.detach()[~torch.isfinite(margin.detach())]
+        if bad.numel():
+            raise ValueError(f"margin must be finite; got {float(bad[0])}")
 
 
 def margin_of_rows(margin: Any, labels: Tensor, classes: int) -> Any:
@@ -101,8 +112,8 @@ def target_score(c: Tensor, kind: Kind, margin: Any) -> tuple[Tensor, Tensor]:
     if kind in ("softmax", "am"):
         return c - margin if kind == "am" else c, one
     if kind == "metric":
-        distance = (1 - c).clamp(min=GAP).sqrt()
-        return -distance - margin, 0.5 / distance
+        gap = 1 - c
+        return -gap.clamp(min=0).sqrt() - margin, 0.5 / gap.clamp(min=GAP).sqrt()
     if kind in ("a", "simpler_a"):
         t, slope = _chebyshev(c, margin)
         if kind == "simpler_a":
@@ -114,17 +125,20 @@ def target_score(c: Tensor, kind: Kind, margin: Any) -> tuple[Tensor, Tensor]:
         return sign * t - 2 * k, sign * slope
     if kind == "combined" and margin[0] != 1.0:
         m1, m2, m3 = (float(x) for x in margin)
-        bound = 1 - SQUARED_SINE / 2
-        theta = torch.acos(c.clamp(-bound, bound))
-        return torch.cos(m1 * theta + m2) - m3, m1 * torch.sin(m1 * theta + m2) / torch.sin(theta)
+        theta = torch.acos(c.clamp(-1.0, 1.0))
+        sine = (1 - c * c).clamp(min=SQUARED_SINE).sqrt()
+        return torch.cos(m1 * theta + m2) - m3, m1 * torch.sin(m1 * theta + m2) / sine
     m, shift = (margin[1], margin[2]) if kind == "combined" else (margin, 0.0)
     cos_m: Any = m.cos() if isinstance(m, Tensor) else math.cos(m)
     sin_m: Any = m.sin() if isinstance(m, Tensor) else math.sin(m)
-    sine = (1 - c * c).clamp(min=SQUARED_SINE).sqrt()
-    value, slope = c * cos_m - sine * sin_m - shift, cos_m + c * sin_m / sine
+    square = 1 - c * c
+    value = c * cos_m - square.clamp(min=0).sqrt() * sin_m - shift
+    slope = cos_m + c * sin_m / square.clamp(min=SQUARED_SINE).sqrt()
     if kind == "combined":
         return value, slope
-    wrapped = c < -cos_m
+    wrapped = c < -cos_m if isinstance(m, Tensor) or m > 0 else torch.zeros_like(c, dtype=torch.bool)
+    if isinstance(m, Tensor):
+        wrapped = wrapped & (m > 0)  # theta + m never passes pi for a negative m
     return torch.where(wrapped, c - m * sin_m, value), torch.where(wrapped, one, slope)
 
 

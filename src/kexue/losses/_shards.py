@@ -1,4 +1,4 @@
-"""A class-sharded head: each process holds some of the classes and sees the rows of all."""
+"""Losses over several processes: who brings how many rows, gathering them, and what a class-sharded head holds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Shards:
-    """The processes of a group, the rows each brings, and the classes each holds.
+class Ranks:
+    """The processes of a group and the rows each brings.
 
     Args:
         group: A torch.distributed process group.
-        classes: Classes of the whole head; the first ``classes % P`` processes hold one more than the others.
     """
 
-    def __init__(self, group: Any, classes: int) -> None:
+    def __init__(self, group: Any) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        if classes < self.size:
-            raise ValueError(f"num_classes must be at least the {self.size} processes of the group; got {classes}")
-        share, rest = divmod(classes, self.size)
-        self.start = self.rank * share + min(self.rank, rest)
-        self.count = share + (self.rank < rest)
 
     def reduce(self, tensor: Tensor, how: str) -> None:
         """Combine in place over the group, "max" or "sum"."""
@@ -46,6 +40,27 @@ class Shards:
         dist.all_gather(every, padded, group=self.group)
         return torch.cat([x[:n] for x, n in zip(every, counts, strict=True)])
 
+    def own(self, counts: list[int]) -> slice:
+        """Where the own rows lie among those of all processes."""
+        return slice(sum(counts[: self.rank]), sum(counts[: self.rank + 1]))
+
+
+class Shards(Ranks):
+    """The processes of a group and the classes each holds.
+
+    Args:
+        group: A torch.distributed process group.
+        classes: Classes of the whole head; the first ``classes % P`` processes hold one more than the others.
+    """
+
+    def __init__(self, group: Any, classes: int) -> None:
+        super().__init__(group)
+        if classes < self.size:
+            raise ValueError(f"num_classes must be at least the {self.size} processes of the group; got {classes}")
+        share, rest = divmod(classes, self.size)
+        self.start = self.rank * share + min(self.rank, rest)
+        self.count = share + (self.rank < rest)
+
 
 class GatherRows(torch.autograd.Function):
     """All rows in the forward; the own slice of the gradient in the backward.
@@ -56,7 +71,7 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shards: Shards, counts: list[int]) -> Tensor:
         """Gather in order of rank."""
-        ctx.own = slice(sum(counts[: shards.rank]), sum(counts[: shards.rank + 1]))
+        ctx.own = shards.own(counts)
         return shards.gather(rows, counts)
 
     @staticmethod
@@ -72,9 +87,42 @@ class OwnRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, shards: Shards, counts: list[int]) -> Tensor:
         """Take the own slice."""
         ctx.shards, ctx.counts = shards, counts
-        return rows[sum(counts[: shards.rank]) : sum(counts[: shards.rank + 1])].clone()
+        return rows[shards.own(counts)].clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gather, so that each process can run the kernel's backward on all rows."""
         return ctx.shards.gather(grad.contiguous(), ctx.counts), None, None
+
+
+class GatherShared(torch.autograd.Function):
+    """All rows in the forward; in the backward the own slice of the sum over the processes that used them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
+        """Gather in order of rank."""
+        ctx.ranks, ctx.own = ranks, ranks.own(counts)
+        return ranks.gather(rows, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Sum, then keep the own slice."""
+        total = grad.clone(memory_format=torch.contiguous_format)
+        ctx.ranks.reduce(total, "sum")
+        return total[ctx.own], None, None
+
+
+class SumOfRanks(torch.autograd.Function):
+    """The sum of one number of each process; what came from this process gets the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
+        """Sum over the group."""
+        total = value.clone()
+        ranks.reduce(total, "sum")
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass on."""
+        return grad, None

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype
-from kexue.losses._common import check_labels
+from kexue.losses._common import check_labels, unit_rows
 from kexue.losses.margin_softmax import MarginSoftmax
 
 __all__ = ["ClassDiameter", "MarginSchedule", "class_diameter", "ranking_certificate"]
@@ -58,7 +57,7 @@ def _checked(z: Tensor, y: Tensor, centres: Tensor, metric: str) -> None:
 
 
 def _directions(x: Tensor, metric: str, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if metric == "euclidean" else F.normalize(x.to(dtype), dim=1)
+    return x.to(dtype) if metric == "euclidean" else unit_rows(x, dtype)[0]
 
 
 def _paired_distance(a: Tensor, b: Tensor, metric: str) -> Tensor:

@@ -46,15 +46,16 @@ def flat_cross_entropy(
         mode: Which gradient: "flat" or "info".
         report: Which value is returned; None is the one of ``mode``.
         reduction: "none", "mean" or "sum" over rows.
-        validate: Check the range of the targets (one reduction; never done under torch.compile).
+        validate: Check the range of the targets (one reduction) and that the flat value of every row has a negative;
+            never done under torch.compile.
 
     Returns:
-        The loss in float32 (float64 for float64 scores). A row whose other scores are all -inf has the flat value
-        -inf and no gradient from them.
+        The loss in float32 (float64 for float64 scores). A row whose other scores are all -inf has the InfoNCE value
+        0; its flat value would be -inf.
 
     Raises:
         TypeError: Wrong kind of argument.
-        ValueError: Shapes that do not fit, fewer than 2 candidates, targets out of range.
+        ValueError: Shapes that do not fit, fewer than 2 candidates, targets out of range, a row without negatives.
 
     Example:
         >>> flat_cross_entropy(torch.tensor([[30.0, 1.0]]), torch.tensor([0]))
@@ -63,6 +64,10 @@ def flat_cross_entropy(
     report = check_modes(mode, report, reduction)
     _check_scores(scores, target, validate)
     others, chosen = split_scores(scores, target.long())
+    if report == "flat" and validate and not torch.compiler.is_compiling():
+        empty = (others.detach() == -math.inf).nonzero()
+        if len(empty):
+            raise ValueError(f"every row needs a negative; the other scores of row {empty[0].tolist()} are all -inf")
     return reduce_loss(contrast_report(others - chosen, mode, report), reduction)
 
 
@@ -73,8 +78,9 @@ class ContrastiveDiagnostics:
     Attributes:
         xi: (...) sum over the negatives of exp(s_j - s_t): how far each row is from solved.
         log_xi: (...) the same as a logarithm, the FlatNCE value.
-        centred: (...) log_xi - log(K - 1), comparable between numbers of candidates.
-        ess: (...) effective number of negatives, (sum w)^2 / sum w^2, between 1 and K - 1.
+        centred: (...) log_xi minus the logarithm of the number of negatives (K - 1 without those at -inf): comparable
+            between numbers of candidates.
+        ess: (...) effective number of negatives, (sum w)^2 / sum w^2, between 1 and K - 1; 0 without negatives.
         pos_gradient_lost: Share of rows where 1 - p_t rounds to 0 in the dtype of the scores, so that the usual
             cross-entropy gives the positive no gradient.
     """
@@ -115,12 +121,14 @@ def contrastive_diagnostics(scores: Tensor, target: Tensor) -> ContrastiveDiagno
     target = target.long()
     lost = torch.softmax(scores, -1).gather(-1, target.unsqueeze(-1)) == 1
     others, chosen = split_scores(scores, target)
-    squares, _ = split_scores(scores, target, 2.0)
+    negatives = scores.to(others.dtype).scatter(-1, target.unsqueeze(-1), -math.inf)
+    count = (negatives > -math.inf).sum(-1)
+    weights = torch.softmax(negatives, -1)
     log_xi = others - chosen
     return ContrastiveDiagnostics(
         xi=log_xi.exp(),
         log_xi=log_xi,
-        centred=log_xi - math.log(scores.shape[-1] - 1),
-        ess=(2 * others - squares).exp(),
+        centred=log_xi - count.clamp(min=1).to(others.dtype).log(),
+        ess=torch.where(count > 0, weights.square().sum(-1).reciprocal(), 0.0),
         pos_gradient_lost=float(lost.double().mean()) if lost.numel() else 0.0,
     )

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
-from kexue.losses._common import REDUCTIONS, check_labels, reduce_loss, split_scores, unit_rows
+from kexue.losses._common import REDUCTIONS, check_labels, inverse_norms, reduce_loss, split_scores, unit_rows
 from kexue.losses._margin_kernel import MarginSoftmaxFunction, rows_per_block
-from kexue.losses._margins import Kind, margin_of_rows, resolve_margin, score, target_score
+from kexue.losses._margins import Kind, check_margin, margin_of_rows, resolve_margin, score, target_score
 from kexue.losses._shards import GatherRows, OwnRows, Shards
 
 __all__ = ["MarginSoftmax", "auto_scale", "margin_cross_entropy", "margin_softmax_loss"]
@@ -95,8 +95,10 @@ def _head(
     shards: Shards | None = None,
 ) -> Tensor:
     """The loss for checked arguments; with ``shards`` all tensors are those of the whole batch and the own classes."""
-    dtype = compute_dtype(z, weight)
-    with torch.no_grad():  # the target's cosine alone; its gradient is part of the kernel
+    # The target's cosine alone, its gradient is part of the kernel. In float64: only B rows, and psi near cosine 1
+    # multiplies the rounding of the cosine (by m^2 for "a", by 1 / sin theta for "arc").
+    dtype = torch.float64 if z.device.type != "mps" else torch.float32
+    with torch.no_grad():
         here = labels >= 0
         target, _ = unit_rows(weight[labels.clamp(min=0)], dtype)
         cosine = ((unit_rows(z, dtype)[0] * target).sum(1) * here).clamp(-1, 1)
@@ -109,10 +111,14 @@ def _head(
     loss, each = MarginSoftmaxFunction.apply(
         z, weight, labels, logit, slope.detach(), repeat, scale, metric, rows, filter_eps, reduction, shards
     )
+    attached = None
     if isinstance(margin, Tensor) and margin.requires_grad:
-        # value 0, gradient d loss / d psi = -(1 - p_target) = expm1(-loss), times d psi / d margin
         attached = target_score(cosine, kind, margin)[0] * scale
-        loss = loss + reduce_loss(torch.expm1(-each) * (attached - attached.detach()), reduction)
+    elif callable(kind):
+        attached = kind(cosine) * scale
+    if attached is not None and attached.requires_grad:  # parameters of psi
+        # value 0, gradient d loss / d psi = -(1 - p_target) = expm1(-loss), times d psi / d parameter
+        loss = loss + reduce_loss(torch.expm1(-each) * (attached - attached.detach()).to(each.dtype), reduction)
     return loss
 
 
@@ -122,9 +128,18 @@ def _dense_loss(cosines: Tensor, labels: Tensor, kind: Kind, scale: float, margi
         if margin.shape[0] not in (cosines.shape[1], cosines.shape[0]):
             raise ValueError(f"a tensor margin must have one entry per class or row; got {tuple(margin.shape)}")
         margin = margin if margin.shape[0] == cosines.shape[1] else margin[:, None]
+    masked = cosines == -math.inf  # a class that does not take part
+    cosines = torch.where(masked, 0.0, cosines)
     psi = _attached(cosines, kind, margin)
     logits = scale * (labels * psi + (1 - labels) * score(cosines, kind))
-    return reduce_loss(-(labels * torch.log_softmax(logits, -1)).sum(-1), reduction)
+    logits = torch.where(masked, -math.inf, logits)
+    # With k the largest: sum over j != k of t_j (x_k - x_j), plus log(1 + sum over i != k of e^(x_i - x_k)) for all of
+    # t. log_softmax would round x_k - logsumexp to 0 where k dominates; here the smallest loss keeps its digits.
+    top, index = logits.max(-1, keepdim=True)
+    largest = torch.zeros_like(masked).scatter(-1, index, True)
+    rest = torch.exp((logits - top).masked_fill(largest, -math.inf)).sum(-1)
+    short = labels * torch.where(largest | (labels == 0), 0.0, top - logits)
+    return reduce_loss(short.sum(-1) + labels.sum(-1) * torch.log1p(rest), reduction)
 
 
 class _Psi(torch.autograd.Function):
@@ -189,8 +204,8 @@ def margin_softmax_loss(
             "metric" (scores -sqrt(1 - cos)), or a callable psi(cos) -> tensor of the same shape.
         scale: Factor s on the cosines, positive; "auto" is ``auto_scale(C)``.
         margin: Number or tensor () / (C,) per class / (B,) per row (per class if B = C), which may require a
-            gradient. None is the kind's default: am and metric .35, arc .5 (radians). "a" and "simpler_a" take the
-            integer m (default 4), "combined" takes (m1, m2, m3).
+            gradient. None is the kind's default: am and metric .35, arc .5 (radians, at most pi). "a" and "simpler_a"
+            take the integer m (default 4), "combined" takes (m1, m2, m3); "softmax" has none and ignores it.
         reduction: "none" (B,), "mean" or "sum" over rows. "none" computes the scores a second time in the backward.
         block_rows: Rows of a block; None chooses.
         filter_eps: Approximate gradient: classes whose softmax mass, summed over a block of rows, is below it get
@@ -219,11 +234,12 @@ def margin_softmax_loss(
     if block_rows is not None:
         check_int("block_rows", block_rows, 1)
     check_real("filter_eps", filter_eps, minimum=0.0)
+    check_margin(margin, validate)
     if isinstance(labels, Tensor) and labels.is_floating_point():
         _check_dense(labels, (z.shape[0], weight.shape[0]), validate)
         dtype = compute_dtype(z, weight)
         with torch.autocast(z.device.type, enabled=False):
-            cosines = F.normalize(z.to(dtype), dim=1) @ F.normalize(weight.to(dtype), dim=1).T
+            cosines = unit_rows(z, dtype)[0] @ unit_rows(weight, dtype)[0].T
             return _dense_loss(cosines, labels.to(dtype), kind, scale, margin, reduction)
     check_labels(labels, (z.shape[0],), weight.shape[0], validate)
     labels = labels.long()
@@ -244,8 +260,8 @@ def margin_cross_entropy(
     """Margin softmax cross-entropy of cosines that are already there.
 
     Args:
-        cosines: (B, C) in [-1, 1].
-        labels: (B,) integers or (B, C) soft labels.
+        cosines: (..., C) in [-1, 1]; -inf leaves a class out.
+        labels: (...) integers or (..., C) soft labels.
         kind: As in :func:`margin_softmax_loss`.
         scale: As in :func:`margin_softmax_loss`.
         margin: As in :func:`margin_softmax_loss`.
@@ -265,16 +281,28 @@ def margin_cross_entropy(
         True
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_float("cosines", cosines, 2)
-    rows, classes = cosines.shape
-    if classes == 0:
-        raise ValueError(f"cosines must have at least one class; got shape {tuple(cosines.shape)}")
+    check_float("cosines", cosines)
+    if cosines.dim() == 0 or cosines.shape[-1] == 0:
+        raise ValueError(f"cosines must have at least one class on the last axis; got shape {tuple(cosines.shape)}")
+    rows, classes = tuple(cosines.shape[:-1]), cosines.shape[-1]
     scale, margin = _resolve_scale(scale, classes), resolve_margin(kind, margin)
+    check_margin(margin, validate)
     dtype = compute_dtype(cosines)
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        _check_dense(labels, (rows, classes), validate)
+    dense = isinstance(labels, Tensor) and labels.is_floating_point()
+    if dense:
+        _check_dense(labels, (*rows, classes), validate)
+    else:
+        check_labels(labels, rows, classes, validate)
+    if len(rows) != 1:
+        if isinstance(margin, Tensor) and tuple(margin.shape) == rows and rows:
+            margin = margin.reshape(-1)
+        loss = margin_cross_entropy(
+            cosines.reshape(-1, classes), labels.reshape(-1, classes) if dense else labels.reshape(-1),
+            kind, scale, margin, reduction, validate=False,
+        )  # fmt: skip
+        return loss.view(rows) if reduction == "none" else loss
+    if dense:
         return _dense_loss(cosines.to(dtype), labels.to(dtype), kind, scale, margin, reduction)
-    check_labels(labels, (rows,), classes, validate)
     labels = labels.long()
     margin = margin_of_rows(margin, labels, classes)
     others, chosen = split_scores(score(cosines.to(dtype), "metric") if kind == "metric" else cosines, labels, scale)
@@ -300,13 +328,15 @@ class MarginSoftmax(nn.Module):
         block_rows: Rows of a block; None chooses.
         log_q: With sampling, let each random class stand for ``others / drawn`` classes, which makes the sum over
             classes unbiased.
-        sparse_grad: With sampling, give ``weight`` a sparse gradient (for SGD or SparseAdam) instead of a dense one.
+        sparse_grad: With sampling, give ``weight`` a sparse gradient instead of a dense one, for an optimizer that
+            touches only those rows: SGD, ``torch.optim.SparseAdam`` or ``kexue.models.bag_encoder.RowAdam``.
         filter_eps: As in :func:`margin_softmax_loss`.
         reduction: "none", "mean" or "sum".
         validate: Check the range of the labels in each call.
         process_group: Class sharding: each of the P processes of this torch.distributed group holds C / P rows of
             the class matrix. Every process calls the head with its own rows (their number may differ) and gets the
-            loss and the gradients of one process that has all rows: "mean" and "sum" are over the rows of all.
+            loss and the gradients of one process that has all rows: "mean" and "sum" are over the rows of all. A
+            margin for each class holds all C classes on every process.
             Under DistributedDataParallel, which averages the encoder's gradients, multiply the loss by P.
         device: Where the class vectors are created.
         dtype: Their dtype.
@@ -357,8 +387,6 @@ class MarginSoftmax(nn.Module):
             check_int("block_rows", block_rows, 1)
         check_real("filter_eps", filter_eps, minimum=0.0)
         check_choice("reduction", reduction, REDUCTIONS)
-        if process_group is not None and isinstance(margin, Tensor):
-            raise ValueError("a class-sharded head takes a number as margin; got a tensor")
         self.in_features, self.num_classes, self.kind = in_features, num_classes, kind
         self.scale = _resolve_scale(scale, num_classes)
         self.sample_rate, self.log_q, self.sparse_grad = float(sample_rate), log_q, sparse_grad
@@ -387,9 +415,12 @@ class MarginSoftmax(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> MarginSoftmax:
-        """Set every class vector to length 1, in place (call it after the optimizer's step); zero vectors stay."""
-        norm = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=compute_dtype(self.weight))
-        self.weight.div_(torch.where(norm > 0, norm, 1.0))
+        """Set every class vector to length 1, in place (call it after the optimizer's step).
+
+        Vectors without a direction, which are zero or shorter than 1e-12, stay as they are.
+        """
+        inverse = inverse_norms(self.weight.to(compute_dtype(self.weight)))
+        self.weight.mul_(torch.where(inverse > 0, inverse, 1.0))
         return self
 
     def _sample(self, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -432,15 +463,17 @@ class MarginSoftmax(nn.Module):
                 block_rows=self.block_rows, filter_eps=self.filter_eps, validate=self.validate,
             )  # fmt: skip
         _checked(z, self.weight, labels, self.reduction)
+        check_margin(self.margin, self.validate)
         check_labels(labels, (z.shape[0],), self.num_classes, self.validate)
         labels = labels.long()
-        margin = margin_of_rows(self.margin, labels, self.num_classes)
         weight: Tensor = self.weight
         repeat, shards, own = None, self.shards, None
         if shards is not None:
             own = shards.counts(z.shape[0], z.device)
-            z = GatherRows.apply(z, shards, own)
-            labels = shards.gather(labels, own) - shards.start
+            z, labels = GatherRows.apply(z, shards, own), shards.gather(labels, own)
+        margin = margin_of_rows(self.margin, labels, self.num_classes)
+        if shards is not None:
+            labels = labels - shards.start
             labels = torch.where((labels >= 0) & (labels < shards.count), labels, -1)
         if sampled:
             index, labels, repeat = self._sample(labels, generator)
