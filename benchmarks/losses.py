@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Table, compare, installed, peak_memory
 from kexue.losses import MarginSoftmax, flat_cross_entropy, info_nce, margin_softmax_loss, nt_xent
-from kexue.models.bag_encoder import RowAdam
+from kexue.models import RowAdam
 
 SECTION = "Losses"
 PML = "pytorch-metric-learning"

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kexue.models.bag_encoder import BagEncoder
+    from kexue.models.bag_encoder import BagEncoder, RowAdam
     from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
     from kexue.models.char_gru import CharGRUEncoder
@@ -78,6 +78,7 @@ __all__ = [
     "NTKLinear",
     "OnePassCache",
     "ProbeReport",
+    "RowAdam",
     "ScheduledResidual",
     "SimSiam",
     "Suggestion",
@@ -142,6 +143,7 @@ _MODULES = {
     "NTKLinear": "parameterization",
     "OnePassCache": "one_pass_cache",
     "ProbeReport": "probing",
+    "RowAdam": "bag_encoder",
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
     "Suggestion": "suggestions",
