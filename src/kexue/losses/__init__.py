@@ -6,6 +6,7 @@ from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, Info
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
 __all__ = [
     "ClassDiameter",
@@ -15,6 +16,7 @@ __all__ = [
     "InfoNCELoss",
     "MarginSchedule",
     "MarginSoftmax",
+    "ZLPRLoss",
     "auto_scale",
     "class_diameter",
     "contrastive_diagnostics",
@@ -26,4 +28,6 @@ __all__ = [
     "margin_softmax_loss",
     "nt_xent",
     "ranking_certificate",
+    "zlpr_loss",
+    "zlpr_proba",
 ]
