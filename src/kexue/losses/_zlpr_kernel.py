@@ -311,8 +311,8 @@ def zlpr_pass(
         loss, slope = soft_pass(scores, target, threshold, mask, out, out_target, coef, check)
     if coef is not None:
         slope = slope * coef
-    none = scores.new_empty(0)
-    return loss.squeeze(1), slope, none if out is None else out, none if out_target is None else out_target
+    grad, grad_target = (scores.new_empty(0) if x is None else x for x in (out, out_target))
+    return loss.squeeze(1), slope, grad, grad_target
 
 
 @torch.library.custom_op(
@@ -324,7 +324,8 @@ def zlpr_pass(
     ),
 )
 def _zlpr_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return zlpr_pass(*args[:6], args[6:], False)
+    scores, target, threshold, mask, coef, ignore, *needs = args
+    return zlpr_pass(scores, target, threshold, mask, coef, ignore, (needs[0], needs[1]), False)
 
 
 @_zlpr_op.register_fake
