@@ -314,6 +314,8 @@ class ZLPRLoss(nn.Module):
         self.indices, self.ignore_index, self.validate = indices, ignore_index, validate
         if isinstance(smoothing_prior, Tensor):
             check_float("smoothing_prior", smoothing_prior, 1)
+            if not len(smoothing_prior):
+                raise ValueError("smoothing_prior must have at least one entry; got none")
             low, high = (float(edge) for edge in torch.aminmax(smoothing_prior.detach()))
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"smoothing_prior must lie in [0, 1]; got values from {low:g} to {high:g}")
@@ -324,8 +326,9 @@ class ZLPRLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What print shows."""
+        threshold = self.threshold.item() if isinstance(self.threshold, Tensor) else self.threshold
         return (
-            f"threshold={float(self.threshold):g}, label_smoothing={self.label_smoothing:g}, "
+            f"threshold={threshold:g}, label_smoothing={self.label_smoothing:g}, "
             f"reduction={self.reduction!r}, indices={self.indices}"
         )
 
