@@ -281,10 +281,10 @@ def soft_pass(
         (loss_p, by_p), (loss_n, by_n) = with_zero(sum_p, top_p), with_zero(sum_n, top_n)
         loss[block] = loss_p + loss_n
         slope[block] = slope_of(loss_p, sum_p * by_p, loss_n, sum_n * by_n)
-        if coef is not None:
-            by_p, by_n = by_p * coef[block], by_n * coef[block]
         if out is not None:
             neg.mul_(by_n).addcmul_(pos, by_p, value=-1)
+            if coef is not None:  # last, as for a gradient that waited for it: both ways give the same bits
+                neg.mul_(coef[block])
             if not direct:
                 out[block] = neg
         if out_target is not None:
