@@ -27,7 +27,7 @@ from kexue._tensors import compute_dtype
 from kexue.losses._common import LOG2E
 
 MASKED = -9e11  # the -1e12 that masks logits in common code, after rounding to any dtype
-PLAIN = (math.exp(-12.0), math.exp(16.0))  # sums of exponentials that are exact to 1e-6 without taking out the maximum
+LIMIT = 16.0  # |maximum| up to which exponentials are taken without a shift: at most 1e-6 of relative rounding
 WIDE = 60.0  # soft labels: e^60 times any number of labels is far inside float32, and so is its inverse
 BLOCK = 2**20  # scores of a block on a CPU: 4 MiB of float32, so that all passes over it stay in the cache
 DEVICE_BLOCK = 2**26
@@ -157,25 +157,29 @@ def exponentials(
     mask: Tensor | None,
     slots: Tensor,
     given: Tensor | None,
+    hopeful: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0).
 
-    A row is shifted by its maximum if its sum without a shift is outside of PLAIN. The rule of a row is its own,
-    whichever way its block goes: equal rows give equal bits. x may be the scores themselves; then all rows are shifted.
+    A row is shifted by its maximum where that lies beyond +-LIMIT: the rule of a row is its own, so that equal rows
+    give equal bits. ``hopeful`` tries without looking for maxima first; sums show whether that was right. If not, the
+    scores are read again, so x may be the scores themselves only without it.
     """
-    moved: Tensor | bool = True
-    if x.data_ptr() != scores.data_ptr():  # or there would be no scores left to look at again
+    if hopeful:
         torch.mul(scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask), LOG2E, out=x)
         put(x, slots, given, -math.inf)
         total = x.exp2_().sum(1, keepdim=True)
-        moved = ~((total >= PLAIN[0]) & (total <= PLAIN[1]))
-        if not bool(moved.any()):
+        low, high = (float(edge) for edge in torch.aminmax(total))
+        if low >= math.exp(-LIMIT) * x.shape[1] and high <= math.exp(LIMIT):
             return total, None
     load(x, scores, threshold, mask)
     put(x, slots, given, -math.inf)
     top = x.amax(1, keepdim=True)
-    shift = torch.where(moved & (top > -math.inf), top, 0.0)
-    return x.sub_(shift).mul_(LOG2E).exp2_().sum(1, keepdim=True), shift
+    shift = torch.where((top.abs() > LIMIT) & (top > -math.inf), top, 0.0)
+    moved = bool(shift.any())
+    if moved:
+        x.sub_(shift)
+    return x.mul_(LOG2E).exp2_().sum(1, keepdim=True), shift if moved else None
 
 
 class HardPass(NamedTuple):
@@ -221,8 +225,9 @@ def hard_pass(
     positive = positives(scores, target, ignore, threshold, mask, check)
     total, shift = positive.loss.new_empty(count, 1), positive.loss.new_zeros(count, 1)
     direct = out is not None and out.dtype == dtype
-    rows = block_rows(scores)
+    rows = block_rows(scores, 1 if direct else 4)
     scratch = scores.new_empty((0 if direct else rows, n), dtype=dtype)
+    hopeful = separate = not direct or out is None or out.data_ptr() != scores.data_ptr()
     for start in range(0, count, rows):
         block = slice(start, min(start + rows, count))
         x = out[block] if direct and out is not None else scratch[: block.stop - start]
@@ -233,7 +238,9 @@ def hard_pass(
             rows_of(mask, block),
             positive.slots[block],
             rows_of(positive.given, block),
+            hopeful,
         )
+        hopeful = separate and moved is None
         if moved is not None:
             shift[block] = moved
         if coef is not None and out is not None:
