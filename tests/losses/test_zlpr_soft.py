@@ -124,9 +124,9 @@ def test_a_weight_on_a_masked_logit_is_refused_or_contributes_nothing():
 
 
 def test_tiny_weights_at_very_negative_scores_are_not_lost():
-    scores = torch.tensor([[-100.0, 0.0], [-59.0, 0.0]], requires_grad=True)
-    target = torch.tensor([[1e-21, 0.0], [1e-38, 0.0]])
-    loss, grad, _ = made(scores, target.requires_grad_())
+    scores = torch.tensor([[-100.0, 0.0], [-59.0, 0.0], [-600.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[1e-21, 0.0], [1e-38, 0.0], [7e-44, 0.0]], requires_grad=True)  # the last one is subnormal
+    loss, grad, _ = made(scores, target)
     expected, want, _ = exact(scores, target)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-30)

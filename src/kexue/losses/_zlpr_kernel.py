@@ -29,6 +29,7 @@ from kexue.losses._common import LOG2E
 MASKED = -9e11  # the -1e12 that masks logits in common code, after rounding to any dtype
 LIMIT = 16.0  # |maximum| up to which exponentials are taken without a shift: at most 1e-6 of relative rounding
 WIDE = 60.0  # soft labels: e^60 times any number of labels is far inside float32, and so is its inverse
+SPARE = 40.0  # a term is left at e^40 times its weight, so that the smallest weights keep a sum with an inverse
 BLOCK = 2**20  # scores of a block on a CPU: 4 MiB of float32, so that all passes over it stay in the cache
 DEVICE_BLOCK = 2**26
 SPARSE = 16  # a dense hard target with at most n / 16 labels in each row is turned into indices
@@ -308,8 +309,8 @@ def weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms of both sides: t e^{-u - top_p}, in x or a new tensor, and (1 - t) e^{u - top_n}, in neg; and the tops.
 
-    The tops, (rows, 1), are the maxima over scores with a weight, and 0 for rows where those are within WIDE: equal
-    rows give equal bits, whichever way their block goes.
+    The tops, (rows, 1), are the maxima over scores with a weight, less SPARE, and 0 for rows where those are within
+    WIDE: equal rows give equal bits, whichever way their block goes.
     """
     u = scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask)
     if float(u.amin()) >= -WIDE:  # one exponential for both sides
@@ -330,7 +331,7 @@ def weighted(
             refuse_masked()
         t = t.masked_fill(hidden, 0.0)
         top_p = torch.maximum(torch.ceil(t).mul_(-most), x).amin(1, keepdim=True).neg_()
-    top_n, top_p = (torch.where(top > WIDE, top, 0.0) for top in (top_n, top_p))
+    top_n, top_p = (torch.where(top > WIDE, top - SPARE, 0.0) for top in (top_n, top_p))
     neg.mul_((x - top_n).clamp_(max=WIDE).exp_())
     return t / x.add_(top_p).clamp_(min=-WIDE).exp_(), top_p, top_n
 
