@@ -141,6 +141,27 @@ def test_hard_weights_equal_hard_labels():
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), scores) for x in (got, want)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_sparse_hard_floats_are_found_and_almost_hard_ones_are_not(dtype):
+    scores = (4 * torch.randn(5, 64, generator=generator())).to(dtype).requires_grad_()
+    hard = torch.zeros(5, 64, dtype=dtype)
+    hard[torch.arange(5), torch.arange(5) * 7] = 1
+    hard[4] = 0
+    assert kernel.labels_of(hard).tolist() == [[0], [7], [14], [21], [-1]]
+    almost = hard.clone()
+    almost[0, 0] = 1 - torch.finfo(dtype).eps
+    dense = hard.clone()
+    dense[:, :8] = 1
+    for target in (almost, dense, hard.clone().requires_grad_()):
+        assert kernel.labels_of(target) is None
+    for target in (hard, almost, dense, -0.0 * hard):
+        loss = zlpr_loss(scores, target, reduction="none")
+        expected, want, _ = exact(scores, target)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(loss.sum(), scores)
+        assert float((grad.double() - want).norm() / want.norm()) < max(torch.finfo(dtype).eps, 1e-6)
+
+
 def test_labels_of_another_dtype_and_stride():
     scores, target = batch(dtype=torch.float32)
     want = zlpr_loss(scores, target)

@@ -33,6 +33,7 @@ SPARE = 40.0  # a term is left at e^40 times its weight, so that the smallest we
 BLOCK = 2**20  # scores of a block on a CPU: 4 MiB of float32, so that all passes over it stay in the cache
 DEVICE_BLOCK = 2**26
 SPARSE = 16  # a dense hard target with at most n / 16 labels in each row is turned into indices
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of the width of a float
 
 
 class Positives(NamedTuple):
@@ -80,13 +81,24 @@ def refuse_masked() -> None:
 
 
 def labels_of(target: Tensor) -> Tensor | None:
-    """Bool or 0/1 (N, n) -> (N, K) indices padded with -1, or None where that does not pay."""
+    """A dense (N, n) target that is 0 or 1 -> (N, K) indices padded with -1, or None where it is not or not sparse."""
     rows, n = target.shape
-    target = (target if target.dtype == torch.bool else target != 0).contiguous()
-    if target.device.type == "cpu":
-        flat = torch.from_numpy(np.flatnonzero(target.numpy()))  # several times faster than torch.nonzero
+    target, cpu = target.contiguous(), target.device.type == "cpu"
+    if target.is_floating_point():
+        if not cpu or target.requires_grad or target.element_size() not in BITS:
+            return None
+        # numpy compares and looks for bits several times faster than torch
+        some = torch.from_numpy(target.view(BITS[target.element_size()]).numpy() != 0)
     else:
-        flat = target.view(-1).nonzero().squeeze(1)
+        some = target if target.dtype == torch.bool else target != 0
+    if cpu:
+        if np.count_nonzero(some.numpy()) * SPARSE > max(some.numel(), SPARSE * rows):
+            return None
+        flat = torch.from_numpy(np.flatnonzero(some.numpy()))
+    else:
+        flat = some.view(-1).nonzero().squeeze(1)
+    if target.is_floating_point() and not bool((target.view(-1)[flat] == 1).all()):
+        return None
     row = flat // n
     counts = torch.bincount(row, minlength=rows)
     width = int(counts.max()) if rows else 0
@@ -355,7 +367,7 @@ def zlpr_pass(
     out = None
     if needs[0]:
         out = scores if in_place else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+    index = target if ignore is not None else labels_of(target)
     if index is not None:
         made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, out, coef, check)
         loss, slope, out_target = made.loss, made.slope, None
@@ -406,7 +418,7 @@ def prepare(
     """
     buffer = torch.empty_like(scores, memory_format=torch.contiguous_format)
     with torch.autocast(scores.device.type, enabled=False):
-        index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+        index = target if ignore is not None else labels_of(target)
         if index is None:
             loss, slope = soft_pass(scores, target, threshold, mask, buffer, None, None, check)
             return loss.squeeze(1), slope, buffer.mul_
