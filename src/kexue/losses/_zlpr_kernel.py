@@ -88,7 +88,10 @@ def labels_of(target: Tensor) -> Tensor | None:
         if not cpu or target.requires_grad or target.element_size() not in BITS:
             return None
         # numpy compares and looks for bits several times faster than torch
-        some = torch.from_numpy(target.view(BITS[target.element_size()]).numpy() != 0)
+        bits = target.view(BITS[target.element_size()]).numpy()
+        if rows and np.count_nonzero(bits[0]) > max(1, n // SPARSE):  # soft labels mostly show in the first row
+            return None
+        some = torch.from_numpy(bits != 0)
     else:
         some = target if target.dtype == torch.bool else target != 0
     if cpu:
