@@ -5,7 +5,9 @@ from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_dia
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
+from kexue.losses.linear_zlpr import LinearZLPR, linear_zlpr
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
 __all__ = [
     "ClassDiameter",
@@ -13,17 +15,22 @@ __all__ = [
     "FlatNCELoss",
     "FlatNegativesRankingLoss",
     "InfoNCELoss",
+    "LinearZLPR",
     "MarginSchedule",
     "MarginSoftmax",
+    "ZLPRLoss",
     "auto_scale",
     "class_diameter",
     "contrastive_diagnostics",
     "flat_cross_entropy",
     "info_nce",
     "linear_cross_entropy",
+    "linear_zlpr",
     "lse0",
     "margin_cross_entropy",
     "margin_softmax_loss",
     "nt_xent",
     "ranking_certificate",
+    "zlpr_loss",
+    "zlpr_proba",
 ]
