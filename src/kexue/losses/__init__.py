@@ -2,10 +2,12 @@
 
 from kexue.losses._common import lse0
 from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_diameter, ranking_certificate
+from kexue.losses.combination import combination_cross_entropy
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.pair_loss import unified_pair_loss
 
 __all__ = [
     "ClassDiameter",
@@ -17,6 +19,7 @@ __all__ = [
     "MarginSoftmax",
     "auto_scale",
     "class_diameter",
+    "combination_cross_entropy",
     "contrastive_diagnostics",
     "flat_cross_entropy",
     "info_nce",
@@ -26,4 +29,5 @@ __all__ = [
     "margin_softmax_loss",
     "nt_xent",
     "ranking_certificate",
+    "unified_pair_loss",
 ]
