@@ -8,6 +8,7 @@ from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnos
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
 from kexue.losses.pair_loss import unified_pair_loss
+from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
 __all__ = [
     "ClassDiameter",
@@ -17,6 +18,7 @@ __all__ = [
     "InfoNCELoss",
     "MarginSchedule",
     "MarginSoftmax",
+    "ZLPRLoss",
     "auto_scale",
     "class_diameter",
     "combination_cross_entropy",
@@ -30,4 +32,6 @@ __all__ = [
     "nt_xent",
     "ranking_certificate",
     "unified_pair_loss",
+    "zlpr_loss",
+    "zlpr_proba",
 ]

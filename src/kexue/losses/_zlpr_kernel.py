@@ -1,0 +1,367 @@
+"""The multi-label softmax loss on rows of scores, its gradient built in the same pass, by blocks of rows.
+
+With u = s - s_0 and weights t of the positive side (0 or 1 for hard labels):
+
+    negative side  log(1 + sum (1 - t_i) e^{u_i})       positive side  log(1 + sum t_i e^{-u_i})
+
+``hard_pass`` takes label indices. The scores are copied once, into the buffer that becomes the gradient; positives are
+overwritten by -inf, never subtracted from a sum that they may dominate; one exponential is taken of each score. What is
+left to do in the backward pass is one multiplication in place.
+
+``soft_pass`` takes dense weights and uses no logarithm: e^{-u} t is a division by e^u, exact at t = 0 and 1. Rows in
+which a score with a weight lies beyond +-60 are computed again with the maximum of each side taken out, a maximum over
+the scores that have a weight on that side alone. A logit of -inf or -1e12 with t = 0 so harms neither side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kexue._tensors import compute_dtype
+from kexue.losses._common import LOG2E
+
+MASKED = -9e11  # the -1e12 that masks logits in common code, after rounding to any dtype
+LIMIT = 8.0  # |maximum| up to which exponentials are taken without a shift: 5e-7 of relative rounding
+WIDE = 60.0  # soft labels: e^60 times any number of labels is far inside float32, and so is its inverse
+BLOCK = 2**18  # scores of a block on a CPU: 1 MiB of float32, so that all passes over it stay in the cache
+DEVICE_BLOCK = 2**26
+SPARSE = 16  # a dense hard target with at most n / 16 labels in each row is turned into indices
+
+
+class Positives(NamedTuple):
+    """The positive side of each row, by slots of its label indices.
+
+    Attributes:
+        slots: (N, K) a label of the row in each slot; padding repeats one of the row's labels.
+        given: (N, 1) whether the row has a label at all; if not, its slots point anywhere and write nothing.
+        weight: (N, K) minus the gradient of the score in the slot.
+        loss: (N, 1) log(1 + sum e^-u).
+        mass: (N, 1) sum of the weights of the row's labels.
+    """
+
+    slots: Tensor
+    given: Tensor
+    weight: Tensor
+    loss: Tensor
+    mass: Tensor
+
+
+def with_zero(total: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + total e^shift), and e^shift / (1 + total e^shift), for a shift of any size and sign."""
+    up = shift.clamp(min=0)
+    scale, one = torch.exp(shift - up), torch.exp(-up)
+    return up + torch.log1p(total * scale + torch.expm1(-up)), scale / (total * scale + one)
+
+
+def slope_of(loss_p: Tensor, mass_p: Tensor, loss_n: Tensor, mass_n: Tensor) -> Tensor:
+    """Derivative by the threshold: mass_p - mass_n, where both are near 1 the difference of what they lack."""
+    return torch.where(mass_p + mass_n > 1, torch.exp(-loss_n) - torch.exp(-loss_p), mass_p - mass_n)
+
+
+def block_rows(scores: Tensor, share: int = 1) -> int:
+    """Rows of a block."""
+    size = BLOCK if scores.device.type == "cpu" else DEVICE_BLOCK
+    return max(1, min(scores.shape[0], size // share // scores.shape[1]))
+
+
+def refuse_masked() -> None:
+    """A label at a place that does not take part is a contradiction in the data."""
+    raise ValueError("a positive label must take part; got one whose mask is False or whose logit is -inf or -1e12")
+
+
+def labels_of(target: Tensor) -> Tensor | None:
+    """Bool or 0/1 (N, n) -> (N, K) indices padded with -1, or None where that does not pay."""
+    rows, n = target.shape
+    target = (target if target.dtype == torch.bool else target != 0).contiguous()
+    if target.device.type == "cpu":
+        flat = torch.from_numpy(np.flatnonzero(target.numpy()))  # several times faster than torch.nonzero
+    else:
+        flat = target.view(-1).nonzero().squeeze(1)
+    row = flat // n
+    counts = torch.bincount(row, minlength=rows)
+    width = int(counts.max()) if rows else 0
+    if width > 1 and width * SPARSE > n:
+        return None
+    slot = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[row]
+    index = flat.new_full((rows, width), -1)
+    index[row, slot] = flat - row * n
+    return index
+
+
+def positives(
+    scores: Tensor, target: Tensor, ignore: int, threshold: Tensor | None, mask: Tensor | None, check: bool
+) -> Positives:
+    """The positive side for label indices (N, K), padded with ``ignore``; a repeated label counts once."""
+    dtype, target = compute_dtype(scores), target.long()
+    index = target.masked_fill(target == ignore, -1)
+    if index.shape[1] == 0:
+        index = index.new_full((index.shape[0], 1), -1)
+    index = index.sort(1).values
+    counted = index >= 0
+    counted[:, 1:] &= index[:, 1:] != index[:, :-1]
+    last = index[:, -1:]
+    index = torch.where(index < 0, last.clamp(min=0), index)
+    value = scores.gather(1, index).to(dtype)
+    hidden = value <= MASKED
+    if mask is not None:
+        hidden |= ~mask.gather(1, index)
+    if check and bool((counted & hidden).any()):
+        refuse_masked()
+    counted &= ~hidden
+    u = -value if threshold is None else threshold - value
+    shift = torch.where(counted, u, -math.inf).amax(1, keepdim=True)
+    shift = torch.where(shift > -math.inf, shift, 0.0)
+    e = torch.where(hidden, 0.0, torch.exp(u - shift))
+    total = torch.where(counted, e, 0.0).sum(1, keepdim=True)
+    loss, factor = with_zero(total, shift)
+    return Positives(index, last >= 0, e * factor, loss, total * factor)
+
+
+def put(x: Tensor, index: Tensor, given: Tensor, value: Tensor | float) -> None:
+    """Write the values at the indices of the rows that have any; equal indices of a row carry equal values."""
+    x.scatter_(1, index, torch.where(given, value, x.gather(1, index)))
+
+
+def exponentials(
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    index: Tensor,
+    given: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0)."""
+    hidden = None if mask is None else ~mask
+
+    def take_out() -> None:
+        put(x, index, given, -math.inf)
+        if hidden is not None:
+            x.masked_fill_(hidden, -math.inf)
+
+    if x.device.type == "cpu":  # elsewhere waiting for the answer would cost more than the passes it saves
+        if threshold is None and scores.dtype == x.dtype:
+            torch.mul(scores, LOG2E, out=x)
+        else:
+            subtract(x, scores, threshold).mul_(LOG2E)
+        take_out()
+        low, high = (float(edge) for edge in torch.aminmax(x.amax(1)))
+        if low >= -LIMIT * LOG2E and high <= LIMIT * LOG2E:
+            return x.exp2_().sum(1, keepdim=True), None
+    subtract(x, scores, threshold)
+    take_out()
+    top = x.amax(1, keepdim=True)
+    # The rule of each row is its own, whichever way the block goes: equal rows give equal bits.
+    shift = torch.where(((top * LOG2E).abs() > LIMIT * LOG2E) & (top > -math.inf), top, 0.0)
+    return x.sub_(shift).mul_(LOG2E).exp2_().sum(1, keepdim=True), shift
+
+
+def subtract(x: Tensor, scores: Tensor, threshold: Tensor | None) -> Tensor:
+    """X = scores - threshold, in the dtype of x."""
+    x.copy_(scores)
+    return x if threshold is None else x.sub_(threshold)
+
+
+class HardPass(NamedTuple):
+    """Result of ``hard_pass``: loss (N, 1), its derivative by the threshold (N, 1), and what ``finish`` needs."""
+
+    loss: Tensor
+    slope: Tensor
+    factor: Tensor
+    positive: Positives
+
+
+def finish(x: Tensor, factor: Tensor, positive: Positives, coef: Tensor, rows: slice = slice(None)) -> None:
+    """Turn exponentials into the gradient of sum(coef * loss), in place."""
+    x.mul_(factor * coef)
+    put(x, positive.slots[rows], positive.given[rows], -(positive.weight[rows] * coef).to(x.dtype))
+
+
+def hard_pass(
+    scores: Tensor,
+    target: Tensor,
+    ignore: int,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor | None,
+    coef: Tensor | None,
+    check: bool,
+) -> HardPass:
+    """Loss of each row for label indices.
+
+    Args:
+        scores: (N, n).
+        target: (N, K) label indices, padded with ``ignore``.
+        ignore: Padding.
+        threshold: (N, 1) in the dtype of the computation, or None for 0.
+        mask: (N, n) bool, or None.
+        out: (N, n) for the gradient, or None. Without ``coef`` it must have the dtype of the computation and gets the
+            exponentials, to be turned into the gradient by ``finish``.
+        coef: (N, 1) upstream gradient.
+        check: Raise where a positive does not take part.
+    """
+    dtype = compute_dtype(scores)
+    count, n = scores.shape
+    positive = positives(scores, target, ignore, threshold, mask, check)
+    total, shift = positive.loss.new_empty(count, 1), positive.loss.new_zeros(count, 1)
+    direct = out is not None and out.dtype == dtype
+    rows = block_rows(scores)
+    scratch = scores.new_empty((0 if direct else rows, n), dtype=dtype)
+    for start in range(0, count, rows):
+        block = slice(start, min(start + rows, count))
+        x = out[block] if direct and out is not None else scratch[: block.stop - start]
+        total[block], moved = exponentials(
+            x,
+            scores[block],
+            None if threshold is None else threshold[block],
+            None if mask is None else mask[block],
+            positive.slots[block],
+            positive.given[block],
+        )
+        if moved is not None:
+            shift[block] = moved
+        if coef is not None and out is not None:
+            finish(x, with_zero(total[block], shift[block])[1], positive, coef[block], block)
+            if not direct:
+                out[block] = x
+    loss, factor = with_zero(total, shift)
+    slope = slope_of(positive.loss, positive.mass, loss, total * factor)
+    return HardPass(loss + positive.loss, slope, factor, positive)
+
+
+def soft_pass(
+    scores: Tensor,
+    target: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor | None,
+    out_target: Tensor | None,
+    coef: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss (N, 1) of each row for weights (N, n), and its derivative by the threshold.
+
+    Args:
+        scores: (N, n).
+        target: (N, n) in [0, 1], any dtype.
+        threshold: (N, 1) in the dtype of the computation, or None for 0.
+        mask: (N, n) bool, or None.
+        out: (N, n) for the gradient of the scores, or None.
+        out_target: (N, n) for the gradient of the weights, or None.
+        coef: (N, 1) upstream gradient, or None for 1.
+        check: Raise where a weight is not 0 at a score that does not take part.
+    """
+    dtype = compute_dtype(scores)
+    count = scores.shape[0]
+    loss, slope = (scores.new_empty((count, 1), dtype=dtype) for _ in range(2))
+    rows = block_rows(scores, 2)
+    for start in range(0, count, rows):
+        block = slice(start, min(start + rows, count))
+        x, t = scores[block].to(dtype), target[block].to(dtype)
+        if mask is not None:
+            x = x.masked_fill(~mask[block], -math.inf)
+        visible = x > MASKED
+        if check and bool(((t > 0) & ~visible).any()):
+            refuse_masked()
+        if threshold is not None:
+            x = x - threshold[block]
+        tp, tn = t * visible, (1 - t) * visible
+        top_p = torch.where(tp > 0, -x, 0.0).amax(1, keepdim=True)
+        top_n = torch.where(tn > 0, x, 0.0).amax(1, keepdim=True)
+        pos = tp * torch.exp((-x - top_p).clamp(max=0))
+        neg = tn * torch.exp((x - top_n).clamp(max=0))
+        sum_p, sum_n = pos.sum(1, keepdim=True), neg.sum(1, keepdim=True)
+        (loss_p, by_p), (loss_n, by_n) = with_zero(sum_p, top_p), with_zero(sum_n, top_n)
+        loss[block] = loss_p + loss_n
+        slope[block] = slope_of(loss_p, sum_p * by_p, loss_n, sum_n * by_n)
+        scale = 1.0 if coef is None else coef[block]
+        if out is not None:
+            out[block] = (neg * by_n - pos * by_p) * scale
+        if out_target is not None:
+            out_target[block] = torch.where(visible, torch.exp(-x - loss_p) - torch.exp(x - loss_n), 0.0) * scale
+    return loss, slope
+
+
+def zlpr_pass(
+    scores: Tensor,
+    target: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    coef: Tensor | None,
+    ignore: int | None,
+    needs: tuple[bool, bool],
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N,), derivative by the threshold (N, 1), gradients of scores and target (empty where not wanted).
+
+    ``ignore`` is the padding of label indices, or None for a dense target.
+    """
+    out = torch.empty_like(scores, memory_format=torch.contiguous_format) if needs[0] else None
+    index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+    if index is not None:
+        made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, out, coef, check)
+        loss, slope, out_target = made.loss, made.slope, None
+    else:
+        out_target = torch.empty_like(target, memory_format=torch.contiguous_format) if needs[1] else None
+        loss, slope = soft_pass(scores, target, threshold, mask, out, out_target, coef, check)
+    if coef is not None:
+        slope = slope * coef
+    grad, grad_target = (scores.new_empty(0) if x is None else x for x in (out, out_target))
+    return loss.squeeze(1), slope, grad, grad_target
+
+
+@torch.library.custom_op(
+    "kexue::zlpr_pass",
+    mutates_args=(),
+    schema=(
+        "(Tensor scores, Tensor target, Tensor? threshold, Tensor? mask, Tensor? coef, int? ignore,"
+        " bool needs_scores, bool needs_target) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _zlpr_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, target, threshold, mask, coef, ignore, *needs = args
+    return zlpr_pass(scores, target, threshold, mask, coef, ignore, (needs[0], needs[1]), False)
+
+
+@_zlpr_op.register_fake
+def _(scores, target, threshold, mask, coef, ignore, needs_scores, needs_target):  # type: ignore[no-untyped-def]
+    dtype, count = compute_dtype(scores), scores.shape[0]
+    loss, slope = scores.new_empty(count, dtype=dtype), scores.new_empty((count, 1), dtype=dtype)
+    grad = scores.new_empty(scores.shape if needs_scores else (0,))
+    return loss, slope, grad, target.new_empty(target.shape) if needs_target else scores.new_empty(0)
+
+
+def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`zlpr_pass`; one opaque node while torch.compile traces, never in the precision of autocast."""
+    if torch.compiler.is_compiling():
+        *inputs, needs, _ = args
+        return _zlpr_op(*inputs, *needs)
+    with torch.autocast(args[0].device.type, enabled=False):
+        return zlpr_pass(*args)
+
+
+def prepare(
+    scores: Tensor, target: Tensor, threshold: Tensor | None, mask: Tensor | None, ignore: int | None, check: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Loss (N,), derivative by the threshold (N, 1), and a function from coef (N, 1) to the gradient of the scores.
+
+    The function owns the buffer of the gradient and can be called once. For scores in the dtype of the computation.
+    """
+    buffer = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    with torch.autocast(scores.device.type, enabled=False):
+        index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+        if index is None:
+            loss, slope = soft_pass(scores, target, threshold, mask, buffer, None, None, check)
+            return loss.squeeze(1), slope, buffer.mul_
+        made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, buffer, None, check)
+
+    def gradient(coef: Tensor) -> Tensor:
+        finish(buffer, made.factor, made.positive, coef)
+        return buffer
+
+    return made.loss.squeeze(1), made.slope, gradient
