@@ -19,7 +19,8 @@ def rows(n=6, count=8, scale=1.0, seed=0):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_value_and_gradient_equal_the_list_of_pairs(gamma, margin, reduction):
     scores, positive = rows()
-    assert not positive[0].any() and positive[-1].all()  # both empty sides
+    assert not positive[0].any()
+    assert positive[-1].all()
     loss = unified_pair_loss(scores, positive, gamma, margin, reduction=reduction)
     expected = reference.pair_loss(scores, positive, gamma, margin)
     expected = expected if reduction == "none" else getattr(expected, reduction)()
@@ -46,7 +47,8 @@ def test_shifts_change_nothing_and_the_gradient_sums_to_zero(n, seed, shift, gam
     torch.testing.assert_close(shifted, loss, rtol=1e-8, atol=1e-9)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
     torch.testing.assert_close(grad.sum(1), torch.zeros(8, dtype=torch.float64), atol=1e-11, rtol=0)
-    assert (grad[~positive] >= 0).all() and (grad[positive] <= 0).all()
+    assert (grad[~positive] >= 0).all()
+    assert (grad[positive] <= 0).all()
 
 
 def test_excluded_classes_take_no_part():
@@ -59,7 +61,8 @@ def test_excluded_classes_take_no_part():
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(unified_pair_loss(hidden, positive, 2.0, 0.1, reduction="none"), expected)
     (grad,) = torch.autograd.grad(loss.sum(), scores)
-    assert torch.isfinite(grad).all() and (grad[~mask] == 0).all()
+    assert torch.isfinite(grad).all()
+    assert (grad[~mask] == 0).all()
     (same,) = torch.autograd.grad(unified_pair_loss(hidden, positive, 2.0, 0.1).mul(8), hidden)
     torch.testing.assert_close(same, grad)
     everything = unified_pair_loss(scores, torch.zeros(8, 6), mask=torch.zeros(6, dtype=torch.bool))
@@ -71,7 +74,8 @@ def test_extreme_scores_in_low_precision(dtype):
     scores = torch.tensor([[1000.0, -1000.0, 500.0], [-1000.0, 1000.0, 30.0]], dtype=dtype, requires_grad=True)
     loss = unified_pair_loss(scores, torch.tensor([[1, 0, 0], [1, 0, 0]]), 64.0, 0.25, reduction="none")
     loss.sum().backward()
-    assert loss.dtype == torch.float32 and scores.grad.dtype == dtype
+    assert loss.dtype == torch.float32
+    assert scores.grad.dtype == dtype
     torch.testing.assert_close(loss, torch.tensor([0.0, 64 * 2000.25]))
     expected = torch.tensor([[0.0, 0.0, 0.0], [-64.0, 64.0, 0.0]], dtype=dtype)
     torch.testing.assert_close(scores.grad, expected)

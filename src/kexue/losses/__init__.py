@@ -7,7 +7,9 @@ from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, Info
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.multilabel_head import MultiLabelHead, mixup_multilabel
 from kexue.losses.pair_loss import unified_pair_loss
+from kexue.losses.trainer_glue import ZLPRTrainerMixin, compute_loss_func, zlpr_compute_loss
 from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
 __all__ = [
@@ -18,10 +20,13 @@ __all__ = [
     "InfoNCELoss",
     "MarginSchedule",
     "MarginSoftmax",
+    "MultiLabelHead",
     "ZLPRLoss",
+    "ZLPRTrainerMixin",
     "auto_scale",
     "class_diameter",
     "combination_cross_entropy",
+    "compute_loss_func",
     "contrastive_diagnostics",
     "flat_cross_entropy",
     "info_nce",
@@ -29,9 +34,11 @@ __all__ = [
     "lse0",
     "margin_cross_entropy",
     "margin_softmax_loss",
+    "mixup_multilabel",
     "nt_xent",
     "ranking_certificate",
     "unified_pair_loss",
+    "zlpr_compute_loss",
     "zlpr_loss",
     "zlpr_proba",
 ]

@@ -21,7 +21,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kexue._tensors import compute_dtype
 
@@ -108,12 +107,12 @@ class _Tree:
         return adjoint
 
 
-def _product(below: Tensor, above: Tensor) -> tuple[tuple[Tensor, ...], Tensor, list[tuple[Tensor, ...]]]:
-    """Views for the products of the first half of the nodes with the second: out = left right, then out += left right."""
+def _product(below: Tensor, above: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, list[tuple[Tensor, ...]]]:
+    """Views for the products of the first half of the nodes with the second, as (out, left, right)."""
     half, terms, most = below.shape[2] // 2, below.shape[0], above.shape[0]
     left, right, out = below[:, :, :half], below[:, :, half:], above[:, :, :half]
-    first = (out[:terms], left[:1], right)
-    steps = []
+    first = (out[:terms], left[:1], right)  # overwrites; the others add
+    steps: list[tuple[Tensor, ...]] = []
     for i in range(1, terms):
         count = min(terms, most - i)
         steps.append((out[i : i + count], left[i : i + 1], right[:count]))
@@ -123,7 +122,8 @@ def _product(below: Tensor, above: Tensor) -> tuple[tuple[Tensor, ...], Tensor, 
 def _correlation(adjoint: Tensor, below: Tensor, made: Tensor) -> list[tuple[Tensor, ...]]:
     """Views for the derivative of those products: of each half, the adjoint with the other half."""
     half, terms = below.shape[2] // 2, below.shape[0]
-    grad, steps = adjoint[:, :, :half], []
+    grad = adjoint[:, :, :half]
+    steps: list[tuple[Tensor, ...]] = []
     for side, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         known, out = below[:, :, other], made[:, :, side]
         for i in range(terms):
@@ -161,7 +161,7 @@ def _tilt(d: Tensor, count: Tensor, free: Tensor) -> Tensor:
 
 def _block(x: Tensor, positive: Tensor, pad: Tensor | None, most: int, tree: _Tree, grad: Tensor | None) -> Tensor:
     """Losses (rows,) of one block; writes the gradient into ``grad`` (rows, n). ``x`` is overwritten."""
-    rows, n = x.shape
+    n = x.shape[1]
     row, column = positive.nonzero(as_tuple=True)
     count = positive.sum(1)
     size = count if pad is None else torch.full_like(count, most)

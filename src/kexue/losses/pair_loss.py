@@ -100,7 +100,7 @@ def unified_pair_loss(
         >>> unified_pair_loss(scores, torch.tensor([[1, 0, 0]]))  # one positive: cross-entropy
         tensor(0.3490)
         >>> unified_pair_loss(scores, torch.tensor([[0, 1]]), gamma=4.0, margin=0.5, indices=True)
-        tensor(0.0027)
+        tensor(0.0025)
     """
     check_real("gamma", gamma, above=0.0)
     check_real("margin", margin)
