@@ -6,6 +6,7 @@ from kexue.losses.combination import combination_cross_entropy
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
+from kexue.losses.linear_zlpr import LinearZLPR, linear_zlpr
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
 from kexue.losses.multilabel_head import MultiLabelHead, mixup_multilabel
 from kexue.losses.pair_loss import unified_pair_loss
@@ -18,6 +19,7 @@ __all__ = [
     "FlatNCELoss",
     "FlatNegativesRankingLoss",
     "InfoNCELoss",
+    "LinearZLPR",
     "MarginSchedule",
     "MarginSoftmax",
     "MultiLabelHead",
@@ -31,6 +33,7 @@ __all__ = [
     "flat_cross_entropy",
     "info_nce",
     "linear_cross_entropy",
+    "linear_zlpr",
     "lse0",
     "margin_cross_entropy",
     "margin_softmax_loss",

@@ -27,9 +27,9 @@ from kexue._tensors import compute_dtype
 from kexue.losses._common import LOG2E
 
 MASKED = -9e11  # the -1e12 that masks logits in common code, after rounding to any dtype
-LIMIT = 8.0  # |maximum| up to which exponentials are taken without a shift: 5e-7 of relative rounding
+PLAIN = (math.exp(-12.0), math.exp(16.0))  # sums of exponentials that are exact to 1e-6 without taking out the maximum
 WIDE = 60.0  # soft labels: e^60 times any number of labels is far inside float32, and so is its inverse
-BLOCK = 2**18  # scores of a block on a CPU: 1 MiB of float32, so that all passes over it stay in the cache
+BLOCK = 2**20  # scores of a block on a CPU: 4 MiB of float32, so that all passes over it stay in the cache
 DEVICE_BLOCK = 2**26
 SPARSE = 16  # a dense hard target with at most n / 16 labels in each row is turned into indices
 
@@ -39,14 +39,15 @@ class Positives(NamedTuple):
 
     Attributes:
         slots: (N, K) a label of the row in each slot; padding repeats one of the row's labels.
-        given: (N, 1) whether the row has a label at all; if not, its slots point anywhere and write nothing.
+        given: (N, 1) whether the row has a label at all; if not, its slots point anywhere and write nothing. None if
+            every row has.
         weight: (N, K) minus the gradient of the score in the slot.
         loss: (N, 1) log(1 + sum e^-u).
         mass: (N, 1) sum of the weights of the row's labels.
     """
 
     slots: Tensor
-    given: Tensor
+    given: Tensor | None
     weight: Tensor
     loss: Tensor
     mass: Tensor
@@ -56,7 +57,9 @@ def with_zero(total: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """log(1 + total e^shift), and e^shift / (1 + total e^shift), for a shift of any size and sign."""
     up = shift.clamp(min=0)
     scale, one = torch.exp(shift - up), torch.exp(-up)
-    return up + torch.log1p(total * scale + torch.expm1(-up)), scale / (total * scale + one)
+    scaled = total * scale
+    loss = torch.where(up > 0, up + torch.log(scaled + one), torch.log1p(scaled))
+    return loss, scale / (scaled + one)
 
 
 def slope_of(loss_p: Tensor, mass_p: Tensor, loss_n: Tensor, mass_n: Tensor) -> Tensor:
@@ -106,6 +109,7 @@ def positives(
     counted = index >= 0
     counted[:, 1:] &= index[:, 1:] != index[:, :-1]
     last = index[:, -1:]
+    given = last >= 0
     index = torch.where(index < 0, last.clamp(min=0), index)
     value = scores.gather(1, index).to(dtype)
     hidden = value <= MASKED
@@ -120,12 +124,30 @@ def positives(
     e = torch.where(hidden, 0.0, torch.exp(u - shift))
     total = torch.where(counted, e, 0.0).sum(1, keepdim=True)
     loss, factor = with_zero(total, shift)
-    return Positives(index, last >= 0, e * factor, loss, total * factor)
+    return Positives(index, None if bool(given.all()) else given, e * factor, loss, total * factor)
 
 
-def put(x: Tensor, index: Tensor, given: Tensor, value: Tensor | float) -> None:
-    """Write the values at the indices of the rows that have any; equal indices of a row carry equal values."""
-    x.scatter_(1, index, torch.where(given, value, x.gather(1, index)))
+def put(x: Tensor, slots: Tensor, given: Tensor | None, value: Tensor | float) -> None:
+    """Write the values at the slots of the rows that have labels; equal slots of a row carry equal values."""
+    x.scatter_(1, slots, value if given is None else torch.where(given, value, x.gather(1, slots)))
+
+
+def load(x: Tensor, scores: Tensor, threshold: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Copy scores - threshold into x, -inf where the mask is False."""
+    x.copy_(scores)
+    if threshold is not None:
+        x.sub_(threshold)
+    return x if mask is None else x.masked_fill_(~mask, -math.inf)
+
+
+def plain(x: Tensor, scores: Tensor, threshold: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether the scores can be read as they are."""
+    return threshold is None and mask is None and scores.dtype == x.dtype
+
+
+def rows_of(x: Tensor | None, rows: slice) -> Tensor | None:
+    """The rows of an optional tensor."""
+    return None if x is None else x[rows]
 
 
 def exponentials(
@@ -133,38 +155,25 @@ def exponentials(
     scores: Tensor,
     threshold: Tensor | None,
     mask: Tensor | None,
-    index: Tensor,
-    given: Tensor,
+    slots: Tensor,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0)."""
-    hidden = None if mask is None else ~mask
+    """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0).
 
-    def take_out() -> None:
-        put(x, index, given, -math.inf)
-        if hidden is not None:
-            x.masked_fill_(hidden, -math.inf)
-
-    if x.device.type == "cpu":  # elsewhere waiting for the answer would cost more than the passes it saves
-        if threshold is None and scores.dtype == x.dtype:
-            torch.mul(scores, LOG2E, out=x)
-        else:
-            subtract(x, scores, threshold).mul_(LOG2E)
-        take_out()
-        low, high = (float(edge) for edge in torch.aminmax(x.amax(1)))
-        if low >= -LIMIT * LOG2E and high <= LIMIT * LOG2E:
-            return x.exp2_().sum(1, keepdim=True), None
-    subtract(x, scores, threshold)
-    take_out()
+    A row is shifted by its maximum if its sum without a shift is outside of PLAIN. The rule of a row is its own,
+    whichever way its block goes: equal rows give equal bits.
+    """
+    torch.mul(scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask), LOG2E, out=x)
+    put(x, slots, given, -math.inf)
+    total = x.exp2_().sum(1, keepdim=True)
+    moved = ~((total >= PLAIN[0]) & (total <= PLAIN[1]))
+    if not bool(moved.any()):
+        return total, None
+    load(x, scores, threshold, mask)
+    put(x, slots, given, -math.inf)
     top = x.amax(1, keepdim=True)
-    # The rule of each row is its own, whichever way the block goes: equal rows give equal bits.
-    shift = torch.where(((top * LOG2E).abs() > LIMIT * LOG2E) & (top > -math.inf), top, 0.0)
+    shift = torch.where(moved & (top > -math.inf), top, 0.0)
     return x.sub_(shift).mul_(LOG2E).exp2_().sum(1, keepdim=True), shift
-
-
-def subtract(x: Tensor, scores: Tensor, threshold: Tensor | None) -> Tensor:
-    """X = scores - threshold, in the dtype of x."""
-    x.copy_(scores)
-    return x if threshold is None else x.sub_(threshold)
 
 
 class HardPass(NamedTuple):
@@ -179,7 +188,7 @@ class HardPass(NamedTuple):
 def finish(x: Tensor, factor: Tensor, positive: Positives, coef: Tensor, rows: slice = slice(None)) -> None:
     """Turn exponentials into the gradient of sum(coef * loss), in place."""
     x.mul_(factor * coef)
-    put(x, positive.slots[rows], positive.given[rows], -(positive.weight[rows] * coef).to(x.dtype))
+    put(x, positive.slots[rows], rows_of(positive.given, rows), positive.weight[rows] * -coef)
 
 
 def hard_pass(
@@ -218,10 +227,10 @@ def hard_pass(
         total[block], moved = exponentials(
             x,
             scores[block],
-            None if threshold is None else threshold[block],
-            None if mask is None else mask[block],
+            rows_of(threshold, block),
+            rows_of(mask, block),
             positive.slots[block],
-            positive.given[block],
+            rows_of(positive.given, block),
         )
         if moved is not None:
             shift[block] = moved
@@ -257,34 +266,64 @@ def soft_pass(
         check: Raise where a weight is not 0 at a score that does not take part.
     """
     dtype = compute_dtype(scores)
-    count = scores.shape[0]
+    count, n = scores.shape
     loss, slope = (scores.new_empty((count, 1), dtype=dtype) for _ in range(2))
     rows = block_rows(scores, 2)
+    direct = out is not None and out.dtype == dtype
+    buffers = scores.new_empty((1 if direct else 2, rows, n), dtype=dtype)
     for start in range(0, count, rows):
         block = slice(start, min(start + rows, count))
-        x, t = scores[block].to(dtype), target[block].to(dtype)
-        if mask is not None:
-            x = x.masked_fill(~mask[block], -math.inf)
-        visible = x > MASKED
-        if check and bool(((t > 0) & ~visible).any()):
-            refuse_masked()
-        if threshold is not None:
-            x = x - threshold[block]
-        tp, tn = t * visible, (1 - t) * visible
-        top_p = torch.where(tp > 0, -x, 0.0).amax(1, keepdim=True)
-        top_n = torch.where(tn > 0, x, 0.0).amax(1, keepdim=True)
-        pos = tp * torch.exp((-x - top_p).clamp(max=0))
-        neg = tn * torch.exp((x - top_n).clamp(max=0))
+        s, edge, shown = scores[block], rows_of(threshold, block), rows_of(mask, block)
+        x, t = buffers[0, : len(s)], target[block].to(dtype)
+        neg = out[block] if direct and out is not None else buffers[1, : len(s)]
+        pos, top_p, top_n = weighted(x, neg, t, s, edge, shown, check)
         sum_p, sum_n = pos.sum(1, keepdim=True), neg.sum(1, keepdim=True)
         (loss_p, by_p), (loss_n, by_n) = with_zero(sum_p, top_p), with_zero(sum_n, top_n)
         loss[block] = loss_p + loss_n
         slope[block] = slope_of(loss_p, sum_p * by_p, loss_n, sum_n * by_n)
-        scale = 1.0 if coef is None else coef[block]
         if out is not None:
-            out[block] = (neg * by_n - pos * by_p) * scale
+            neg.mul_(by_n).addcmul_(pos, by_p, value=-1)
+            if coef is not None:  # last, as for a gradient that waited for it: both ways give the same bits
+                neg.mul_(coef[block])
+            if not direct:
+                out[block] = neg
         if out_target is not None:
-            out_target[block] = torch.where(visible, torch.exp(-x - loss_p) - torch.exp(x - loss_n), 0.0) * scale
+            load(x, s, edge, shown)
+            slopes = torch.where(x > MASKED, torch.exp(-x - loss_p) - torch.exp(x - loss_n), 0.0)
+            out_target[block] = slopes if coef is None else slopes * coef[block]
     return loss, slope
+
+
+def weighted(
+    x: Tensor, neg: Tensor, t: Tensor, scores: Tensor, threshold: Tensor | None, mask: Tensor | None, check: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms of both sides: t e^{-u - top_p}, in x or a new tensor, and (1 - t) e^{u - top_n}, in neg; and the tops.
+
+    The tops, (rows, 1), are the maxima over scores with a weight, and 0 for rows where those are within WIDE: equal
+    rows give equal bits, whichever way their block goes.
+    """
+    u = scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask)
+    if float(u.amin()) >= -WIDE:  # one exponential for both sides
+        torch.exp(u, out=x)
+        if float(x.amax()) <= math.exp(WIDE):
+            torch.sub(1, t, out=neg).mul_(x)
+            none = x.new_zeros(len(x), 1)
+            return torch.div(t, x, out=x), none, none
+    load(x, scores, threshold, mask)
+    torch.sub(1, t, out=neg)
+    # A score without a weight is bounded by 0 here, which changes no maximum that matters.
+    most = torch.finfo(x.dtype).max
+    top_n = torch.minimum(torch.ceil(neg).mul_(most), x).amax(1, keepdim=True)
+    top_p = torch.maximum(torch.ceil(t).mul_(-most), x).amin(1, keepdim=True).neg_()
+    if not float(top_p.max()) <= WIDE:  # perhaps because of a label that is masked
+        hidden = x <= MASKED
+        if check and bool((hidden & (t > 0)).any()):
+            refuse_masked()
+        t = t.masked_fill(hidden, 0.0)
+        top_p = torch.maximum(torch.ceil(t).mul_(-most), x).amin(1, keepdim=True).neg_()
+    top_n, top_p = (torch.where(top > WIDE, top, 0.0) for top in (top_n, top_p))
+    neg.mul_((x - top_n).clamp_(max=WIDE).exp_())
+    return t / x.add_(top_p).clamp_(min=-WIDE).exp_(), top_p, top_n
 
 
 def zlpr_pass(

@@ -20,6 +20,7 @@ returned (``_zlpr_kernel.py``).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,17 +81,23 @@ def _check_scores(scores: Any) -> None:
         raise ValueError(f"scores must be (..., n) with at least one label; got shape {tuple(scores.shape)}")
 
 
-def _check_target(scores: Tensor, target: Any, indices: bool, ignore: int, values: bool) -> None:
-    """Raise unless the target fits; its values cost one reduction, and are looked at only if ``values``."""
+def check_ignore(ignore_index: Any) -> None:
+    """Raise unless the padding is an integer."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
+
+
+def check_target(shape: tuple[int, ...], target: Any, indices: bool, ignore: int, values: bool) -> None:
+    """Raise unless the target fits scores of a shape; its values, one reduction, are looked at only if ``values``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor; got {type(target).__name__}")
     if target.is_complex() or (indices and (target.is_floating_point() or target.dtype == torch.bool)):
         raise TypeError(
             f"target must be {'integer label indices' if indices else 'bool, integers or floats'}; got {target.dtype}"
         )
-    shape, n = tuple(scores.shape), scores.shape[-1]
+    n = shape[-1]
     if indices:
-        if target.dim() != scores.dim() or target.shape[:-1] != scores.shape[:-1]:
+        if target.dim() != len(shape) or tuple(target.shape[:-1]) != shape[:-1]:
             raise ValueError(f"label indices must have shape {(*shape[:-1], 'k')}; got {tuple(target.shape)}")
     elif tuple(target.shape) != shape:
         hint = "" if target.is_floating_point() or target.dtype == torch.bool else " (label indices need indices=True)"
@@ -124,15 +131,24 @@ def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
     return all(a in (1, b) for a, b in zip(sizes[::-1], shape[::-1], strict=False))
 
 
-def _check_threshold(scores: Tensor, threshold: Any) -> None:
+def check_threshold(batch: tuple[int, ...], threshold: Any) -> None:
+    """Raise unless the threshold is a finite number or a floating tensor broadcastable to (*batch, 1)."""
     if not isinstance(threshold, Tensor):
         check_real("threshold", threshold)
         return
     check_float("threshold", threshold)
-    if not _broadcasts(threshold, (*scores.shape[:-1], 1)):
-        raise ValueError(
-            f"threshold must be broadcastable to {(*tuple(scores.shape[:-1]), 1)}; got {tuple(threshold.shape)}"
-        )
+    if not _broadcasts(threshold, (*batch, 1)):
+        raise ValueError(f"threshold must be broadcastable to {(*batch, 1)}; got {tuple(threshold.shape)}")
+
+
+def threshold_rows(
+    threshold: float | Tensor, batch: tuple[int, ...], like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The threshold of each row, (N, 1) in ``dtype``; None for 0."""
+    count = math.prod(batch)
+    if isinstance(threshold, Tensor):
+        return threshold.to(dtype).expand(*batch, 1).reshape(count, 1)
+    return like.new_full((count, 1), float(threshold), dtype=dtype) if threshold != 0 else None
 
 
 def zlpr_loss(
@@ -187,13 +203,12 @@ def zlpr_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     _check_scores(scores)
-    _check_threshold(scores, threshold)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
+    check_threshold(tuple(scores.shape[:-1]), threshold)
+    check_ignore(ignore_index)
     if mask is not None:
         _check_mask(scores, mask)
     check = validate and not torch.compiler.is_compiling()
-    _check_target(scores, target, indices, ignore_index, check)
+    check_target(tuple(scores.shape), target, indices, ignore_index, check)
     return _loss(scores, target, threshold, ignore_index if indices else None, mask, reduction, check)
 
 
@@ -208,13 +223,9 @@ def _loss(
 ) -> Tensor:
     """The loss for checked arguments."""
     batch, n = scores.shape[:-1], scores.shape[-1]
-    rows, dtype = scores.reshape(batch.numel(), n), compute_dtype(scores)
+    rows = scores.reshape(batch.numel(), n)
     flat = target.reshape(batch.numel(), target.shape[-1])
-    edge = None
-    if isinstance(threshold, Tensor):
-        edge = threshold.to(dtype).expand(*batch, 1).reshape(batch.numel(), 1)
-    elif threshold != 0:
-        edge = rows.new_full((batch.numel(), 1), float(threshold), dtype=dtype)
+    edge = threshold_rows(threshold, batch, rows, compute_dtype(scores))
     if mask is not None:
         mask = mask.expand(scores.shape).reshape(rows.shape)
     gradient = torch.is_grad_enabled() and scores.requires_grad
@@ -251,7 +262,7 @@ def zlpr_proba(scores: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
     if scores.dim() == 0:
         check_real("threshold", threshold)
     else:
-        _check_threshold(scores, threshold)
+        check_threshold(tuple(scores.shape[:-1]), threshold)
     return torch.sigmoid(2 * (wide - threshold)).to(scores.dtype)
 
 
@@ -304,8 +315,7 @@ class ZLPRLoss(nn.Module):
         if label_smoothing > 1:
             raise ValueError(f"label_smoothing must be at most 1; got {label_smoothing}")
         check_choice("reduction", reduction, REDUCTIONS)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
+        check_ignore(ignore_index)
         self.threshold: float | nn.Parameter = float(threshold)
         if learn_threshold:
             del self.threshold
@@ -314,6 +324,8 @@ class ZLPRLoss(nn.Module):
         self.indices, self.ignore_index, self.validate = indices, ignore_index, validate
         if isinstance(smoothing_prior, Tensor):
             check_float("smoothing_prior", smoothing_prior, 1)
+            if not len(smoothing_prior):
+                raise ValueError("smoothing_prior must have at least one entry; got none")
             low, high = (float(edge) for edge in torch.aminmax(smoothing_prior.detach()))
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"smoothing_prior must lie in [0, 1]; got values from {low:g} to {high:g}")
@@ -324,8 +336,9 @@ class ZLPRLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What print shows."""
+        threshold = self.threshold.item() if isinstance(self.threshold, Tensor) else self.threshold
         return (
-            f"threshold={float(self.threshold):g}, label_smoothing={self.label_smoothing:g}, "
+            f"threshold={threshold:g}, label_smoothing={self.label_smoothing:g}, "
             f"reduction={self.reduction!r}, indices={self.indices}"
         )
 
@@ -340,7 +353,7 @@ class ZLPRLoss(nn.Module):
         if mask is not None:
             _check_mask(scores, mask)
         check = self.validate and not torch.compiler.is_compiling()
-        _check_target(scores, target, self.indices, self.ignore_index, check)
+        check_target(tuple(scores.shape), target, self.indices, self.ignore_index, check)
         smooth = self._smoothed(scores, target, mask, check)
         return _loss(scores, smooth, self.threshold, None, mask, self.reduction, False)
 

@@ -1,0 +1,282 @@
+"""Multi-label softmax behind a linear map to a huge label space (分块的线性多标签 Softmax), without all the scores.
+
+Source: 科学空间 7359 (将"Softmax+交叉熵"推广到多标签分类问题) and 8888 (the sparse form). The loss is that of
+``zlpr.py`` on the scores W h + b.
+
+At a million labels one row of scores takes 4 MB, and their gradient as much again. Here rows are taken in chunks of
+bounded memory. For a scalar loss a chunk's part of dH, dW and db is computed at once, while its scores are there, so
+that nothing is recomputed: three matrix products, as in the usual way. ``reduction="none"`` computes the scores again
+in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kexue._checks import check_choice, check_int, check_real
+from kexue._tensors import check_float, compute_dtype, once_differentiable
+from kexue.losses._common import REDUCTIONS
+from kexue.losses._zlpr_kernel import rows_of, run
+from kexue.losses.linear_cross_entropy import _Blocks, _products
+from kexue.losses.zlpr import check_ignore, check_target, check_threshold, threshold_rows
+
+__all__ = ["LinearZLPR", "linear_zlpr"]
+
+CHUNK_BYTES = 1 << 25
+
+
+def linear_zlpr(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    chunk_bytes: int = CHUNK_BYTES,
+    validate: bool = True,
+) -> Tensor:
+    """:func:`zlpr_loss` of ``hidden @ weight.T + bias``, in chunks of rows. Differentiable once.
+
+    Scores are computed in the dtype of ``hidden`` (under autocast, in its dtype); their sums and the loss in float32,
+    or float64 for float64.
+
+    Args:
+        hidden: (..., D) floating.
+        weight: (n, D), a row for each label.
+        target: Integer label indices (..., k), padded with ``ignore_index`` (a repeated index counts once); or dense
+            (..., n) as bool, or as soft labels in [0, 1] that require no gradient.
+        bias: (n,), or None. A label whose bias is -inf is masked.
+        threshold: s_0: a number, or a tensor broadcastable to (..., 1), which may require a gradient.
+        ignore_index: Padding of label indices.
+        reduction: "mean" over rows (0 if there are none), "sum", or "none" (...).
+        chunk_bytes: Bound on the memory of the scores of a chunk and their gradient, in float32; a chunk has at least
+            one row.
+        validate: Check the values of the target, and that no positive is masked (never done under torch.compile).
+
+    Returns:
+        The loss in float32 (float64 for float64).
+
+    Raises:
+        TypeError: Wrong kind of argument.
+        ValueError: Shapes that do not fit, a label index out of range, a label outside [0, 1] or NaN, a positive that
+            is masked, soft labels that require a gradient.
+
+    Reference:
+        https://spaces.ac.cn/archives/7359, https://spaces.ac.cn/archives/8888
+
+    Example:
+        >>> from kexue.losses import zlpr_loss
+        >>> h, w = torch.eye(3, 4), torch.arange(40.0).reshape(10, 4) / 10 - 2
+        >>> labels = torch.tensor([[1, -1], [9, 7], [-1, -1]])
+        >>> usual = zlpr_loss(h @ w.T, labels, indices=True)
+        >>> torch.allclose(linear_zlpr(h, w, labels), usual)
+        True
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_float("hidden", hidden)
+    check_float("weight", weight, 2)
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be (..., {weight.shape[1]}), the width of weight; got {tuple(hidden.shape)}")
+    batch, n = hidden.shape[:-1], weight.shape[0]
+    if n == 0:
+        raise ValueError(f"weight must have at least one label; got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_float("bias", bias, 1)
+        if bias.shape[0] != n:
+            raise ValueError(f"bias must have {n} entries, one for each row of weight; got {len(bias)}")
+    check_int("chunk_bytes", chunk_bytes, 1)
+    check_ignore(ignore_index)
+    check_threshold(batch, threshold)
+    indices = isinstance(target, Tensor) and target.dtype != torch.bool and not target.is_floating_point()
+    check = validate and not torch.compiler.is_compiling()
+    check_target((*batch, n), target, indices, ignore_index, check)
+    if target.requires_grad:
+        raise ValueError("soft labels must not require a gradient here; zlpr_loss on the scores gives it")
+    dtype, count = compute_dtype(hidden, weight), batch.numel()
+    edge = threshold_rows(threshold, batch, hidden, dtype)
+    size = max(chunk_bytes // (8 * n), 1)
+    flat = target.reshape(count, target.shape[-1])
+    rows = hidden.reshape(count, hidden.shape[-1])
+    coef = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
+    loss = _LinearZLPR.apply(rows, weight, bias, flat, edge, ignore_index if indices else None, size, coef, check)
+    return loss.reshape(batch) if reduction == "none" else loss
+
+
+class _LinearZLPR(torch.autograd.Function):
+    """The loss of each row (coef None), or coef times their sum, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, threshold: Tensor | None,
+        ignore: int | None, size: int, coef: float | None, check: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.products = _products(hidden)
+        ctx.ignore, ctx.size, ctx.scalar = ignore, size, coef is not None
+        dtype = compute_dtype(hidden, weight)
+        needs = ctx.needs_input_grad[:3]
+        upstream = None
+        if coef is not None and (any(needs) or ctx.needs_input_grad[4]):
+            upstream = torch.full((len(hidden), 1), coef, dtype=dtype, device=hidden.device)
+        loss, *grads = _passes(
+            hidden, weight, bias, target, threshold, upstream, ignore, size, ctx.products, needs, check
+        )
+        ctx.save_for_backward(hidden, weight, bias, target, threshold, *(grads if ctx.scalar else ()))
+        return loss if coef is None else loss.sum() * coef
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, threshold, *made = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if ctx.scalar:
+            made = [None if x is None else x * grad for x in made]
+        else:
+            upstream = grad.to(compute_dtype(hidden, weight)).unsqueeze(1)
+            inputs = hidden, weight, bias, target, threshold, upstream
+            made = list(_passes(*inputs, ctx.ignore, ctx.size, ctx.products, needs, False)[1:])
+        like = hidden, weight, bias
+        out = [None if g is None else g.to(x.dtype) for g, x in zip(made[:3], like, strict=True)]
+        return (*out, None, made[3] if ctx.needs_input_grad[4] else None, None, None, None, None)
+
+
+def _scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, product: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield which rows, the rows, the table and the scores of each chunk; the scores are overwritten by the next."""
+    table = weight.to(product)
+    shift = None if bias is None else bias.to(product)
+    blocks = None
+    if product in (torch.float32, torch.float64) and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        blocks = _Blocks(table, shift, min(size, len(hidden)))
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
+        rows = hidden[part].to(product)
+        if blocks is not None:
+            scores = blocks.scores(rows)
+        else:
+            scores = rows @ table.T if shift is None else torch.addmm(shift, rows, table.T)
+        yield part, rows, table, scores
+
+
+def _passes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, threshold: Tensor | None,
+    upstream: Tensor | None, ignore: int | None, size: int, product: torch.dtype,
+    needs: tuple[bool, bool, bool], check: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Losses (N,); with ``upstream`` (N, 1) also the gradients of hidden, weight, bias (where needed) and threshold."""
+    dtype = compute_dtype(hidden, weight)
+    make = upstream is not None
+    d_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if make and needs[0] else None
+    d_weight = weight.new_zeros(weight.shape, dtype=dtype) if make and needs[1] else None
+    d_bias = weight.new_zeros(len(weight), dtype=dtype) if make and needs[2] else None
+    losses, slopes = [hidden.new_zeros(0, dtype=dtype)], [hidden.new_zeros((0, 1), dtype=dtype)]
+    for part, rows, table, scores in _scores(hidden, weight, bias, size, product):
+        loss, slope, grad, _ = run(
+            scores, target[part], rows_of(threshold, part), None, rows_of(upstream, part), ignore,
+            (make and any(needs), False), check,
+        )  # fmt: skip
+        losses.append(loss.to(dtype))
+        slopes.append(slope.to(dtype))
+        if d_hidden is not None:
+            d_hidden[part] = grad @ table
+        if d_weight is not None:
+            if product == dtype:
+                d_weight.addmm_(grad.T, rows)
+            else:
+                d_weight += grad.T @ rows
+        if d_bias is not None:
+            d_bias += grad.sum(0, dtype=dtype)
+        del grad  # or it would stay beside the next chunk's
+    return torch.cat(losses), d_hidden, d_weight, d_bias, torch.cat(slopes) if make and threshold is not None else None
+
+
+class LinearZLPR(nn.Module):
+    """Linear head for huge label spaces whose scores are never stored whole; see :func:`linear_zlpr`.
+
+    Args:
+        in_features: D, width of the rows.
+        num_labels: n.
+        bias: Whether scores have a bias of each label.
+        threshold: s_0, a number.
+        ignore_index: Padding of label indices.
+        reduction: "none", "mean" or "sum".
+        chunk_bytes: Bound on the memory of the scores of a chunk and their gradient.
+        validate: As in :func:`linear_zlpr`.
+        device: Where the parameters are created.
+        dtype: Their dtype.
+
+    Raises:
+        TypeError: Wrong kind of argument.
+        ValueError: A value out of range.
+
+    Reference:
+        https://spaces.ac.cn/archives/7359
+
+    Example:
+        >>> head = LinearZLPR(16, 100_000)
+        >>> loss = head(torch.randn(8, 16), torch.randint(100_000, (8, 5)))
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([100000, 16])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        bias: bool = True,
+        threshold: float = 0.0,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        chunk_bytes: int = CHUNK_BYTES,
+        validate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("in_features", in_features, 1)
+        check_int("num_labels", num_labels, 1)
+        check_real("threshold", threshold)
+        check_ignore(ignore_index)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_int("chunk_bytes", chunk_bytes, 1)
+        self.in_features, self.num_labels, self.threshold = in_features, num_labels, float(threshold)
+        self.ignore_index, self.reduction, self.chunk_bytes = ignore_index, reduction, chunk_bytes
+        self.validate = validate
+        self.weight = nn.Parameter(torch.empty(num_labels, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_labels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as nn.Linear does, within 1 / sqrt(D); biases start at 0."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return (
+            f"in_features={self.in_features}, num_labels={self.num_labels}, bias={self.bias is not None}, "
+            f"threshold={self.threshold:g}"
+        )
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """All scores (..., n) of rows (..., D); predict the labels whose score exceeds the threshold."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Loss of a batch; arguments as in :func:`linear_zlpr`."""
+        return linear_zlpr(
+            hidden, self.weight, target, self.bias, threshold=self.threshold, ignore_index=self.ignore_index,
+            reduction=self.reduction, chunk_bytes=self.chunk_bytes, validate=self.validate,
+        )  # fmt: skip
