@@ -122,7 +122,8 @@ def test_float32_keeps_its_precision_at_any_scale(n, k, scale, lift):
     results = []
     for dtype in (torch.float32, torch.float64):
         x = scores.to(dtype, copy=True).requires_grad_()
-        loss = combination_cross_entropy(x, positive, reduction="none")
+        # not validated: positives of -1e30 would be taken for masked ones
+        loss = combination_cross_entropy(x, positive, reduction="none", validate=False)
         results += [loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()]
     torch.testing.assert_close(results[0], results[2], rtol=5e-7, atol=2e-6)
     error, size = (results[1] - results[3]).norm(dim=1), results[3].norm(dim=1)
@@ -204,7 +205,7 @@ def test_second_derivative_is_an_error():
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
-    ({"target": torch.tensor([[2, 0, 0]])}, ValueError, "0 and 1 only"),
+    ({"target": torch.tensor([[2, 0, 0]])}, ValueError, r"\[0, 1\]"),
     ({"target": torch.tensor([[0.5, 0, 0]])}, ValueError, "0.5"),
     ({"target": torch.tensor([[1, 0]])}, ValueError, r"\(1, 3\).*\(1, 2\)"),
     ({"target": [1, 0, 0]}, TypeError, "list"),
@@ -212,10 +213,10 @@ def test_second_derivative_is_an_error():
     ({"target": torch.tensor([[-2]]), "indices": True}, ValueError, "-2"),
     ({"target": torch.tensor([[1.0]]), "indices": True}, TypeError, "float32"),
     ({"target": torch.tensor([1]), "indices": True}, ValueError, "shape"),
-    ({"scores": torch.zeros(1, 0)}, ValueError, "at least one class"),
+    ({"scores": torch.zeros(1, 0)}, ValueError, "at least one label"),
     ({"scores": torch.zeros(1, 3, dtype=torch.long)}, TypeError, "floating"),
-    ({"scores": torch.tensor([[-torch.inf, 0.0, 0.0]])}, ValueError, "-inf"),
-    ({"mask": torch.tensor([[False, True, True]])}, ValueError, "masked out"),
+    ({"scores": torch.tensor([[-torch.inf, 0.0, 0.0]])}, ValueError, "take part"),
+    ({"mask": torch.tensor([[False, True, True]])}, ValueError, "take part"),
     ({"mask": torch.ones(1, 3)}, TypeError, "bool"),
     ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "broadcast"),
     ({"max_k": 0}, ValueError, "max_k=0"),

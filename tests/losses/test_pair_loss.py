@@ -114,7 +114,7 @@ def test_second_derivative_is_an_error():
     ({"target": torch.tensor([[0.3, 0, 0]])}, ValueError, "zlpr_loss"),
     ({"target": torch.tensor([[1, 0, 0, 0]])}, ValueError, "shape"),
     ({"target": torch.tensor([[7]]), "indices": True}, ValueError, r"\[0, 3\)"),
-    ({"scores": torch.tensor(1.0)}, ValueError, "at least one class"),
+    ({"scores": torch.tensor(1.0)}, ValueError, "at least one label"),
     ({"reduction": "avg"}, ValueError, "reduction"),
 ])  # fmt: skip
 def test_bad_input_is_rejected(change, error, message):

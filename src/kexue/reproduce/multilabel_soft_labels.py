@@ -3,10 +3,10 @@
 1. Optimum. Free scores for one row of 8 random labels in (0, 1), minimised by LBFGS in float64 from 100 random starts
    (normal, standard deviation 3); the loss is convex, so all starts must end in one point.
 2. Probabilities on unseen rows. 20 Gaussian features, 20 labels that are drawn with probability
-   sigmoid(x W - 1.5), 4000 rows for training and 4000 for testing, a linear model, Adam, 40 epochs, three seeds. Trained
-   with the probabilities themselves as soft labels (as in distillation), and with the drawn 0/1 labels. Expected
-   calibration error (15 bins) and mean negative log-likelihood on drawn test labels for sigmoid(2 s) and sigmoid(s), and
-   for binary cross-entropy.
+   sigmoid(x W - 1.5), 4000 rows for training and 4000 for testing, a linear model, Adam, 40 epochs, three seeds.
+   Trained with the probabilities themselves as soft labels (as in distillation), and with the drawn 0/1 labels.
+   Expected calibration error (15 bins) and mean negative log-likelihood on drawn test labels for sigmoid(2 s) and
+   sigmoid(s), and for binary cross-entropy.
 
 Rule, fixed before measuring. "reproduced": the largest |sigmoid(2 s) - t| of part 1 over all starts is below 1e-6;
 "partly": below 1e-3; otherwise "not reproduced". Part 2 is not judged.
@@ -124,9 +124,8 @@ def measure(quick: bool, seed: int) -> Measurement:
             curves.setdefault(key, curve)
 
     verdict: Verdict = "reproduced" if twice < 1e-6 else "partly" if twice < 1e-3 else "not reproduced"
-    spread = [
-        float(np.std([e for e, _ in v], ddof=1) / math.sqrt(len(v))) if len(v) > 1 else 0.0 for v in errors.values()
-    ]
+    calibration = {key: np.array([e for e, _ in v]) for key, v in errors.items()}
+    spread = [float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else 0.0 for v in calibration.values()]
     figures = {
         "max |sigmoid(2 s) - t|": twice,
         "max |sigmoid(s) - t|": once,
@@ -134,7 +133,7 @@ def measure(quick: bool, seed: int) -> Measurement:
         "unseen rows": {
             "trained on labels": [labels for labels, _ in forms],
             "probability": [name for _, name in forms],
-            "calibration error": [float(np.mean([e for e, _ in v])) for v in errors.values()],
+            "calibration error": [float(v.mean()) for v in calibration.values()],
             "standard error": spread,
             "negative log-likelihood": [float(np.mean([n for _, n in v])) for v in errors.values()],
         },
@@ -153,7 +152,7 @@ def measure(quick: bool, seed: int) -> Measurement:
             for (kind, name), (mean, share) in curves.items():
                 if kind == labels:
                     axis.plot(mean, share, marker="o", ms=3, label=name)
-            axis.set(title=f"unseen rows, {labels} labels", xlabel="predicted probability", ylabel="frequency")
+            axis.set(title=f"trained on {labels} labels", xlabel="predicted probability", ylabel="frequency")
             axis.legend(fontsize=6)
 
     note = f"{starts} starts; probabilities: seeds {seeds[0]} to {seeds[-1]}, {epochs} epochs."
