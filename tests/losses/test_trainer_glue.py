@@ -74,8 +74,8 @@ def test_accumulated_steps_equal_large_batches_with_a_short_last_one(tmp_path):
     x, labels = data()
     rows = [{"x": a, "labels": b.float()} for a, b in zip(x, labels, strict=True)]
     wanted = expected_weights(x, labels)
-    for batch, accumulate in ((6, 1), (2, 3)):
-        found, trainer = train(tmp_path, rows, batch, accumulate, compute_loss_func=zlpr_compute_loss)
+    for batch, accumulate, function in ((6, 1, zlpr_compute_loss), (2, 3, zlpr_compute_loss), (2, 3, ZLPRLoss())):
+        found, trainer = train(tmp_path, rows, batch, accumulate, compute_loss_func=function)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     losses = zlpr_loss(trainer.model(x[:7])["logits"], labels[:7], reduction="none").detach()
     by_batch = torch.stack([part.mean() for part in losses.split(3)])  # the Trainer weighs batches by their rows
@@ -125,6 +125,7 @@ def test_micro_batches_add_up_also_with_unknown_labels_and_a_criterion():
     labels[2, 1] = labels[7, :3] = -100
     items = (labels != -100).sum()
     smooth = functools.partial(zlpr_compute_loss, criterion=ZLPRLoss(label_smoothing=0.1))
+    assert torch.equal(ZLPRLoss(label_smoothing=0.1)({"logits": scores}, labels), smooth(scores, labels))
     for function in (zlpr_compute_loss, smooth):
         whole = function(scores, labels, items)
         parts = [function(scores[a:b], labels[a:b], num_items_in_batch=items) for a, b in ((0, 4), (4, 5), (5, 9))]
@@ -134,6 +135,10 @@ def test_micro_batches_add_up_also_with_unknown_labels_and_a_criterion():
     total = zlpr_loss(scores, labels.masked_fill(~known, 0), mask=known, reduction="sum")
     torch.testing.assert_close(zlpr_compute_loss(scores, labels, items), total * CLASSES / items)
     assert zlpr_compute_loss(scores, torch.full_like(labels, -100)) == 0
+    half = torch.arange(CLASSES) < 3
+    masked = zlpr_loss(scores, labels.masked_fill(~(known & half), 0), mask=known & half, reduction="sum")
+    clean = labels.masked_fill((labels == 1) & ~half, 0)
+    torch.testing.assert_close(zlpr_compute_loss(scores, clean, items, mask=half), masked * CLASSES / items)
 
 
 def test_sum_divides_by_nothing_and_repeated_counts_are_one():

@@ -37,18 +37,16 @@ def _scores(outputs: Any) -> Tensor:
     return found
 
 
-def _summed(outputs: Any, labels: Any, criterion: ZLPRLoss) -> tuple[Tensor, int]:
+def _summed(outputs: Any, labels: Any, criterion: ZLPRLoss, mask: Tensor | None = None) -> tuple[Tensor, int]:
     """Sum of the losses of the rows, and their number; dense labels of -100 are masked."""
     scores = _scores(outputs)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, the batch's 'labels'; got {type(labels).__name__}")
-    mask = None
     if not criterion.indices and labels.dtype != torch.bool:
-        mask = labels != UNKNOWN
-        if torch.compiler.is_compiling() or not bool(mask.all()):
-            labels = labels.masked_fill(~mask, 0)
-        else:
-            mask = None
+        known = labels != UNKNOWN
+        if not bool(known.all()):
+            labels = labels.masked_fill(~known, 0)
+            mask = known if mask is None else mask & known
     value = criterion(scores, labels, mask)
     rows = scores.shape[:-1].numel()
     return value * rows if criterion.reduction == "mean" else value, rows
@@ -60,11 +58,12 @@ def zlpr_compute_loss(
     num_items_in_batch: Tensor | int | None = None,
     *,
     criterion: ZLPRLoss | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """ZLPR for ``Trainer(compute_loss_func=zlpr_compute_loss)``, right under gradient accumulation.
 
-    The loss is the mean over the rows of all micro-batches of a step. Give a criterion of your own with
-    ``functools.partial(zlpr_compute_loss, criterion=ZLPRLoss(label_smoothing=0.1))``.
+    The loss is the mean over the rows of all micro-batches of a step. A :class:`ZLPRLoss` can also be given to the
+    Trainer itself, ``Trainer(compute_loss_func=ZLPRLoss(label_smoothing=0.1))``: it calls this function.
 
     Args:
         outputs: What the model returns: logits (..., n), or a tuple, dict or ModelOutput with them.
@@ -74,6 +73,7 @@ def zlpr_compute_loss(
         num_items_in_batch: Number of labels that are not -100 in all micro-batches of the step; None: this is the
             only one.
         criterion: A :class:`ZLPRLoss` whose reduction is "mean" (or "sum", which divides by nothing).
+        mask: Bool, broadcastable to the logits; True = takes part.
 
     Returns:
         The share of this micro-batch in the loss of the step.
@@ -89,7 +89,7 @@ def zlpr_compute_loss(
         True
     """
     criterion = _checked(criterion)
-    total, rows = _summed(outputs, labels, criterion)
+    total, rows = _summed(outputs, labels, criterion, mask)
     if criterion.reduction == "sum":
         return total
     own = labels.numel() if labels.dtype == torch.bool else (labels != UNKNOWN).sum()
