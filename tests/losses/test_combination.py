@@ -144,6 +144,26 @@ def test_far_scores_do_not_cost_the_precision_of_near_ones():
     torch.testing.assert_close(combination_cross_entropy(scores, positive, reduction="none"), torch.stack(expected))
 
 
+def test_classes_far_below_a_pad_class_change_nothing():
+    near = torch.tensor([[3.0, 2.0, -1.0]])
+    far = torch.cat([near, torch.full((1, 4), -1e12)], 1)
+    for most in (1, 2, 3, 5, 7):
+        found, expected = (
+            combination_cross_entropy(x, torch.tensor([[0]]), most, pad_score=0.5, indices=True) for x in (far, near)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_nan_stays_in_its_row_and_is_not_hidden():
+    scores = torch.zeros(3, 4)
+    scores[1, 2] = torch.nan
+    for options in ({}, {"pad_score": 0.0, "max_k": 2}):
+        loss = combination_cross_entropy(scores, torch.eye(4)[:3], reduction="none", **options)
+        assert torch.isfinite(loss).tolist() == [True, False, True]
+        everywhere = combination_cross_entropy(torch.full((1, 4), torch.nan), torch.eye(4)[:1], **options)
+        assert everywhere.isnan()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 10**6), st.floats(0.1, 50.0), st.floats(-1e4, 1e4))
 def test_shifts_change_nothing_and_classes_may_be_permuted(n, seed, scale, shift):

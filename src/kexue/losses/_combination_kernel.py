@@ -166,18 +166,22 @@ def _block(x: Tensor, positive: Tensor, pad: Tensor | None, most: int, tree: _Tr
     count = positive.sum(1, dtype=torch.int32)  # a sum in the default int64 is three times as slow
     size = count if pad is None else torch.full_like(count, most)
     lowest = x.amin(1)
-    finite = torch.full_like(count, n) if bool((lowest > -math.inf).all()) else (x > -math.inf).sum(1)
+    finite = torch.full_like(count, n) if bool((lowest > -math.inf).all()) else (x != -math.inf).sum(1)
     free = (size > 0) & (size < finite)
-    # Scores relative to the size-th largest, so that no precision is lost however far away the others are.
+    # Scores relative to the size-th largest (or the pad class, if that is higher): no precision is lost, however far
+    # away the others are.
     top = x.topk(max(1, min(most, n)), 1).values
     pivot = top.gather(1, (torch.minimum(size, finite) - 1).clamp(min=0).long()[:, None]).squeeze(1)
-    pivot = torch.where(pivot > -math.inf, pivot, 0.0)
+    pivot = torch.where(pivot == -math.inf, 0.0, pivot) if pad is None else torch.maximum(pivot, pad)
     x.sub_(pivot[:, None])
-    tilt = _tilt(x, size.clamp(min=1).to(x.dtype), free)
-    gap = torch.zeros_like(tilt)  # tilt minus the pad class's score
-    if pad is not None:
+    number = size.clamp(min=1).to(x.dtype)
+    if pad is None:
+        tilt = _tilt(x, number, free)
+        gap = torch.zeros_like(tilt)
+    else:  # the tilt is the pad class's score, unless that gives more than ``most`` ones
         shift = pad - pivot
-        tilt = torch.where(free, torch.maximum(tilt, shift), shift)
+        crowded = free & (torch.sigmoid(x - shift[:, None]).sum(1) > number + NEAR)
+        tilt = torch.where(crowded, torch.maximum(_tilt(x, number, crowded), shift), shift)
         gap = tilt - shift
     x.sub_(tilt[:, None])
 
