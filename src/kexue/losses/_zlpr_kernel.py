@@ -161,14 +161,16 @@ def exponentials(
     """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0).
 
     A row is shifted by its maximum if its sum without a shift is outside of PLAIN. The rule of a row is its own,
-    whichever way its block goes: equal rows give equal bits.
+    whichever way its block goes: equal rows give equal bits. x may be the scores themselves; then all rows are shifted.
     """
-    torch.mul(scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask), LOG2E, out=x)
-    put(x, slots, given, -math.inf)
-    total = x.exp2_().sum(1, keepdim=True)
-    moved = ~((total >= PLAIN[0]) & (total <= PLAIN[1]))
-    if not bool(moved.any()):
-        return total, None
+    moved: Tensor | bool = True
+    if x.data_ptr() != scores.data_ptr():  # or there would be no scores left to look at again
+        torch.mul(scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask), LOG2E, out=x)
+        put(x, slots, given, -math.inf)
+        total = x.exp2_().sum(1, keepdim=True)
+        moved = ~((total >= PLAIN[0]) & (total <= PLAIN[1]))
+        if not bool(moved.any()):
+            return total, None
     load(x, scores, threshold, mask)
     put(x, slots, given, -math.inf)
     top = x.amax(1, keepdim=True)
@@ -335,12 +337,16 @@ def zlpr_pass(
     ignore: int | None,
     needs: tuple[bool, bool],
     check: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (N,), derivative by the threshold (N, 1), gradients of scores and target (empty where not wanted).
 
-    ``ignore`` is the padding of label indices, or None for a dense target.
+    ``ignore`` is the padding of label indices, or None for a dense target. With ``in_place`` the gradient overwrites
+    the scores, which must be contiguous (torch.compile makes a new tensor all the same).
     """
-    out = torch.empty_like(scores, memory_format=torch.contiguous_format) if needs[0] else None
+    out = None
+    if needs[0]:
+        out = scores if in_place else torch.empty_like(scores, memory_format=torch.contiguous_format)
     index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
     if index is not None:
         made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, out, coef, check)
@@ -378,8 +384,7 @@ def _(scores, target, threshold, mask, coef, ignore, needs_scores, needs_target)
 def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`zlpr_pass`; one opaque node while torch.compile traces, never in the precision of autocast."""
     if torch.compiler.is_compiling():
-        *inputs, needs, _ = args
-        return _zlpr_op(*inputs, *needs)
+        return _zlpr_op(*args[:6], *args[6])
     with torch.autocast(args[0].device.type, enabled=False):
         return zlpr_pass(*args)
 

@@ -23,7 +23,7 @@ from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
 from kexue.losses._common import REDUCTIONS
 from kexue.losses._zlpr_kernel import rows_of, run
-from kexue.losses.linear_cross_entropy import _Blocks, _products
+from kexue.losses.linear_cross_entropy import _products
 from kexue.losses.zlpr import check_ignore, check_target, check_threshold, threshold_rows
 
 __all__ = ["LinearZLPR", "linear_zlpr"]
@@ -57,8 +57,8 @@ def linear_zlpr(
         threshold: s_0: a number, or a tensor broadcastable to (..., 1), which may require a gradient.
         ignore_index: Padding of label indices.
         reduction: "mean" over rows (0 if there are none), "sum", or "none" (...).
-        chunk_bytes: Bound on the memory of the scores of a chunk and their gradient, in float32; a chunk has at least
-            one row.
+        chunk_bytes: Bound on the memory of the scores of a chunk, in float32, which their gradient overwrites; a chunk
+            has at least one row. More rows in a chunk make the products faster.
         validate: Check the values of the target, and that no positive is masked (never done under torch.compile).
 
     Returns:
@@ -100,51 +100,56 @@ def linear_zlpr(
     check_target((*batch, n), target, indices, ignore_index, check)
     if target.requires_grad:
         raise ValueError("soft labels must not require a gradient here; zlpr_loss on the scores gives it")
-    dtype, count = compute_dtype(hidden, weight), batch.numel()
-    edge = threshold_rows(threshold, batch, hidden, dtype)
-    size = max(chunk_bytes // (8 * n), 1)
+    count = batch.numel()
+    edge = threshold_rows(threshold, batch, hidden, compute_dtype(hidden, weight))
+    size = max(chunk_bytes // (4 * n), 1)
     flat = target.reshape(count, target.shape[-1])
     rows = hidden.reshape(count, hidden.shape[-1])
-    coef = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
-    loss = _LinearZLPR.apply(rows, weight, bias, flat, edge, ignore_index if indices else None, size, coef, check)
-    return loss.reshape(batch) if reduction == "none" else loss
+    ignore, scalar = ignore_index if indices else None, reduction != "none"
+    loss = _LinearZLPR.apply(rows, weight, bias, flat, edge, ignore, size, scalar, check)
+    if reduction == "mean":
+        return loss / max(count, 1)
+    return loss if scalar else loss.reshape(batch)
 
 
 class _LinearZLPR(torch.autograd.Function):
-    """The loss of each row (coef None), or coef times their sum, with its gradients."""
+    """The loss of each row, or (scalar) their sum, whose gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, threshold: Tensor | None,
-        ignore: int | None, size: int, coef: float | None, check: bool,
+        ignore: int | None, size: int, scalar: bool, check: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.products = _products(hidden)
-        ctx.ignore, ctx.size, ctx.scalar = ignore, size, coef is not None
-        dtype = compute_dtype(hidden, weight)
-        needs = ctx.needs_input_grad[:3]
-        upstream = None
-        if coef is not None and (any(needs) or ctx.needs_input_grad[4]):
-            upstream = torch.full((len(hidden), 1), coef, dtype=dtype, device=hidden.device)
-        loss, *grads = _passes(
-            hidden, weight, bias, target, threshold, upstream, ignore, size, ctx.products, needs, check
-        )
-        ctx.save_for_backward(hidden, weight, bias, target, threshold, *(grads if ctx.scalar else ()))
-        return loss if coef is None else loss.sum() * coef
+        ctx.ignore, ctx.size, ctx.scalar, ctx.product = ignore, size, scalar, _products(hidden)
+        ctx.made, upstream = None, None
+        # While torch.compile traces, gradients are made in the backward pass: it keeps nothing but saved tensors.
+        if scalar and any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
+            upstream = _ones(hidden, weight)
+        inputs = hidden, weight, bias, target, threshold
+        loss, *made = _passes(*inputs, upstream, ignore, size, ctx.product, ctx.needs_input_grad[:3], check)
+        if upstream is not None:
+            ctx.made = made
+        ctx.save_for_backward(*inputs)
+        return loss.sum() if scalar else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, threshold, *made = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if ctx.scalar:
-            made = [None if x is None else x * grad for x in made]
-        else:
-            upstream = grad.to(compute_dtype(hidden, weight)).unsqueeze(1)
+        hidden, weight, bias, target, threshold = ctx.saved_tensors
+        made, ctx.made = ctx.made, None  # given away; a second backward pass makes its own
+        if made is None:
+            upstream = _ones(hidden, weight) if ctx.scalar else grad.to(compute_dtype(hidden, weight)).unsqueeze(1)
             inputs = hidden, weight, bias, target, threshold, upstream
-            made = list(_passes(*inputs, ctx.ignore, ctx.size, ctx.products, needs, False)[1:])
+            made = _passes(*inputs, ctx.ignore, ctx.size, ctx.product, ctx.needs_input_grad[:3], False)[1:]
+        if ctx.scalar:  # after the products, which a small factor in low precision would spoil
+            made = [None if x is None else x.mul_(grad) for x in made]
         like = hidden, weight, bias
         out = [None if g is None else g.to(x.dtype) for g, x in zip(made[:3], like, strict=True)]
         return (*out, None, made[3] if ctx.needs_input_grad[4] else None, None, None, None, None)
+
+
+def _ones(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.ones((len(hidden), 1), dtype=compute_dtype(hidden, weight), device=hidden.device)
 
 
 def _scores(
@@ -153,16 +158,17 @@ def _scores(
     """Yield which rows, the rows, the table and the scores of each chunk; the scores are overwritten by the next."""
     table = weight.to(product)
     shift = None if bias is None else bias.to(product)
-    blocks = None
-    if product in (torch.float32, torch.float64) and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        blocks = _Blocks(table, shift, min(size, len(hidden)))
+    buffer = None
+    if not torch.compiler.is_compiling():
+        buffer = hidden.new_empty((min(size, len(hidden)), len(weight)), dtype=product)
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
         rows = hidden[part].to(product)
-        if blocks is not None:
-            scores = blocks.scores(rows)
+        out = None if buffer is None else buffer[: len(rows)]
+        if shift is None:
+            scores = torch.mm(rows, table.T, out=out)
         else:
-            scores = rows @ table.T if shift is None else torch.addmm(shift, rows, table.T)
+            scores = torch.addmm(shift, rows, table.T, out=out)
         yield part, rows, table, scores
 
 
@@ -181,7 +187,7 @@ def _passes(
     for part, rows, table, scores in _scores(hidden, weight, bias, size, product):
         loss, slope, grad, _ = run(
             scores, target[part], rows_of(threshold, part), None, rows_of(upstream, part), ignore,
-            (make and any(needs), False), check,
+            (make and any(needs), False), check, True,
         )  # fmt: skip
         losses.append(loss.to(dtype))
         slopes.append(slope.to(dtype))
@@ -194,7 +200,6 @@ def _passes(
                 d_weight += grad.T @ rows
         if d_bias is not None:
             d_bias += grad.sum(0, dtype=dtype)
-        del grad  # or it would stay beside the next chunk's
     return torch.cat(losses), d_hidden, d_weight, d_bias, torch.cat(slopes) if make and threshold is not None else None
 
 
@@ -208,7 +213,7 @@ class LinearZLPR(nn.Module):
         threshold: s_0, a number.
         ignore_index: Padding of label indices.
         reduction: "none", "mean" or "sum".
-        chunk_bytes: Bound on the memory of the scores of a chunk and their gradient.
+        chunk_bytes: As in :func:`linear_zlpr`.
         validate: As in :func:`linear_zlpr`.
         device: Where the parameters are created.
         dtype: Their dtype.
