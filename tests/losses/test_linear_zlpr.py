@@ -36,9 +36,10 @@ def usual(hidden, weight, target, bias=None, **options):
 @pytest.mark.parametrize("form", ["indices", "bool", "soft"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("chunk_bytes", [1, 500, 1 << 25])
-def test_equals_the_loss_of_the_scores_with_every_gradient(form, reduction, with_bias, chunk_bytes):
+@pytest.mark.parametrize(("chunk_bytes", "scale"), [(1, 1.0), (500, 30.0), (1 << 25, 1.0), (1 << 25, 30.0)])
+def test_equals_the_loss_of_the_scores_with_every_gradient(form, reduction, with_bias, chunk_bytes, scale):
     hidden, weight, bias, labels = batch()
+    weight = (weight.detach() * scale).requires_grad_()
     target = targets(labels, 30)[form]
     edge = torch.randn(7, 1, generator=generator(2), dtype=torch.float64).requires_grad_()
     leaves = (hidden, weight, edge, *((bias,) if with_bias else ()))

@@ -124,9 +124,9 @@ def test_a_weight_on_a_masked_logit_is_refused_or_contributes_nothing():
 
 
 def test_tiny_weights_at_very_negative_scores_are_not_lost():
-    scores = torch.tensor([[-100.0, 0.0], [-59.0, 0.0]], requires_grad=True)
-    target = torch.tensor([[1e-21, 0.0], [1e-38, 0.0]])
-    loss, grad, _ = made(scores, target.requires_grad_())
+    scores = torch.tensor([[-100.0, 0.0], [-59.0, 0.0], [-600.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[1e-21, 0.0], [1e-38, 0.0], [7e-44, 0.0]], requires_grad=True)  # the last one is subnormal
+    loss, grad, _ = made(scores, target)
     expected, want, _ = exact(scores, target)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-30)
@@ -139,6 +139,27 @@ def test_hard_weights_equal_hard_labels():
     got, want = zlpr_loss(scores, hard.float(), reduction="none"), zlpr_loss(scores, hard, reduction="none")
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), scores) for x in (got, want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_sparse_hard_floats_are_found_and_almost_hard_ones_are_not(dtype):
+    scores = (4 * torch.randn(5, 64, generator=generator())).to(dtype).requires_grad_()
+    hard = torch.zeros(5, 64, dtype=dtype)
+    hard[torch.arange(5), torch.arange(5) * 7] = 1
+    hard[4] = 0
+    assert kernel.labels_of(hard).tolist() == [[0], [7], [14], [21], [-1]]
+    almost = hard.clone()
+    almost[0, 0] = 1 - torch.finfo(dtype).eps
+    dense = hard.clone()
+    dense[:, :8] = 1
+    for target in (almost, dense, hard.clone().requires_grad_()):
+        assert kernel.labels_of(target) is None
+    for target in (hard, almost, dense, -0.0 * hard):
+        loss = zlpr_loss(scores, target, reduction="none")
+        expected, want, _ = exact(scores, target)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(loss.sum(), scores)
+        assert float((grad.double() - want).norm() / want.norm()) < max(torch.finfo(dtype).eps, 1e-6)
 
 
 def test_labels_of_another_dtype_and_stride():

@@ -27,11 +27,13 @@ from kexue._tensors import compute_dtype
 from kexue.losses._common import LOG2E
 
 MASKED = -9e11  # the -1e12 that masks logits in common code, after rounding to any dtype
-PLAIN = (math.exp(-12.0), math.exp(16.0))  # sums of exponentials that are exact to 1e-6 without taking out the maximum
+LIMIT = 16.0  # |maximum| up to which exponentials are taken without a shift: at most 1e-6 of relative rounding
 WIDE = 60.0  # soft labels: e^60 times any number of labels is far inside float32, and so is its inverse
+SPARE = 40.0  # a term is left at e^40 times its weight, so that the smallest weights keep a sum with an inverse
 BLOCK = 2**20  # scores of a block on a CPU: 4 MiB of float32, so that all passes over it stay in the cache
 DEVICE_BLOCK = 2**26
 SPARSE = 16  # a dense hard target with at most n / 16 labels in each row is turned into indices
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of the width of a float
 
 
 class Positives(NamedTuple):
@@ -79,13 +81,27 @@ def refuse_masked() -> None:
 
 
 def labels_of(target: Tensor) -> Tensor | None:
-    """Bool or 0/1 (N, n) -> (N, K) indices padded with -1, or None where that does not pay."""
+    """A dense (N, n) target that is 0 or 1 -> (N, K) indices padded with -1, or None where it is not or not sparse."""
     rows, n = target.shape
-    target = (target if target.dtype == torch.bool else target != 0).contiguous()
-    if target.device.type == "cpu":
-        flat = torch.from_numpy(np.flatnonzero(target.numpy()))  # several times faster than torch.nonzero
+    target, cpu = target.contiguous(), target.device.type == "cpu"
+    if target.is_floating_point():
+        if not cpu or target.requires_grad or target.element_size() not in BITS:
+            return None
+        # numpy compares and looks for bits several times faster than torch
+        bits = target.view(BITS[target.element_size()]).numpy()
+        if rows and np.count_nonzero(bits[0]) > max(1, n // SPARSE):  # soft labels mostly show in the first row
+            return None
+        some = torch.from_numpy(bits != 0)
     else:
-        flat = target.view(-1).nonzero().squeeze(1)
+        some = target if target.dtype == torch.bool else target != 0
+    if cpu:
+        if np.count_nonzero(some.numpy()) * SPARSE > max(some.numel(), SPARSE * rows):
+            return None
+        flat = torch.from_numpy(np.flatnonzero(some.numpy()))
+    else:
+        flat = some.view(-1).nonzero().squeeze(1)
+    if target.is_floating_point() and not bool((target.view(-1)[flat] == 1).all()):
+        return None
     row = flat // n
     counts = torch.bincount(row, minlength=rows)
     width = int(counts.max()) if rows else 0
@@ -157,25 +173,29 @@ def exponentials(
     mask: Tensor | None,
     slots: Tensor,
     given: Tensor | None,
+    hopeful: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill x with e^{u - shift} of the negatives, 0 elsewhere; return its sums and the shift (None for 0).
 
-    A row is shifted by its maximum if its sum without a shift is outside of PLAIN. The rule of a row is its own,
-    whichever way its block goes: equal rows give equal bits. x may be the scores themselves; then all rows are shifted.
+    A row is shifted by its maximum where that lies beyond +-LIMIT: the rule of a row is its own, so that equal rows
+    give equal bits. ``hopeful`` tries without looking for maxima first; sums show whether that was right. If not, the
+    scores are read again, so x may be the scores themselves only without it.
     """
-    moved: Tensor | bool = True
-    if x.data_ptr() != scores.data_ptr():  # or there would be no scores left to look at again
+    if hopeful:
         torch.mul(scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask), LOG2E, out=x)
         put(x, slots, given, -math.inf)
         total = x.exp2_().sum(1, keepdim=True)
-        moved = ~((total >= PLAIN[0]) & (total <= PLAIN[1]))
-        if not bool(moved.any()):
+        low, high = (float(edge) for edge in torch.aminmax(total))
+        if low >= math.exp(-LIMIT) * x.shape[1] and high <= math.exp(LIMIT):
             return total, None
     load(x, scores, threshold, mask)
     put(x, slots, given, -math.inf)
     top = x.amax(1, keepdim=True)
-    shift = torch.where(moved & (top > -math.inf), top, 0.0)
-    return x.sub_(shift).mul_(LOG2E).exp2_().sum(1, keepdim=True), shift
+    shift = torch.where((top.abs() > LIMIT) & (top > -math.inf), top, 0.0)
+    moved = bool(shift.any())
+    if moved:
+        x.sub_(shift)
+    return x.mul_(LOG2E).exp2_().sum(1, keepdim=True), shift if moved else None
 
 
 class HardPass(NamedTuple):
@@ -221,8 +241,9 @@ def hard_pass(
     positive = positives(scores, target, ignore, threshold, mask, check)
     total, shift = positive.loss.new_empty(count, 1), positive.loss.new_zeros(count, 1)
     direct = out is not None and out.dtype == dtype
-    rows = block_rows(scores)
+    rows = block_rows(scores, 1 if direct else 4)
     scratch = scores.new_empty((0 if direct else rows, n), dtype=dtype)
+    hopeful = separate = not direct or out is None or out.data_ptr() != scores.data_ptr()
     for start in range(0, count, rows):
         block = slice(start, min(start + rows, count))
         x = out[block] if direct and out is not None else scratch[: block.stop - start]
@@ -233,7 +254,9 @@ def hard_pass(
             rows_of(mask, block),
             positive.slots[block],
             rows_of(positive.given, block),
+            hopeful,
         )
+        hopeful = separate and moved is None
         if moved is not None:
             shift[block] = moved
         if coef is not None and out is not None:
@@ -301,8 +324,8 @@ def weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms of both sides: t e^{-u - top_p}, in x or a new tensor, and (1 - t) e^{u - top_n}, in neg; and the tops.
 
-    The tops, (rows, 1), are the maxima over scores with a weight, and 0 for rows where those are within WIDE: equal
-    rows give equal bits, whichever way their block goes.
+    The tops, (rows, 1), are the maxima over scores with a weight, less SPARE, and 0 for rows where those are within
+    WIDE: equal rows give equal bits, whichever way their block goes.
     """
     u = scores if plain(x, scores, threshold, mask) else load(x, scores, threshold, mask)
     if float(u.amin()) >= -WIDE:  # one exponential for both sides
@@ -323,7 +346,7 @@ def weighted(
             refuse_masked()
         t = t.masked_fill(hidden, 0.0)
         top_p = torch.maximum(torch.ceil(t).mul_(-most), x).amin(1, keepdim=True).neg_()
-    top_n, top_p = (torch.where(top > WIDE, top, 0.0) for top in (top_n, top_p))
+    top_n, top_p = (torch.where(top > WIDE, top - SPARE, 0.0) for top in (top_n, top_p))
     neg.mul_((x - top_n).clamp_(max=WIDE).exp_())
     return t / x.add_(top_p).clamp_(min=-WIDE).exp_(), top_p, top_n
 
@@ -347,7 +370,7 @@ def zlpr_pass(
     out = None
     if needs[0]:
         out = scores if in_place else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+    index = target if ignore is not None else labels_of(target)
     if index is not None:
         made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, out, coef, check)
         loss, slope, out_target = made.loss, made.slope, None
@@ -398,7 +421,7 @@ def prepare(
     """
     buffer = torch.empty_like(scores, memory_format=torch.contiguous_format)
     with torch.autocast(scores.device.type, enabled=False):
-        index = target if ignore is not None else None if target.is_floating_point() else labels_of(target)
+        index = target if ignore is not None else labels_of(target)
         if index is None:
             loss, slope = soft_pass(scores, target, threshold, mask, buffer, None, None, check)
             return loss.squeeze(1), slope, buffer.mul_

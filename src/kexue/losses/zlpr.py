@@ -316,10 +316,7 @@ class ZLPRLoss(nn.Module):
             raise ValueError(f"label_smoothing must be at most 1; got {label_smoothing}")
         check_choice("reduction", reduction, REDUCTIONS)
         check_ignore(ignore_index)
-        self.threshold: float | nn.Parameter = float(threshold)
-        if learn_threshold:
-            del self.threshold
-            self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+        self.threshold = nn.Parameter(torch.tensor(float(threshold))) if learn_threshold else float(threshold)
         self.label_smoothing, self.reduction = float(label_smoothing), reduction
         self.indices, self.ignore_index, self.validate = indices, ignore_index, validate
         if isinstance(smoothing_prior, Tensor):
