@@ -2,11 +2,15 @@
 
 from kexue.losses._common import lse0
 from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_diameter, ranking_certificate
+from kexue.losses.combination import combination_cross_entropy
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.linear_zlpr import LinearZLPR, linear_zlpr
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.multilabel_head import MultiLabelHead, mixup_multilabel
+from kexue.losses.pair_loss import unified_pair_loss
+from kexue.losses.trainer_glue import ZLPRTrainerMixin, compute_loss_func, zlpr_compute_loss
 from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
 __all__ = [
@@ -18,9 +22,13 @@ __all__ = [
     "LinearZLPR",
     "MarginSchedule",
     "MarginSoftmax",
+    "MultiLabelHead",
     "ZLPRLoss",
+    "ZLPRTrainerMixin",
     "auto_scale",
     "class_diameter",
+    "combination_cross_entropy",
+    "compute_loss_func",
     "contrastive_diagnostics",
     "flat_cross_entropy",
     "info_nce",
@@ -29,8 +37,11 @@ __all__ = [
     "lse0",
     "margin_cross_entropy",
     "margin_softmax_loss",
+    "mixup_multilabel",
     "nt_xent",
     "ranking_certificate",
+    "unified_pair_loss",
+    "zlpr_compute_loss",
     "zlpr_loss",
     "zlpr_proba",
 ]

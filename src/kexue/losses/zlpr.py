@@ -339,8 +339,22 @@ class ZLPRLoss(nn.Module):
             f"reduction={self.reduction!r}, indices={self.indices}"
         )
 
-    def forward(self, scores: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Loss of a batch; arguments as in :func:`zlpr_loss`."""
+    def forward(
+        self,
+        scores: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Loss of a batch; arguments as in :func:`zlpr_loss`.
+
+        With ``num_items_in_batch`` the call is that of transformers' Trainer, ``Trainer(compute_loss_func=criterion)``:
+        ``scores`` are the outputs of the model, and :func:`zlpr_compute_loss` takes over.
+        """
+        if num_items_in_batch is not None or not isinstance(scores, Tensor):
+            from kexue.losses.trainer_glue import zlpr_compute_loss  # it imports this module
+
+            return zlpr_compute_loss(scores, target, num_items_in_batch, criterion=self, mask=mask)
         if not self.label_smoothing:
             return zlpr_loss(
                 scores, target, threshold=self.threshold, indices=self.indices, ignore_index=self.ignore_index,
