@@ -53,8 +53,8 @@ def fold(text: str) -> str:
     """Full width to half width, lower case, composed characters.
 
     Example:
-        >>> fold("Hello,世界")
-        'hello,世界'
+        >>> fold("\\uff28ello\\uff0c\u4e16\u754c")
+        'hello,\u4e16\u754c'
     """
     return unicodedata.normalize("NFC", text.translate(_HALF_WIDTH).lower())
 
