@@ -53,8 +53,8 @@ def fold(text: str) -> str:
     """Full width to half width, lower case, composed characters.
 
     Example:
-        >>> fold("\\uff28ello\\uff0c\u4e16\u754c")
-        'hello,\u4e16\u754c'
+        >>> fold("\\uff28ello\\uff0c世界")
+        'hello,世界'
     """
     return unicodedata.normalize("NFC", text.translate(_HALF_WIDTH).lower())
 
