@@ -13,6 +13,7 @@ from kexue.tasks._cosines import block_rows, cosines, distinct_rows, top_of_bloc
 
 LARGE = 100_000  # vectors above which usearch is worth its building time, if it is installed
 FETCH = 4  # times k: candidates of the graph, whose cosines are then computed exactly
+BREADTH = 256  # nodes that a search of the graph keeps in sight; its recall grows with it, and so does its time
 SAMPLE = 500  # stored vectors whose neighbours are compared with the exact ones
 
 
@@ -122,7 +123,7 @@ class VectorIndex:
 def _build(vectors: NDArray[np.float32]) -> Any:
     from usearch.index import Index
 
-    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
+    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32", expansion_search=BREADTH)
     graph.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=1)  # one thread: the same graph every time
     return graph
 
@@ -134,4 +135,5 @@ def _restore(path: Path, vectors: NDArray[np.float32]) -> Any:
     if graph is None or len(graph) != len(vectors) or graph.ndim != vectors.shape[1]:
         found = "no graph" if graph is None else f"one of {len(graph)} vectors of width {graph.ndim}"
         raise ValueError(f"{path}: expected a graph of {len(vectors)} vectors of width {vectors.shape[1]}; got {found}")
+    graph.expansion_search = BREADTH  # not part of the file
     return graph
