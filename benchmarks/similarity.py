@@ -76,7 +76,7 @@ def training() -> list[Table]:
     return tables
 
 
-def inference(count: int = 100_000) -> Table:
+def inference(count: int = 20_000) -> Table:
     model, given = encoder(3000), texts(count, 3000, 32)
     by_length = sorted(given, key=len)
 
