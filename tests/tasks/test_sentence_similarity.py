@@ -150,6 +150,19 @@ def test_more_answers_than_texts_and_equal_texts_in_their_order(fitted):
     assert other.index([]).query("ok") == []
 
 
+def test_many_answers_are_the_few_answers_and_more(monkeypatch):
+    from kexue.tasks import _vector_index
+
+    index = VectorIndex(np.random.default_rng(0).integers(0, 2, (50, 3)).astype(np.float32))  # ties everywhere
+    queries = index.vectors[:7]
+    few = [index.search(queries, k) for k in (1, 20, 99)]
+    monkeypatch.setattr(_vector_index, "MANY", 0)
+    for k, (positions, scores) in zip((1, 20, 99), few, strict=True):
+        sorted_positions, sorted_scores = index.search(queries, k)
+        assert np.array_equal(positions, sorted_positions)
+        assert np.array_equal(scores, sorted_scores)
+
+
 def test_validation_groups_choose_the_threshold():
     held_out = (["the age", "age of you", "good", "morning"], [1, 1, 2, 2])
     sim = small(epochs=10).fit(TEXTS, GROUPS, validation=held_out)
