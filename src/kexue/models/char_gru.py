@@ -124,7 +124,9 @@ class CharGRUEncoder(nn.Module):
             return self.embedding.weight.new_zeros(ids.shape[0], self.d)
         ids, filled = ids.long(), (lengths > 0).to(ids.device)
         lengths = lengths.clamp(min=1)
-        if ids.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        dtype = self.embedding.weight.dtype
+        own = ids.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        if own and not torch.is_autocast_enabled("cpu"):
             state = self._last_states(ids, lengths)
         else:
             embedded = self.embedding(ids)

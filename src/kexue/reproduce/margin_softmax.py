@@ -21,9 +21,6 @@ the rest; otherwise "not reproduced".
 from __future__ import annotations
 
 import math
-import random
-import re
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -33,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue.losses import MarginSoftmax
+from kexue.reproduce._paraphrases import paraphrases
 from kexue.reproduce.runner import Measurement, Verdict
 
 CLAIM = (
@@ -98,27 +96,6 @@ def _digits(margin: float, seed: int, epochs: int) -> float:
     return float((label[nearest] != label).float().mean())
 
 
-def _paraphrases(groups: int, per_group: int, seed: int) -> list[list[str]]:
-    """Groups of noisy copies of six consecutive words of the text that ships with Python."""
-    rng = random.Random(seed)
-    words = re.findall(r"[A-Za-z_]{2,}", " ".join(topics.values()))
-    made = []
-    for start in rng.sample(range(0, len(words) - 8, 8), groups):
-        base = [word.lower() for word in words[start : start + 6]]
-        copies = []
-        for _ in range(per_group):
-            kept = [word for word in base if rng.random() > 0.25] or base[:1]
-            if rng.random() < 0.6 and len(kept) > 1:
-                i = rng.randrange(len(kept) - 1)
-                kept[i], kept[i + 1] = kept[i + 1], kept[i]
-            kept = ["".join(c for c in word if rng.random() > 0.06) or word for word in kept]
-            if rng.random() < 0.5:
-                kept.insert(rng.randrange(len(kept) + 1), rng.choice(words).lower())
-            copies.append(" ".join(kept))
-        made.append(copies)
-    return made
-
-
 def _encode(groups: list[list[str]], length: int = 40) -> tuple[Tensor, Tensor]:
     known = {c: i + 2 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz_ ")}  # 0 pads, 1 is unknown
     texts = [(text, label) for label, group in enumerate(groups) for text in group]
@@ -146,7 +123,7 @@ class _CharGRU(nn.Module):
 @torch.random.fork_rng(devices=[])  # the caller's random state stays as it was
 def _top1(margin: float, seed: int, train: int = 800, valid: int = 300, epochs: int = 16, width: int = 64) -> float:
     """Share of validation sentences whose nearest other sentence is of their group."""
-    groups = _paraphrases(train + valid, 4, seed)
+    groups = paraphrases(train + valid, 4, seed)
     (x, y), (vx, vy) = _encode(groups[:train]), _encode(groups[train:])
     torch.manual_seed(seed)
     encoder = _CharGRU(width)

@@ -70,37 +70,77 @@ def block_rows(columns: int, itemsize: int) -> int:
     return int(min(1024, max(16, BLOCK_BYTES // max(1, columns * itemsize))))
 
 
-@njit(cache=True, nogil=True)
-def scan_block(block, first, group, starts, members, best, rank, top, hit):  # type: ignore[no-untyped-def]
-    """For each query of a block: the rank of its best sibling, its highest cosine, and whether that one is a sibling.
+def rounding_bound(width: int) -> float:
+    """Largest error of a cosine of unit rows (D,) computed in float32: of the entries, the products and their sum."""
+    return (width + 6) * 2.0**-24
 
-    block (b, N): query ``first + i`` against all rows. group (N,): group of each row; the rows of group g are
-    ``members[starts[g]:starts[g + 1]]``, ascending. Of equal cosines the lower row counts as higher; the query itself
-    is left out by its number. best, rank, top, hit (N,) receive the results; rank 0: it has no sibling.
+
+GRID = 2.0**40  # cosines of the exact kind are rounded to 1 / GRID: the same value by another way is a tie
+
+
+@njit(inline="always")
+def _exact(a, b):  # type: ignore[no-untyped-def]
+    """Cosine of two unit rows in float64, to 12 digits."""
+    total = 0.0
+    for d in range(a.size):
+        total += a[d] * b[d]
+    return min(1.0, max(-1.0, np.round(total * GRID) / GRID))
+
+
+@njit(cache=True, nogil=True)
+def scan_block(block, first, group, starts, members, units, inverse, error, rank, top):  # type: ignore[no-untyped-def]
+    """For each query of a block the rank of its best sibling and its highest cosine, both as in float64.
+
+    block (b, N): query ``first + i`` against all rows, in float32, right to ``error``; where that does not settle an
+    order, the cosine is computed again from ``units[inverse[j]]``, the distinct rows in float64. group (N,): group of
+    each row; the rows of group g are ``members[starts[g]:starts[g + 1]]``, ascending. Of equal cosines the lower row
+    counts as higher; the query itself is left out by its number. rank and top (N,) receive the results; rank 0: the
+    query has no sibling.
     """
+    known = np.empty(len(units))
+    known_for = np.full(len(units), -1)
     for i in range(block.shape[0]):
         query, row = first + i, block[i]
+        row[query] = -3
         g = group[query]
-        place = -1
+        if starts[g + 1] - starts[g] < 2:
+            continue
+        me = units[inverse[query]]
+        high = np.float32(-3)
+        for m in range(starts[g], starts[g + 1]):
+            high = max(high, row[members[m]])
+        best, place = -3.0, -1
         for m in range(starts[g], starts[g + 1]):
             j = members[m]
-            if j != query and (place < 0 or row[j] > row[place]):
-                place = j
-        if place < 0:
-            continue
-        score = row[place]
-        own = row[query]
-        row[query] = -2
-        above = 0
+            if j != query and row[j] >= high - 2 * error:
+                u = inverse[j]
+                if known_for[u] != query:
+                    known[u], known_for[u] = _exact(me, units[u]), query
+                if known[u] > best:
+                    best, place = known[u], j
+        low, up = np.float32(best - error), np.float32(best + error)
+        above, near = 0, 0
         for j in range(row.size):
-            above += row[j] > score
-        for j in range(place):  # siblings with this score stand behind ``place``
-            above += row[j] == score
-        highest = row[0]
-        for j in range(1, row.size):
-            highest = max(highest, row[j])
-        row[query] = own
-        best[query], rank[query], top[query], hit[query] = score, above + 1, highest, above == 0
+            above += row[j] > up
+            near += row[j] >= low
+        if near > above + 1:  # more than the sibling itself
+            for j in range(row.size):
+                if low <= row[j] <= up and j != place:
+                    u = inverse[j]
+                    if known_for[u] != query:
+                        known[u], known_for[u] = _exact(me, units[u]), query
+                    above += known[u] > best or (known[u] == best and j < place)
+        rank[query], top[query] = above + 1, best
+        if above > 0:
+            high = row[0]
+            for j in range(1, row.size):
+                high = max(high, row[j])
+            for j in range(row.size):
+                if row[j] >= high - 2 * error and j != query:
+                    u = inverse[j]
+                    if known_for[u] != query:
+                        known[u], known_for[u] = _exact(me, units[u]), query
+                    top[query] = max(top[query], known[u])
 
 
 @njit(cache=True, nogil=True)

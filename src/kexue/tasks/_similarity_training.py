@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kexue.tasks.sentence_similarity import SentenceSimilarity
 
 POOL = 50  # batches among which texts of similar length are brought together
+START = 0.05  # of the class vectors' entries: only their direction counts, and Adam's steps turn a short vector faster
 
 
 class _Classifier(nn.Module):
@@ -52,6 +53,7 @@ class Run:
             with torch.no_grad():
                 width = vectors(np.zeros(1, np.int64)).shape[1]
             head = MarginSoftmax(width, classes, owner.kind, owner.scale, owner.margin, owner.sample_rate)
+            nn.init.normal_(head.weight, std=START)
         self.classifier = _Classifier(self.encoder.module, head.to(device), vectors, labels)
         self.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=float(owner.lr))
         self._epoch = lru_cache(2)(lambda epoch: _batches(lengths, int(owner.batch_size), seed, epoch))

@@ -13,6 +13,8 @@ from kexue.tasks._cosines import block_rows, cosines, distinct_rows, top_of_bloc
 
 LARGE = 100_000  # vectors above which usearch is worth its building time, if it is installed
 FETCH = 4  # times k: candidates of the graph, whose cosines are then computed exactly
+BREADTH = 256  # nodes that a search of the graph keeps in sight; its recall grows with it, and so does its time
+MANY = 200  # answers above which sorting everything beats keeping the best in order
 SAMPLE = 500  # stored vectors whose neighbours are compared with the exact ones
 
 
@@ -89,7 +91,12 @@ class VectorIndex:
         kernel: Any = top_of_block
         for first in range(0, len(queries), size):
             part = slice(first, first + size)
-            kernel(cosines(queries[part], *self._distinct), positions[part], scores[part])
+            block = cosines(queries[part], *self._distinct)
+            if k <= MANY:
+                kernel(block, positions[part], scores[part])
+            else:
+                positions[part] = np.argsort(-block, axis=1, kind="stable")[:, :k]
+                scores[part] = np.take_along_axis(block, positions[part], 1)
         return positions, scores
 
     def _through_graph(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -122,7 +129,7 @@ class VectorIndex:
 def _build(vectors: NDArray[np.float32]) -> Any:
     from usearch.index import Index
 
-    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
+    graph = Index(ndim=vectors.shape[1], metric="ip", dtype="f32", expansion_search=BREADTH)
     graph.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=1)  # one thread: the same graph every time
     return graph
 
@@ -130,7 +137,7 @@ def _build(vectors: NDArray[np.float32]) -> Any:
 def _restore(path: Path, vectors: NDArray[np.float32]) -> Any:
     from usearch.index import Index
 
-    graph = Index.restore(str(path))
+    graph = Index.restore(str(path), expansion_search=BREADTH)  # which is not part of the file
     if graph is None or len(graph) != len(vectors) or graph.ndim != vectors.shape[1]:
         found = "no graph" if graph is None else f"one of {len(graph)} vectors of width {graph.ndim}"
         raise ValueError(f"{path}: expected a graph of {len(vectors)} vectors of width {vectors.shape[1]}; got {found}")

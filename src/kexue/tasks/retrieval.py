@@ -14,8 +14,8 @@ group.
 
 What we do differently, and why: the usual code sorts the whole N x N matrix. A rank is a count, so each block of rows
 is passed once and nothing is sorted. A query is left out of its own answers by its number, not by its cosine of 1,
-which other rows may have too; of equal cosines the row with the higher number loses; equal rows are computed once, so
-that their ties are exact and do not depend on how a matrix product rounds.
+which other rows may have too. Of equal cosines the row with the higher number loses, and equal means equal: the product
+is computed in float32, and wherever its rounding could decide an order, again in float64 to 12 digits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kexue._checks import check_int, check_real
-from kexue.tasks._cosines import block_rows, cosines, distinct_rows, scan_block, unit_rows
+from kexue.tasks._cosines import block_rows, cosines, distinct_rows, rounding_bound, scan_block, unit_rows
 
 __all__ = ["retrieval_report"]
 
@@ -40,8 +40,8 @@ def retrieval_report(
     Time is O(N^2 D), memory O(N D) and about 32 MB for a block of cosines (16 rows of N if those need more).
 
     Args:
-        vectors: (N, D) array or tensor of any length and real dtype; float64 and wide integers are computed in float64,
-            all else in float32. A row of zeros has cosine 0 with everything.
+        vectors: (N, D) array or tensor of any real dtype, rows of any length. A row of zeros has cosine 0 with
+            everything.
         groups: N hashable values; rows with equal values belong together. A row that is alone in its group queries
             nothing but is among the answers of the others.
         ks: The n of the top-n figures.
@@ -77,17 +77,18 @@ def retrieval_report(
     queries = counts[names] > 1
     if not queries.any():
         raise ValueError(f"at least one group must have two rows; got {len(rows)} rows in {len(counts)} groups")
-    units = unit_rows(rows)
-    distinct, inverse = distinct_rows(units)
-    n = len(units)
-    best, top = np.zeros(n, units.dtype), np.zeros(n, units.dtype)
-    rank, hit = np.zeros(n, np.int64), np.zeros(n, np.bool_)
-    size = block_rows(n, units.itemsize)
+    units, inverse = distinct_rows(unit_rows(rows))
+    fast = units.astype(np.float32)
+    n, error = len(rows), rounding_bound(units.shape[1])
+    every = np.arange(n) if inverse is None else inverse
+    rank, top = np.zeros(n, np.int64), np.zeros(n)
+    size = block_rows(n, 4)
     kernel: Any = scan_block
     for first in range(0, n, size):
-        block = cosines(units[first : first + size], distinct, inverse)
-        kernel(block, first, names, starts, members, best, rank, top, hit)
-    rank, top, hit = rank[queries], top[queries], hit[queries]
+        block = cosines(fast[every[first : first + size]], fast, inverse)
+        kernel(block, first, names, starts, members, units, every, error, rank, top)
+    rank, top = rank[queries], top[queries]
+    hit = rank == 1
     report: dict[str, Any] = {f"top{k}": float((rank <= k).mean()) for k in ks}
     report |= {
         "mean_rank": float(rank.mean()),
@@ -97,17 +98,19 @@ def retrieval_report(
         "groups": len(counts),
         "threshold_curve": {key: value.tolist() for key, value in _curve(top, hit, curve_at).items()},
     }
-    every = _curve(top, hit, np.unique(top.astype(np.float64))[::-1])
-    place = int(every["f1"].argmax())
-    report["best_threshold"] = float(every["threshold"][place])
-    return report | {f"best_{key}": float(every[key][place]) for key in ("f1", "coverage", "precision", "accuracy")}
+    every_score = _curve(top, hit, np.unique(top)[::-1])
+    place = int(every_score["f1"].argmax())
+    report["best_threshold"] = float(every_score["threshold"][place])
+    return report | {
+        f"best_{key}": float(every_score[key][place]) for key in ("f1", "coverage", "precision", "accuracy")
+    }
 
 
 def _curve(top: NDArray[Any], hit: NDArray[np.bool_], thresholds: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
     """The columns of the curve for thresholds in any order."""
     order = np.argsort(top, kind="stable")
     right_below = np.concatenate([[0], np.cumsum(hit[order])])
-    below = np.searchsorted(top[order].astype(np.float64), thresholds, side="left")
+    below = np.searchsorted(top[order], thresholds, side="left")
     n, rights = len(top), int(hit.sum())
     answered, right = n - below, rights - right_below[below]
     precision = np.where(answered > 0, right / np.maximum(answered, 1), 1.0)
@@ -124,7 +127,7 @@ def _curve(top: NDArray[Any], hit: NDArray[np.bool_], thresholds: NDArray[np.flo
 
 
 def _vectors(vectors: Any) -> NDArray[Any]:
-    """(N, D) float32 or float64, finite."""
+    """(N, D) float64, finite."""
     if hasattr(vectors, "detach"):  # a tensor, which may have a gradient, be on another device, or be bfloat16
         vectors = vectors.detach()
         vectors = (vectors.float() if str(vectors.dtype) == "torch.bfloat16" else vectors).cpu().numpy()
@@ -136,8 +139,7 @@ def _vectors(vectors: Any) -> NDArray[Any]:
         raise TypeError(f"vectors must be real numbers; got dtype {rows.dtype}")
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"vectors must have shape (N, D), D at least 1; got {rows.shape}")
-    wide = rows.dtype.itemsize > (4 if rows.dtype.kind == "f" else 2)
-    rows = rows.astype(np.float64 if wide else np.float32, copy=False)
+    rows = rows.astype(np.float64, copy=False)
     if not np.isfinite(rows).all():
         place = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise ValueError(f"vectors must be finite; row {place} holds NaN or infinity")

@@ -53,7 +53,7 @@ def fold(text: str) -> str:
     """Full width to half width, lower case, composed characters.
 
     Example:
-        >>> fold("Hello,世界")
+        >>> fold("\\uff28ello\\uff0c世界")
         'hello,世界'
     """
     return unicodedata.normalize("NFC", text.translate(_HALF_WIDTH).lower())
