@@ -48,7 +48,7 @@ def table(folder):
 
 @pytest.fixture(scope="module")
 def model(folder, table):
-    result = kexue("similarity", "train", table, "--out", folder / "model", "--dim", 32, "--epochs", 60, "--json")
+    result = kexue("similarity", "train", table, "--out", folder / "model", "--dim", 32, "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout), folder / "model"
 
