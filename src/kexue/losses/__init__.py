@@ -6,6 +6,18 @@ from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, Info
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
+from kexue.losses.smooth_functions import (
+    smooth_abs,
+    smooth_max,
+    smooth_min,
+    smooth_relu,
+    smooth_step,
+    soft_argmax,
+    soft_onehot,
+)
+from kexue.losses.smooth_metrics import SmoothF1Loss, smooth_accuracy_loss, smooth_f1_loss
+from kexue.losses.soft_topk import soft_topk
+from kexue.losses.switch_loss import SwitchLoss
 
 __all__ = [
     "ClassDiameter",
@@ -15,6 +27,8 @@ __all__ = [
     "InfoNCELoss",
     "MarginSchedule",
     "MarginSoftmax",
+    "SmoothF1Loss",
+    "SwitchLoss",
     "auto_scale",
     "class_diameter",
     "contrastive_diagnostics",
@@ -26,4 +40,14 @@ __all__ = [
     "margin_softmax_loss",
     "nt_xent",
     "ranking_certificate",
+    "smooth_abs",
+    "smooth_accuracy_loss",
+    "smooth_f1_loss",
+    "smooth_max",
+    "smooth_min",
+    "smooth_relu",
+    "smooth_step",
+    "soft_argmax",
+    "soft_onehot",
+    "soft_topk",
 ]
