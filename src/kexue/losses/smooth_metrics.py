@@ -346,9 +346,9 @@ class SmoothF1Loss(nn.Module):
             raise ValueError(f"logits must have {self.num_classes} classes; got {sums.shape[1]}")
         if self.momentum is not None and self.training:
             sums = self.momentum * self.running.to(sums) + (1 - self.momentum) * sums
-            with torch.no_grad():
-                self.running.copy_(sums)
-                self.num_batches.add_(1)
+            # Not in place: the backward pass of a compiled graph would see the later value.
+            self.running = sums.detach().to(self.running.dtype)
+            self.num_batches = self.num_batches + 1
             sums = (sums / (1 - self.momentum ** self.num_batches.double())).to(sums.dtype)
         hits, count, mass = sums.unbind()
         return _f_loss(hits, count, mass, self.beta, self.smooth)

@@ -265,7 +265,7 @@ def soft_topk(
             row = int(short.int().argmax())
             found = f"row {row} has {int(count[row])}, k is {int(wanted[row])}"
             raise ValueError(f"k must not exceed the entries that take part; {found}")
-    if method == "recursive":
+    if method == "recursive" and int(k) > 0:
         p = _recursive(rows, int(k), sharp)
     else:
         p = _sigmoid(rows, torch.minimum(wanted, count), count, absent, sharp)
