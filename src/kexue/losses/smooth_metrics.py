@@ -66,12 +66,12 @@ class _Miss(torch.autograd.Function):
 
 
 class _BinaryMiss(torch.autograd.Function):
-    """|t - sigmoid(x)|, computed as sigmoid of the signed logit."""
+    """|t - sigmoid(x)|: sigmoid of x with the sign that makes it the probability of the other class."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        x = logits.to(compute_dtype(logits))
-        miss = torch.sigmoid(torch.where(labels > 0, -x, x))
+        dtype = compute_dtype(logits)
+        miss = _sign(labels, dtype).mul_(logits.to(dtype)).sigmoid_()
         ctx.save_for_backward(miss, labels, logits)
         return miss.clone()
 
@@ -79,8 +79,18 @@ class _BinaryMiss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         miss, labels, logits = ctx.saved_tensors
-        slope = grad * miss * (1 - miss)
-        return torch.where(labels > 0, -slope, slope).to(logits.dtype), None
+        slope = torch.addcmul(miss, miss, miss, value=-1).mul_(_sign(labels, miss.dtype)).mul_(grad)
+        return slope.to(logits.dtype), None
+
+
+def _bits(labels: Tensor) -> Tensor:
+    """Bool as uint8, which torch converts ten times faster."""
+    return labels.view(torch.uint8) if labels.dtype == torch.bool and not torch.compiler.is_compiling() else labels
+
+
+def _sign(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 for label 0, -1 for label 1."""
+    return labels.to(dtype, copy=True).mul_(-2).add_(1)
 
 
 def smooth_accuracy_loss(logits: Tensor, y: Tensor, *, reduction: str = "mean", validate: bool = True) -> Tensor:
@@ -116,7 +126,7 @@ def smooth_accuracy_loss(logits: Tensor, y: Tensor, *, reduction: str = "mean", 
         raise ValueError("logits must be (..., C) or (N,); got a scalar")
     if isinstance(y, Tensor) and logits.dim() == 1 and y.dim() == 1:
         check_labels(y.int() if y.dtype == torch.bool else y, tuple(logits.shape), 2, validate)
-        return reduce_loss(_BinaryMiss.apply(logits, y), reduction)
+        return reduce_loss(_BinaryMiss.apply(logits, _bits(y)), reduction)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits need at least one class; got shape {tuple(logits.shape)}")
     check_labels(y, tuple(logits.shape[:-1]), logits.shape[-1], validate)
@@ -133,15 +143,14 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(logits)
         p = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
-        sums = p.new_zeros(3, 1 if pooled else logits.shape[1])
-        scratch = _scratch(p)
+        hits, count, mass = p.new_zeros(3, 1 if pooled else logits.shape[1]).unbind()
         for x, t, out in _blocks(logits, target, p):
             out.copy_(x).sigmoid_() if x.dtype != dtype else torch.sigmoid(x, out=out)
             t = t.to(dtype)
-            for row, part in enumerate((torch.mul(out, t, out=scratch[: len(x)]), t, out)):
-                sums[row] += part.sum() if pooled else part.sum(0)
+            hits += torch.dot(out, t) if pooled else (out * t).sum(0)
+            count += t.sum() if pooled else t.sum(0)
+            mass += out.sum() if pooled else out.sum(0)
         ctx.save_for_backward(p, target, logits)  # the input: see once_differentiable
-        hits, count, mass = sums.unbind()
         ctx.mark_non_differentiable(count)
         return hits, count, mass
 
@@ -150,26 +159,19 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, by_hits: Tensor, by_count: Tensor, by_mass: Tensor) -> tuple[Tensor | None, ...]:
         p, target, logits = ctx.saved_tensors
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        scratch = _scratch(p)
         for q, t, out in _blocks(p, target, grad):
-            weight = torch.mul(t.to(p.dtype), by_hits, out=scratch[: len(q)]).add_(by_mass)
-            if out.dtype == q.dtype:
-                torch.addcmul(q, q, q, value=-1, out=out).mul_(weight)
-            else:
-                out.copy_(weight.mul_(torch.addcmul(q, q, q, value=-1)))
+            made = torch.mul(t.to(q.dtype), by_hits, out=out if out.dtype == q.dtype else None).add_(by_mass)
+            torch.ops.aten.sigmoid_backward.grad_input(made, q, grad_input=made)  # times p (1 - p), in one pass
+            if made is not out:
+                out.copy_(made)
         return grad, None, None
 
 
-def _rows(x: Tensor) -> int:
-    return max(1, BLOCK // max(x[:1].numel(), 1))
-
-
-def _scratch(p: Tensor) -> Tensor:
-    return torch.empty_like(p[: _rows(p)])
-
-
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(x.split(_rows(x)) for x in tensors), strict=True)
+    if tensors[0].numel() <= BLOCK:
+        return iter((tensors,))
+    rows = max(1, BLOCK // tensors[0][0].numel())
+    return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
 def _plain_sums(logits: Tensor, target: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,9 +213,11 @@ def _batch_sums(logits: Any, t: Any, average: str, validate: bool) -> tuple[Tens
         low, high = (float(v) for v in torch.aminmax(t))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"t must lie in [0, 1]; got values from {low:g} to {high:g}")
-    sums = _plain_sums if torch.compiler.is_compiling() else _Sums.apply
     flat = (-1,) if pooled else (-1, shape[-1])
-    return sums(logits.reshape(flat), t.detach().reshape(flat), pooled)
+    logits, t = logits.reshape(flat), t.detach().reshape(flat)
+    if torch.compiler.is_compiling():
+        return _plain_sums(logits, t, pooled)
+    return _Sums.apply(logits, _bits(t), pooled)
 
 
 def _check_options(beta: Any, average: Any, smooth: Any) -> None:
@@ -223,15 +227,34 @@ def _check_options(beta: Any, average: Any, smooth: Any) -> None:
     check_real("smooth", smooth, minimum=0.0)
 
 
+class _FLoss(torch.autograd.Function):
+    """The mean over classes of 1 - F, with its derivatives by the sums in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, hits: Tensor, count: Tensor, mass: Tensor, recall: float, extra: float, skip: bool) -> Tensor:
+        tiny = torch.finfo(hits.dtype).tiny  # all probabilities may underflow
+        below = (recall * count + extra).add_(mass, alpha=1 - recall).clamp_(min=tiny).reciprocal_()
+        f = (hits + extra) * below
+        loss, weight = 1 - f, below.div_(-len(f))
+        if skip:
+            absent = count == 0
+            loss, weight = loss.masked_fill_(absent, 0.0), weight.masked_fill_(absent, 0.0)
+        ctx.save_for_backward(
+            weight, f.mul_(weight).mul_(recall - 1), hits, mass
+        )  # the inputs: see once_differentiable
+        return loss.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_hits, by_mass, _, _ = ctx.saved_tensors
+        return grad * by_hits, None, grad * by_mass, None, None, None
+
+
 def _f_loss(hits: Tensor, count: Tensor, mass: Tensor, beta: float, smooth: float) -> Tensor:
     """1 - F from the sums, both parts of the fraction divided by 1 + beta^2; the mean over classes."""
     recall = beta * beta / (1 + beta * beta) if beta <= 1 else 1 / (1 + 1 / (beta * beta))  # the weight of sum t
-    extra = smooth * (1 - recall) if recall < 1 else smooth
-    below = recall * count + (1 - recall) * mass + extra
-    loss = 1 - (hits + extra) / below.clamp(min=torch.finfo(below.dtype).tiny)
-    if smooth == 0:
-        loss = torch.where(count > 0, loss, 0.0)
-    return loss.mean()
+    return _FLoss.apply(hits, count, mass, recall, smooth * (1 - recall) if recall < 1 else smooth, smooth == 0)
 
 
 def smooth_f1_loss(
