@@ -32,8 +32,8 @@ from kexue.losses.smooth_functions import check_axis, check_sharpness
 __all__ = ["soft_topk"]
 
 METHODS = ("sigmoid", "recursive")
-BLOCK = 1 << 19  # scores of a block: large enough for the calls on its row statistics not to count
-PART = 128  # entries summed in float32 before float64 takes over
+BLOCK = 1 << 17  # scores of a block, which stays in the L2 cache
+PART = 512  # entries summed in float32 before float64 takes over
 REACH = 30.0  # where |log T| gets beyond it, E is made again around the new threshold
 CEILING = 115.0  # of log2 E, so that E + T stays finite
 ROUNDS = 2200  # halvings from the widest bracket that float64 can hold; two to four are usual
@@ -59,17 +59,32 @@ def _start(y: Tensor, low: Tensor, count: Tensor, m: Tensor, sharp: float) -> tu
     return mean - torch.special.ndtri(m / count) * (variance + 2.9 / sharp**2).sqrt(), low
 
 
-def _solve(y: Tensor, m: Tensor, count: Tensor, sharp: float, q: Tensor, e: Tensor) -> None:
-    """Fill q (R, n) with sigmoid(K y - t), rows summing to m.
+def _exponentials(y: Tensor, centre: Tensor, rest: Tensor, sharp: float, rows: int, e: Tensor) -> None:
+    """Fill e with exp(K (y - centre) - rest), bounded above."""
+    middle = centre.to(y.dtype)[:, None]
+    more = (rest * LOG2E).clamp(-1e37, 1e37).to(y.dtype)[:, None] if bool(rest.any()) else None
+    for start in range(0, len(y), rows):
+        part = slice(start, start + rows)
+        out = torch.sub(y[part], middle[part], out=e[part]).mul_(sharp * LOG2E)
+        if more is not None:
+            out.sub_(more[part])
+        out.clamp_(max=CEILING).exp2_()
+
+
+def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tensor:
+    """sigmoid(K y - t), rows summing to m.
 
     Args:
-        y: (R, n), -inf = does not take part.
-        m: (R,) float64 in [0, count / 2].
-        count: (R,) float64, entries that take part.
+        y: (N, n), -inf = does not take part.
+        m: (N,) float64 in [0, count / 2].
+        count: (N,) float64, entries that take part.
         sharp: K.
-        q: Output.
-        e: Scratch of the same shape.
     """
+    e = torch.empty_like(y, memory_format=torch.contiguous_format)  # holds E, then the weights
+    if not y.shape[0]:
+        return e
+    rows = max(1, BLOCK // y.shape[1])
+    scratch = torch.empty_like(e[:rows])
     idle = m == 0
     m, count = torch.where(idle, 0.5, m), count.clamp(min=1)
     top, low = y.amax(1).double(), y.amin(1)
@@ -99,17 +114,17 @@ def _solve(y: Tensor, m: Tensor, count: Tensor, sharp: float, q: Tensor, e: Tens
             )
             rest, centre, d, fresh = rest + by - went, moved, d - by, True
         if fresh:
-            torch.sub(y, centre.to(y.dtype)[:, None], out=e).mul_(sharp * LOG2E)
-            if bool(rest.any()):
-                e.sub_((rest * LOG2E).clamp(-1e37, 1e37).to(y.dtype)[:, None])
-            e.clamp_(max=CEILING).exp2_()
+            _exponentials(y, centre, rest, sharp, rows, e)
             fresh = False
-        torch.add(e, d.exp().to(y.dtype)[:, None], out=q)
-        torch.div(e, q, out=q)
+        factor = d.exp().to(y.dtype)[:, None]
         if bool(done.all()):
             break
-        total = _total(q)
-        slope = _total(q.addcmul_(q, q, value=-1))
+        sums = []
+        for part, t in zip(e.split(rows), factor.split(rows), strict=True):
+            q = torch.add(part, t, out=scratch[: len(part)])
+            torch.div(part, q, out=q)
+            sums.append((_total(q), q.addcmul_(q, q, value=-1).sum(1).double()))
+        total, slope = (torch.cat(v) for v in zip(*sums, strict=True))
         high = total > m
         below = torch.where(high, torch.maximum(below, d), below)
         above = torch.where(high, above, torch.minimum(above, d))
@@ -122,18 +137,9 @@ def _solve(y: Tensor, m: Tensor, count: Tensor, sharp: float, q: Tensor, e: Tens
         exact = (total - m).abs() <= noise
         d = torch.where(done | exact, d, following)
         done |= exact | (sound & (step.abs() < near)) | narrow
-    if bool(idle.any()):
-        q.masked_fill_(idle[:, None], 0.0)
-
-
-def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tensor:
-    """sigmoid(K y - t) of (N, n) scores, rows summing to m; arguments as in ``_solve``."""
-    q = torch.empty_like(y, memory_format=torch.contiguous_format)
-    rows = max(1, BLOCK // y.shape[1])
-    scratch = y.new_empty(min(rows, y.shape[0]), y.shape[1])
-    for a, b, c, out in zip(y.split(rows), m.split(rows), count.split(rows), q.split(rows), strict=True):
-        _solve(a, b, c, sharp, out, scratch[: len(a)])
-    return q
+    for part, t in zip(e.split(rows), factor.split(rows), strict=True):
+        part.div_(torch.add(part, t, out=scratch[: len(part)]))
+    return e.masked_fill_(idle[:, None], 0.0) if bool(idle.any()) else e
 
 
 @torch.library.custom_op(

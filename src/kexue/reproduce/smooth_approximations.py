@@ -261,7 +261,7 @@ def measure(quick: bool, seed: int) -> Measurement:
             axis.axvline(turn, color="grey", linestyle=":", label="switch")
             axis.set_title(f"test F1 at threshold .5, {title}", fontsize=9)
             axis.set(xlabel="epoch")
-            axis.legend(fontsize=6)
+            axis.legend(fontsize=6, loc="upper left" if sets is runs else "lower right")
         if quick:
             panels[1, 1].axis("off")
 
