@@ -368,7 +368,7 @@ class SmoothF1Loss(nn.Module):
         if self.average == "macro" and self.num_classes not in (None, sums.shape[1]):
             raise ValueError(f"logits must have {self.num_classes} classes; got {sums.shape[1]}")
         if self.momentum is not None and self.training:
-            sums = self.momentum * self.running.to(sums) + (1 - self.momentum) * sums
+            sums = self.momentum * self.running.to(sums.dtype) + (1 - self.momentum) * sums
             # Not in place: the backward pass of a compiled graph would see the later value.
             self.running = sums.detach().to(self.running.dtype)
             self.num_batches = self.num_batches + 1

@@ -17,20 +17,19 @@
 Rule, fixed before measuring. The recursion is "unsound as stated" if it inverts rows and leaves [0, 1] while the
 threshold form does neither. The training holds if the fine-tuned model beats cross-entropy at threshold .5 on at least
 4 of 5 seeds at batch 500. "reproduced": bounds, recursion and training hold; "partly": bounds and one of the others;
-otherwise "not reproduced". The quick version has three seeds (at least 2 of 3) and no batch 16.
+otherwise "not reproduced". The quick version has three seeds (at least 2 of 3), a third of the logits in 5 and
+no training at batch 16.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import make_classification
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,13 +123,13 @@ def _gradients(seed: int, batch: int = 500) -> tuple[np.ndarray, dict[tuple[str,
     return grid, found
 
 
-def _bias(seed: int) -> dict[str, list[Any]]:
+def _bias(seed: int, size: int) -> dict[str, list[Any]]:
     """The batch's F1 loss against the whole sample's."""
     g = torch.Generator().manual_seed(seed)
-    t = (torch.rand(24_000, generator=g) < 0.03).float()
-    x = 1.5 * torch.randn(24_000, generator=g) - 4 + 3 * t
+    t = (torch.rand(size, generator=g) < 0.03).float()
+    x = 1.5 * torch.randn(size, generator=g) - 4 + 3 * t
     table: dict[str, list[Any]] = {"batch": [], "sums": [], "no positive": [], "loss": [], "gradient": [], "spread": []}
-    for batch, momentum in ((16, None), (16, 0.95), (64, None), (500, None), (24_000, None)):
+    for batch, momentum in ((16, None), (16, 0.95), (64, None), (500, None), (size, None)):
         loss = SmoothF1Loss(momentum)
         losses, slopes = [], []
         parts = torch.randperm(len(x), generator=g).split(batch)
@@ -178,10 +177,8 @@ def _train(loss: Loss, data: tuple[Tensor, ...], seed: int, batch: int, epochs: 
             value.backward()
             optimizer.step()
         with torch.no_grad():
-            decided = model(test).squeeze(1) > 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no positive decided: F1 is 0
-            curve.append(float(f1_score(labels.numpy(), decided.numpy())))
+            decided = (model(test).squeeze(1) > 0).float()
+        curve.append(2 * float(decided @ labels) / float(decided.sum() + labels.sum()))
     return curve
 
 
@@ -229,7 +226,7 @@ def measure(quick: bool, seed: int) -> Measurement:
             "logit": [float(grid[i]) for i in at],
             **{name: [float(v[i]) for i in at] for name, v in positive.items()},
         },
-        "F1 loss of a batch": _bias(seed),
+        "F1 loss of a batch": _bias(seed, 8000 if quick else 24_000),
         "test F1 at threshold .5, batch 500": {"seed": list(seeds), **final},
         "seeds on which F1 wins": wins,
     }
