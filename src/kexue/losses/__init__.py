@@ -10,6 +10,18 @@ from kexue.losses.linear_zlpr import LinearZLPR, linear_zlpr
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
 from kexue.losses.multilabel_head import MultiLabelHead, mixup_multilabel
 from kexue.losses.pair_loss import unified_pair_loss
+from kexue.losses.smooth_functions import (
+    smooth_abs,
+    smooth_max,
+    smooth_min,
+    smooth_relu,
+    smooth_step,
+    soft_argmax,
+    soft_onehot,
+)
+from kexue.losses.smooth_metrics import SmoothF1Loss, smooth_accuracy_loss, smooth_f1_loss
+from kexue.losses.soft_topk import soft_topk
+from kexue.losses.switch_loss import SwitchLoss
 from kexue.losses.trainer_glue import ZLPRTrainerMixin, compute_loss_func, zlpr_compute_loss
 from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
 
@@ -23,6 +35,8 @@ __all__ = [
     "MarginSchedule",
     "MarginSoftmax",
     "MultiLabelHead",
+    "SmoothF1Loss",
+    "SwitchLoss",
     "ZLPRLoss",
     "ZLPRTrainerMixin",
     "auto_scale",
@@ -40,6 +54,16 @@ __all__ = [
     "mixup_multilabel",
     "nt_xent",
     "ranking_certificate",
+    "smooth_abs",
+    "smooth_accuracy_loss",
+    "smooth_f1_loss",
+    "smooth_max",
+    "smooth_min",
+    "smooth_relu",
+    "smooth_step",
+    "soft_argmax",
+    "soft_onehot",
+    "soft_topk",
     "unified_pair_loss",
     "zlpr_compute_loss",
     "zlpr_loss",
