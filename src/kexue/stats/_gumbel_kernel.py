@@ -172,6 +172,12 @@ def invert_cdf(x: Tensor, u: Tensor, validate: bool) -> Tensor:
         running = (one - one.amax()).double().exp().cumsum(0)
         target = u.clamp(max=BELOW_ONE) * running[-1]
         return torch.searchsorted(running, target, right=True).clamp_(max=width - 1)
+    if width <= CHUNK:
+        wide = x.to(dtype)
+        top = wide.amax(1, keepdim=True)
+        if validate:
+            check_tops(top)
+        return _hit((wide - top).double().exp_(), u[:, None])[0].view(-1)
     groups = -(-width // CHUNK)
     sums, tops = x.new_empty(rows, groups, dtype=dtype), x.new_empty(rows, 1, dtype=dtype)
     blocks = list(row_blocks(x))

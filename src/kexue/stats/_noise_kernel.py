@@ -2,8 +2,8 @@
 
 The bits are those of sfc32 (Doty-Humphrey's small fast counter generator), sixteen independent lanes side by side,
 which is one vector register; a lane's period is at least 2^32 outputs because of its counter, 2^127 on average. With r
-a 32-bit output, u = (r + .5) 2^-32 and y = 1 - u = (~r + .5) 2^-32, both to full relative precision, E = -log y is taken
-from u where y is near 1 and from y elsewhere, so that E keeps its relative precision from 2^-33 to 33 log 2. The
+a 32-bit output, u = (r + .5) 2^-32 and y = 1 - u = (~r + .5) 2^-32, both to full relative precision, E = -log y is
+taken from u where y is near 1 and from y elsewhere, so that E keeps its relative precision from 2^-33 to 33 log 2. The
 logarithm is the polynomial of the C library musl (and of FreeBSD before it), good to 1e-7.
 """
 

@@ -1,7 +1,7 @@
 """Gumbel-max and Gumbel-softmax (重参数、Gumbel Softmax): samples of a categorical variable that pass gradients on.
 
-Source: 科学空间 6705 (漫谈重参数:从正态分布到Gumbel Softmax); Jang et al., https://arxiv.org/abs/1611.01144; Maddison et
-al., https://arxiv.org/abs/1611.00712; Rao-Blackwellised form: Paulus et al., https://arxiv.org/abs/2010.04838.
+Source: 科学空间 6705 (漫谈重参数:从正态分布到Gumbel Softmax); Jang et al., https://arxiv.org/abs/1611.01144;
+Maddison et al., https://arxiv.org/abs/1611.00712; Gumbel-Rao: Paulus et al., https://arxiv.org/abs/2010.04838.
 
     Gumbel-max      argmax_i (o_i + g_i) is a sample of softmax(o),  g_i = -log(-log u_i),  u_i ~ U(0, 1)
     Gumbel-softmax  softmax((o + g) / tau): smooth in o, one-hot and categorical in the limit tau -> 0
@@ -16,7 +16,7 @@ no gradient costs one uniform number for each row instead of C exponential ones;
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -144,6 +144,34 @@ def _check_tau(tau: Any) -> float:
     return max(HOTTEST, 1.0 / max(float(tau), 1.0 / COLDEST)) if tau > 0 else math.inf
 
 
+@overload
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float = ...,
+    hard: bool = ...,
+    dim: int = ...,
+    generator: torch.Generator | None = ...,
+    mask: Tensor | None = ...,
+    estimator: str = ...,
+    rao_samples: int = ...,
+    return_index: Literal[False] = ...,
+    *,
+    validate: bool = ...,
+) -> Tensor: ...
+@overload
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float = ...,
+    hard: bool = ...,
+    dim: int = ...,
+    generator: torch.Generator | None = ...,
+    mask: Tensor | None = ...,
+    estimator: str = ...,
+    rao_samples: int = ...,
+    *,
+    return_index: Literal[True],
+    validate: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 def gumbel_softmax(
     logits: Tensor,
     tau: float = 1.0,
