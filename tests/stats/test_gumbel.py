@@ -230,6 +230,30 @@ def test_rao_draws_the_same_sample_with_and_without_gradient():
     assert torch.equal(gumbel_softmax(x, estimator="rao", generator=seeded()), without)
 
 
+def test_autocast_and_inference_mode_change_nothing():
+    x, weight = logits_like(6, 9, dtype=torch.float32), logits_like(9, 4, dtype=torch.float32, seed=8)
+
+    def run():
+        y, out = gumbel_softmax(x, 0.5, generator=seeded()), st_embedding(x, weight, 0.5, seeded())
+        both = y.square().sum() + out.square().sum()
+        return y, out, *(torch.autograd.grad(both, (x, weight)) if both.requires_grad else ())
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(), plain, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(gumbel_softmax(x, 0.5, generator=seeded()), plain[0])
+        assert torch.equal(gumbel_max(x, generator=seeded()), gumbel_max(x.clone(), generator=seeded()))
+
+
+def test_graph_may_be_kept_and_used_twice():
+    x = logits_like(4, 5, dtype=torch.float32)
+    for estimator in ("st", "rao"):
+        loss = (gumbel_softmax(x, 0.5, True, generator=seeded(), estimator=estimator) * torch.arange(5.0)).sum()
+        first = torch.autograd.grad(loss, x, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), first)
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_embedding_equals_the_one_hot_times_the_weight(tau, dtype):
