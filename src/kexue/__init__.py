@@ -16,6 +16,7 @@ _ROOMS = (
     "losses",
     "models",
     "reproduce",
+    "stats",
     "training",
     "words",
     "workbench",
