@@ -11,12 +11,16 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _ROOMS = (
+    "attention",
     "catalog",
     "corpus",
+    "explain",
+    "generation",
     "losses",
     "models",
     "reproduce",
     "stats",
+    "tasks",
     "training",
     "words",
     "workbench",
