@@ -89,7 +89,7 @@ def combination_cross_entropy(
     """Cross-entropy of the target set among all sets of as many classes.
 
     Costs O(n k) with k the largest number of labels. Memory: one buffer of the size of the scores, and scratch of a few
-    MiB or, if that is more, of about 2 n log2(8 k) numbers (one row). Differentiable once.
+    MiB or, if that is more, of about 2 n log2(16 k) numbers (one row). Differentiable once.
 
     Args:
         scores: (..., n) logits; -inf excludes a class, which must not be a positive, and neither must a class at
