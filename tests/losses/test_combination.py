@@ -217,6 +217,25 @@ def test_rows_without_a_choice_have_loss_and_gradient_zero():
     assert torch.equal(scores.grad, torch.zeros(3, 2))
 
 
+def test_a_bound_beyond_the_number_of_classes_bounds_nothing():
+    scores, positive = rows(5)
+    pad = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for most in (5, 6, 10**12, 10**30):
+        loss = combination_cross_entropy(scores, positive, most, pad_score=pad)
+        results.append(torch.stack([loss.detach(), torch.autograd.grad(loss, pad)[0]]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_unvalidated_positives_that_take_no_part_are_left_out():
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0, 0.0]], requires_grad=True)
+    for options in ({}, {"pad_score": 0.5, "max_k": 2}):
+        loss = combination_cross_entropy(scores, torch.tensor([[1, 1, 0, 0]]), validate=False, **options)
+        same = combination_cross_entropy(scores, torch.tensor([[0, 1, 0, 0]]), **options)
+        assert torch.equal(loss, same)
+        assert torch.isfinite(torch.autograd.grad(loss, scores)[0]).all()
+
+
 def test_second_derivative_is_an_error():
     scores, positive = rows(5)
     (grad,) = torch.autograd.grad(combination_cross_entropy(scores, positive), scores, create_graph=True)
@@ -243,6 +262,8 @@ def test_second_derivative_is_an_error():
     ({"max_k": 1.5}, TypeError, "max_k"),
     ({"max_k": -1}, ValueError, "max_k"),
     ({"pad_score": float("nan")}, ValueError, "finite"),
+    ({"pad_score": 1e300}, ValueError, "finite in torch.float32"),
+    ({"pad_score": torch.tensor(1e300, dtype=torch.float64)}, ValueError, "finite in torch.float32"),
     ({"pad_score": torch.zeros(2, 1)}, ValueError, "pad_score"),
     ({"pad_score": torch.tensor([[torch.inf]])}, ValueError, "finite"),
     ({"reduction": "max"}, ValueError, "reduction"),

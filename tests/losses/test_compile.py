@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kexue.losses import MarginSoftmax, info_nce, margin_softmax_loss, nt_xent
+from kexue.losses import MarginSoftmax, info_nce, margin_softmax_loss, nt_xent, unified_pair_loss
 
 
 def inputs():
@@ -36,3 +36,13 @@ def test_options_compile_as_one_graph_and_give_the_same(name):
     value, expected = compiled(*leaves), function(*leaves)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.slow
+def test_a_number_that_varies_from_call_to_call_compiles():
+    scores, positive = torch.randn(4, 5, requires_grad=True), torch.eye(4, 5)
+    compiled = torch.compile(unified_pair_loss, fullgraph=True, backend="aot_eager")
+    for gamma in (1.0, 2.0, 2.5):  # the second value makes it symbolic
+        value, expected = compiled(scores, positive, gamma), unified_pair_loss(scores, positive, gamma)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(torch.autograd.grad(value, scores), torch.autograd.grad(expected, scores))

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from scipy import stats
@@ -42,6 +45,31 @@ def test_head_loss_equals_zlpr_of_its_scores_and_reaches_the_parameters():
 def test_head_rejects_sizes_that_are_none(arguments, error):
     with pytest.raises(error, match=r"in_features|num_labels"):
         MultiLabelHead(*arguments)
+
+
+def test_head_is_not_trained_at_another_threshold_than_it_decides_at():
+    head, h, target = MultiLabelHead(6, 4), torch.zeros(2, 6), torch.ones(2, 4)
+    for options in (
+        {"threshold": 1.0},
+        {"threshold": torch.zeros(2, 1)},
+        {"criterion": ZLPRLoss(threshold=-0.5)},
+        {"criterion": ZLPRLoss(learn_threshold=True)},
+    ):
+        with pytest.raises(ValueError, match="threshold must be 0"):
+            head.loss(h, target, **options)
+    with pytest.raises(TypeError, match="BCEWithLogitsLoss"):
+        head.loss(h, target, torch.nn.BCEWithLogitsLoss())
+    assert torch.equal(head.loss(h, target, threshold=0.0), head.loss(h, target))
+
+
+def test_copies_of_a_head_and_a_round_trip_of_its_state_score_alike():
+    torch.manual_seed(0)
+    head, h = MultiLabelHead(6, 4), torch.randn(3, 6)
+    other = MultiLabelHead(6, 4)
+    other.load_state_dict(head.state_dict())
+    for same in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), other):
+        assert torch.equal(same(h), head(h))
+        assert same.num_labels == 4
 
 
 def test_head_rejects_inputs_that_do_not_fit():

@@ -81,6 +81,42 @@ def test_extreme_scores_in_low_precision(dtype):
     torch.testing.assert_close(scores.grad, expected)
 
 
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+@pytest.mark.parametrize(("gamma", "margin"), [(1.0, 0.0), (64.0, 0.25)])
+def test_what_the_scores_have_in_common_costs_no_precision(offset, gamma, margin):
+    scores, positive = rows(count=16)
+    single = (scores.detach() + offset).float().requires_grad_()
+    double = single.detach().double().requires_grad_()
+    loss = unified_pair_loss(single, positive, gamma, margin, reduction="none")
+    expected = reference.pair_loss(double, positive, gamma, margin)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    (grad,), (wanted,) = torch.autograd.grad(loss.sum(), single), torch.autograd.grad(expected.sum(), double)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-6 * gamma)
+
+
+def test_scores_at_the_end_of_float32():
+    far = 3e38
+    scores = torch.tensor([[far, -far, 0.0], [-far, far, far], [far, far, far]], requires_grad=True)
+    target = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]])
+    loss = unified_pair_loss(scores, target, 8.0, reduction="none", validate=False)
+    assert torch.equal(loss, torch.zeros(3))
+    loss.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros(3, 3))
+
+
+def test_unvalidated_positives_that_take_no_part_are_left_out():
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 2.0]], requires_grad=True)
+    target = torch.tensor([[1, 0, 0], [1, 1, 0]])
+    loss = unified_pair_loss(scores, target, reduction="none", validate=False)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, torch.tensor([0.0, 1.0]).exp().log1p() * torch.tensor([0.0, 1.0]))
+    p = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(scores.grad, torch.tensor([[0.0, 0.0, 0.0], [0.0, -p, p]]))
+    mixed = torch.tensor([[torch.nan, 0.0, 0.0], [-torch.inf, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="take part"):  # a NaN elsewhere does not hide it
+        unified_pair_loss(mixed, target)
+
+
 def test_a_solved_row_keeps_its_gradient():
     scores = torch.tensor([[20.0, -20.0]], requires_grad=True)
     unified_pair_loss(scores, torch.tensor([[1, 0]])).backward()
@@ -109,6 +145,9 @@ def test_second_derivative_is_an_error():
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"gamma": 0.0}, ValueError, "gamma"),
     ({"gamma": float("nan")}, ValueError, "gamma"),
+    ({"gamma": 1e300}, ValueError, "gamma"),
+    ({"gamma": 1e-300}, ValueError, "gamma"),
+    ({"margin": -1e300}, ValueError, "margin"),
     ({"margin": float("inf")}, ValueError, "margin"),
     ({"margin": "1"}, TypeError, "margin"),
     ({"target": torch.tensor([[0.3, 0, 0]])}, ValueError, "zlpr_loss"),

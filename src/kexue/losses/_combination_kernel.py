@@ -170,7 +170,7 @@ def _block(x: Tensor, positive: Tensor, pad: Tensor | None, most: int, tree: _Tr
     free = (size > 0) & (size < finite)
     # Scores relative to the size-th largest (or the pad class, if that is higher): no precision is lost, however far
     # away the others are.
-    top = x.topk(max(1, min(most, n)), 1).values
+    top = x.topk(most, 1).values
     pivot = top.gather(1, (torch.minimum(size, finite) - 1).clamp(min=0).long()[:, None]).squeeze(1)
     pivot = torch.where(pivot == -math.inf, 0.0, pivot) if pad is None else torch.maximum(pivot, pad)
     x.sub_(pivot[:, None])
@@ -197,7 +197,7 @@ def _block(x: Tensor, positive: Tensor, pad: Tensor | None, most: int, tree: _Tr
         weights = (j == size).to(x.dtype)
         trivial = ~free
     else:
-        weights = torch.exp((j - most) * gap).masked_fill_(j > most, 0.0)
+        weights = torch.exp((j - most) * gap)
         trivial = finite == 0
     total = (weights * root).sum(0)
     loss = over.sum(1) + total.log() + exponent * math.log(2.0)
@@ -209,9 +209,8 @@ def _block(x: Tensor, positive: Tensor, pad: Tensor | None, most: int, tree: _Tr
 
     adjoint = weights.div_(total)
     if n == 1:
-        inner, outer = adjoint[1:2], adjoint[:1]
-        grad.copy_((leaves[1] * inner[0, :, None]) if inner.shape[0] else torch.zeros_like(grad))
-        grad[row, column] = -leaves[0, row, column] * outer[0, row]
+        torch.mul(leaves[1], adjoint[1, :, None], out=grad)
+        grad[row, column] = -leaves[0, row, column] * adjoint[0, row]
     else:
         above = tree.pull_back(adjoint)
         half = leaves.shape[2] // 2
@@ -240,7 +239,7 @@ def combination_pass(
         scores: (N, n); -inf takes no part.
         positive: (N, n) bool, the target set of each row.
         pad: (N,) score of the repeatable pad class, or None for sets of exactly the target's size.
-        most: Largest size of a set; -1 is the largest count of the batch.
+        most: Largest size of a set, at most n; -1 is the largest count of the batch.
         with_grad: Whether the gradient is wanted.
 
     Returns:
@@ -258,18 +257,17 @@ def combination_pass(
         raise ValueError(f"rows must have at most max_k={most} labels; got one with {largest}")
     if most == 0 or n == 0 or count == 0:
         return loss, grad.zero_()
-    degree = min(most, n)
     item = torch.finfo(dtype).bits // 8
     budget = BUDGET if scores.device.type == "cpu" else 64 * BUDGET
-    rows = max(1, min(count, budget // (item * (_Tree.size(n, degree) + 3 * n))))
-    tree = _Tree(loss, rows, n, degree, with_grad)
+    rows = max(1, min(count, budget // (item * (_Tree.size(n, most) + 3 * n))))
+    tree = _Tree(loss, rows, n, most, with_grad)
     for start in range(0, count, rows):
         start = min(start, count - rows)  # blocks are always full: the last may do some rows again
         block = slice(start, start + rows)
         loss[block] = _block(
             scores[block].to(dtype, copy=True),
             positive[block],
-            None if pad is None else pad[block].to(dtype),
+            None if pad is None else pad[block],
             most,
             tree,
             grad[block] if with_grad else None,

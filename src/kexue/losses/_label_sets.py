@@ -20,7 +20,8 @@ def split_labels(
     """Check scores, target and mask of a loss over sets of labels.
 
     Returns:
-        The scores, -inf where the mask is False, and the positives (..., n) bool.
+        The scores, -inf where the mask is False, and the positives (..., n) bool. Not validated, positives that take no
+        part are left out.
     """
     _check_scores(scores)
     check_ignore(ignore_index)
@@ -47,8 +48,10 @@ def split_labels(
     if (
         validate
         and scores.numel()
-        and float(scores.detach().amin()) <= MASKED
+        and not float(scores.detach().amin()) > MASKED  # written so that a NaN elsewhere hides nothing
         and bool(positive[scores <= MASKED].any())
     ):
         refuse_masked()
+    if not validate:
+        positive = positive & (scores != -math.inf)
     return scores, positive

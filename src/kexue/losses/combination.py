@@ -47,27 +47,30 @@ class _Combination(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made, scores, pad = ctx.saved_tensors
+        made, scores, _ = ctx.saved_tensors
         made = made * grad[:, None]
         of_scores = made.to(scores.dtype) if ctx.needs_input_grad[0] else None
-        of_pad = made.sum(1).neg().to(pad.dtype) if pad is not None and ctx.needs_input_grad[2] else None
+        of_pad = made.sum(1).neg() if ctx.needs_input_grad[2] else None
         return of_scores, None, of_pad, None
 
 
 def _pad_rows(pad_score: Any, scores: Tensor, validate: bool) -> Tensor:
     """The pad class's score of each row, (N,)."""
     rows = scores.shape[:-1]
+    dtype = compute_dtype(scores)
     if not isinstance(pad_score, Tensor):
         check_real("pad_score", pad_score)
-        return torch.full((math.prod(rows),), float(pad_score), dtype=compute_dtype(scores), device=scores.device)
+        if abs(float(pad_score)) > torch.finfo(dtype).max:
+            raise ValueError(f"pad_score must be finite in {dtype}; got {pad_score!r}")
+        return scores.new_full((math.prod(rows),), float(pad_score), dtype=dtype)
     if not pad_score.is_floating_point():
         raise TypeError(f"pad_score must be a number or a floating tensor; got dtype {pad_score.dtype}")
     try:
-        pad = pad_score.expand(*rows, 1)
+        pad = pad_score.to(dtype).expand(*rows, 1)
     except RuntimeError:
         raise ValueError(f"pad_score must broadcast to {(*rows, 1)}; got shape {tuple(pad_score.shape)}") from None
-    if validate and not torch.compiler.is_compiling() and not bool(torch.isfinite(pad_score).all()):
-        raise ValueError("pad_score must be finite; got an infinite or NaN value")
+    if validate and not torch.compiler.is_compiling() and not bool(torch.isfinite(pad).all()):
+        raise ValueError(f"pad_score must be finite in {dtype}; got an infinite or NaN value")
     return pad.reshape(-1)
 
 
@@ -85,12 +88,12 @@ def combination_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the target set among all sets of as many classes.
 
-    Costs O(n k) with k the largest number of labels; a few MiB of scratch and one buffer of the size of the scores;
-    differentiable once.
+    Costs O(n k) with k the largest number of labels. Memory: one buffer of the size of the scores, and scratch of a few
+    MiB or, if that is more, of about 2 n log2(16 k) numbers (one row). Differentiable once.
 
     Args:
-        scores: (..., n) logits; -inf excludes a class, which must not be a positive. fp16 and bf16 are computed in
-            float32.
+        scores: (..., n) logits; -inf excludes a class, which must not be a positive, and neither must a class at
+            -1e12, which common code takes for -inf. fp16 and bf16 are computed in float32.
         target: (..., n) multi-hot, bool or 0 and 1 of any dtype; with ``indices`` (..., k) integers. Rows may have
             unequal numbers of labels.
         max_k: Bound on the number of labels of a row; None is the largest of the batch. Without ``pad_score`` the
@@ -98,12 +101,13 @@ def combination_cross_entropy(
         pad_score: None: a row with k labels chooses among sets of exactly k classes, and a row without labels has
             loss 0. A number, or a tensor that broadcasts to (..., 1): score of the pad class, which may be repeated,
             so that the row chooses among sets of up to ``max_k`` classes; then pass ``max_k``, for the loss depends
-            on it. 0 makes 0 the threshold of a single class.
+            on it (until it reaches n). 0 makes 0 the threshold of a single class.
         indices: The target lists the positives of each row; repetitions count once.
         ignore_index: Pads rows of indices.
         mask: Bool, broadcastable to the scores; True = takes part. A positive must take part.
         reduction: "none" (...), "mean" or "sum" over rows.
-        validate: Check the content of the target (a few reductions; never done under torch.compile).
+        validate: Check the content of the target (a few reductions; never done under torch.compile). When it is off,
+            a positive that takes no part is left out.
 
     Returns:
         The loss in float32 (float64 for float64 scores), never negative.
@@ -131,9 +135,7 @@ def combination_cross_entropy(
     scores, positive = split_labels(scores, target, indices, ignore_index, mask, validate)
     pad = None if pad_score is None else _pad_rows(pad_score, scores, validate)
     rows, classes = scores.shape[:-1], scores.shape[-1]
-    most = -1 if max_k is None else int(max_k)
-    if pad is None and most > classes:
-        most = classes  # sets of exactly k classes: a looser bound changes nothing
+    most = -1 if max_k is None else min(int(max_k), classes)  # a bound beyond the number of classes bounds nothing
     count = math.prod(rows)
     loss = _Combination.apply(scores.reshape(count, classes), positive.reshape(count, classes), pad, most)
     return reduce_loss(loss.reshape(rows), reduction)

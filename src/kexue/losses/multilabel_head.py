@@ -81,7 +81,16 @@ class MultiLabelHead(nn.Linear):
 
         Returns:
             The loss in float32 (float64 for float64 inputs).
+
+        Raises:
+            TypeError: A criterion of another kind.
+            ValueError: A threshold other than 0, at which the head would be trained but not decide.
         """
+        if criterion is not None and not isinstance(criterion, ZLPRLoss):
+            raise TypeError(f"criterion must be a ZLPRLoss or None; got {type(criterion).__name__}")
+        threshold = options.get("threshold", 0.0) if criterion is None else criterion.threshold
+        if isinstance(threshold, Tensor) or threshold != 0:
+            raise ValueError(f"threshold must be 0, where the head decides (its bias can be learned); got {threshold}")
         return (zlpr_loss if criterion is None else criterion)(self(h), target, **options)
 
     def predict(self, h: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from kexue.losses._label_sets import split_labels
 
 __all__ = ["unified_pair_loss"]
 
+FARTHEST = 1e30  # as far as float32 reaches
+
 
 def _top(u: Tensor, side: Tensor) -> Tensor:
     """Largest value of u within a side, 0 for a side without finite values."""
@@ -40,15 +42,19 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, positive: Tensor, gamma: float, margin: float) -> Tensor:
         u = scores.to(compute_dtype(scores))
-        u = torch.where(positive, -u, u + margin) * gamma
-        top_p, top_n = _top(u, positive), _top(u, ~positive)
-        u.sub_(torch.where(positive, top_p, top_n)).exp_()
+        negative = ~positive
+        u = torch.where(positive, -u, u)
+        top_p, top_n = _top(u, positive), _top(u, negative)
+        # Differences first, then the scale and the margin: what the scores have in common costs no precision.
+        u.sub_(torch.where(positive, top_p, top_n)).mul_(gamma).exp_()
         total_p = (u * positive).sum(-1, keepdim=True)
-        total_n = (u * ~positive).sum(-1, keepdim=True)
+        total_n = (u * negative).sum(-1, keepdim=True)
         # Each side becomes a distribution; the sign is that of the gradient.
         u.mul_(torch.where(positive, -gamma / total_p, gamma / total_n).nan_to_num_(0.0, 0.0, 0.0))
         ctx.save_for_backward(u, scores)
-        return ((total_p.log() + top_p) + (total_n.log() + top_n)).squeeze(-1)
+        value = total_p.log() + total_n.log() + (top_p + top_n + margin) * gamma
+        empty = (total_p == 0) | (total_n == 0)  # not left to -inf + value: the value may be inf
+        return value.masked_fill_(empty, -math.inf).squeeze(-1)
 
     @staticmethod
     @once_differentiable
@@ -74,8 +80,8 @@ def unified_pair_loss(
     One buffer of the size of the scores; differentiable once.
 
     Args:
-        scores: (..., n) logits; -inf excludes a class, which must not be a positive. fp16 and bf16 are computed in
-            float32.
+        scores: (..., n) logits; -inf excludes a class, which must not be a positive, and neither must a class at
+            -1e12, which common code takes for -inf. fp16 and bf16 are computed in float32.
         target: (..., n) multi-hot, bool or 0 and 1 of any dtype; with ``indices`` (..., k) integers.
         gamma: g, positive: how hard the largest violation dominates.
         margin: m, by how much positives shall exceed negatives; may be negative.
@@ -83,7 +89,8 @@ def unified_pair_loss(
         ignore_index: Pads rows of indices.
         mask: Bool, broadcastable to the scores; True = takes part. A positive must take part.
         reduction: "none" (...), "mean" or "sum" over rows.
-        validate: Check the content of the target (a few reductions; never done under torch.compile).
+        validate: Check the content of the target (a few reductions; never done under torch.compile). When it is off,
+            a positive that takes no part is left out.
 
     Returns:
         The loss in float32 (float64 for float64 scores); 0 with gradient 0 in a row without positives or negatives.
@@ -104,6 +111,11 @@ def unified_pair_loss(
     """
     check_real("gamma", gamma, above=0.0)
     check_real("margin", margin)
+    if not (1 / FARTHEST <= gamma <= FARTHEST and abs(margin) <= FARTHEST):
+        raise ValueError(
+            f"gamma must lie in [{1 / FARTHEST:g}, {FARTHEST:g}] and margin within {FARTHEST:g} of 0; "
+            f"got {gamma!r} and {margin!r}"
+        )
     check_choice("reduction", reduction, REDUCTIONS)
     scores, positive = split_labels(scores, target, indices, ignore_index, mask, validate)
     v = _Pairs.apply(scores, positive, float(gamma), float(margin))

@@ -12,7 +12,8 @@
 Rule, fixed before measuring, on means over the seeds. (a) ZLPR's micro-F1 at its natural threshold is above that of BCE
 by .01 at both C, and by more at the larger C. (b) It is within .005 of the best of the five losses at their natural
 thresholds, at both C. (c) Its subset accuracy is above those of focal loss, ASL and weighted BCE, at both C.
-"reproduced": all three; "partly": one or two of them; "not reproduced": none. Parts 2 and 3 are not judged.
+"reproduced": all three. (Settled after the first measurement: "partly" is one or two of them, "not reproduced" none.)
+Parts 2 and 3 are not judged.
 """
 
 from __future__ import annotations
