@@ -1,4 +1,5 @@
 import math
+import threading
 
 import pytest
 import torch
@@ -285,8 +286,9 @@ def test_class_zero_and_another_padding():
     padded = as_target(labels, 9, "indices")
     expected = reference.zlpr(scores, labels)
     torch.testing.assert_close(zlpr_loss(scores, padded, indices=True, reduction="none"), expected)
-    other = padded.masked_fill(padded == -1, 99).to(torch.int32)
-    torch.testing.assert_close(zlpr_loss(scores, other, indices=True, ignore_index=99, reduction="none"), expected)
+    for dtype in (torch.int32, torch.uint8, torch.uint16):
+        other = padded.masked_fill(padded == -1, 99).to(dtype)
+        torch.testing.assert_close(zlpr_loss(scores, other, indices=True, ignore_index=99, reduction="none"), expected)
     reserved = padded.masked_fill(padded == -1, 0)  # the published form: class 0 is padding
     without = [[j for j in x if j] for x in labels]
     torch.testing.assert_close(
@@ -310,6 +312,27 @@ def test_inputs_are_left_alone_and_backward_runs_again():
         assert torch.equal(first, kept)
         for x, y in zip((scores.detach(), target, mask), before, strict=True):
             assert torch.equal(x, y)
+
+
+def test_two_threads_may_run_backward_through_one_graph(monkeypatch):
+    scores, labels = batch(dtype=torch.float32)
+    loss = loss_of(scores, labels, "indices")
+    made, finish = [], kernel.finish
+
+    def gradient():
+        made.append(torch.autograd.grad(loss, scores, retain_graph=True)[0])
+
+    def interrupted(*args):
+        monkeypatch.setattr(kernel, "finish", finish)
+        other = threading.Thread(target=gradient)
+        other.start()
+        other.join()
+        finish(*args)
+
+    monkeypatch.setattr(kernel, "finish", interrupted)
+    gradient()
+    want = torch.autograd.grad(loss_of(scores, labels, "indices"), scores)[0]
+    torch.testing.assert_close(made, [want] * 2)
 
 
 def test_without_gradient_no_buffer_is_made(monkeypatch):
@@ -356,6 +379,9 @@ def test_compiles_as_one_graph_and_gives_the_same(form):
         return zlpr_loss(s, target, indices=form == "indices", threshold=e, mask=mask)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    if form == "indices":  # torch.compile makes a number that changes between calls a symbol
+        for number in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(scores, number), function(scores, number))
     value, expected = compiled(scores, edge), function(scores, edge)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(
