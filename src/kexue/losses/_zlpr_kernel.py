@@ -384,7 +384,7 @@ def zlpr_pass(
     """Loss (N,), derivative by the threshold (N, 1), gradients of scores and target (empty where not wanted).
 
     ``ignore`` is the padding of label indices, or None for a dense target. With ``in_place`` the gradient overwrites
-    the scores, which must be contiguous (torch.compile makes a new tensor all the same).
+    the scores, which must be contiguous.
     """
     index = indices_of(target, ignore, needs[1])
     out = None
@@ -423,12 +423,22 @@ def _(scores, target, threshold, mask, coef, ignore, needs_scores, needs_target)
     return loss, slope, grad, target.new_empty(target.shape) if needs_target else scores.new_empty(0)
 
 
-def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(
+    scores: Tensor,
+    target: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    coef: Tensor | None,
+    ignore: int | None,
+    needs: tuple[bool, bool],
+    check: bool,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`zlpr_pass`; one opaque node while torch.compile traces, never in the precision of autocast."""
-    if torch.compiler.is_compiling():
-        return _zlpr_op(*args[:6], *args[6])
-    with torch.autocast(args[0].device.type, enabled=False):
-        return zlpr_pass(*args)
+    if torch.compiler.is_compiling():  # which looks at no values, and reuses memory as it sees fit
+        return _zlpr_op(scores, target, threshold, mask, coef, ignore, *needs)
+    with torch.autocast(scores.device.type, enabled=False):
+        return zlpr_pass(scores, target, threshold, mask, coef, ignore, needs, check, in_place)
 
 
 def prepare(

@@ -166,8 +166,9 @@ def zlpr_loss(
     """Multi-label softmax cross-entropy (ZLPR): every positive above the threshold, every negative below it.
 
     No class weights and no tuned threshold are needed: predict the labels with ``scores > threshold``. Beside the
-    gradient (one buffer of the size of the scores, returned as it is) the memory is one block of about 1 MiB; without
-    a gradient it is that block alone. Sparse targets are the fastest. The loss is differentiable once.
+    gradient (one buffer of the size of the scores, returned as it is) the memory is a block of some MiB; to find the
+    labels of a dense target of numbers, also a bool copy of it, which is gone before the gradient is made. Sparse
+    targets are the fastest. The loss is differentiable once.
 
     Args:
         scores: (..., n) logits; fp16, bf16, float32 or float64. Computed in float32 (float64 stays). A logit of
@@ -177,7 +178,7 @@ def zlpr_loss(
             (a repeated index counts once).
         threshold: s_0: a number, or a tensor broadcastable to (..., 1), which may require a gradient.
         indices: The target holds label indices.
-        ignore_index: Padding of label indices.
+        ignore_index: Padding of label indices. One in [0, n) makes that label a negative everywhere.
         mask: Bool, broadcastable to scores; True = takes part. The rest contributes nothing and gets gradient 0.
         reduction: "none" (...), "mean" or "sum" over rows. The mean over no rows is 0.
         validate: Check the values of the target (one reduction) and that no positive is masked (never done under
