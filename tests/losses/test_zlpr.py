@@ -271,13 +271,14 @@ def test_properties_for_random_rows(seed, n, scale):
     torch.testing.assert_close(zlpr_loss(scores[:, order], target[:, order], reduction="none"), loss)
 
 
-def test_one_label_with_a_very_low_threshold_is_cross_entropy():
+def test_the_loss_of_one_label_is_cross_entropy_with_a_class_at_the_threshold():
     scores, label = batch(5, 8)[0], torch.randint(8, (5, 1), generator=generator(1))
-    target = torch.zeros(5, 8, dtype=torch.bool).scatter_(1, label, True)
-    # Without a threshold class the rule is log(1 + sum over pairs of e^{s_i - s_j}); see unified_pair_loss.
-    pair = torch.log1p(torch.exp(scores - scores.gather(1, label)).masked_fill(target, 0).sum(1))
-    assert bool((zlpr_loss(scores, label, indices=True, reduction="none") >= pair).all())
-    torch.testing.assert_close(pair, F.cross_entropy(scores, label[:, 0], reduction="none"))
+    got = zlpr_loss(scores, label, indices=True, threshold=0.4, reduction="none")
+    # log(1 + sum over pairs of e^{s_i - s_j} + sum over negatives of e^{s_i - s_0} + e^{s_0 - s_j})
+    apart = torch.exp(0.4 - scores.gather(1, label)[:, 0])
+    below = torch.exp(scores - 0.4).scatter(1, label, 0).sum(1)
+    pairs = torch.exp(F.cross_entropy(scores, label[:, 0], reduction="none"))
+    torch.testing.assert_close(got, torch.log(pairs + below + apart))
 
 
 def test_class_zero_and_another_padding():
