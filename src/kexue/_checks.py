@@ -28,16 +28,16 @@ def check_int(name: str, value: Any, minimum: int) -> None:
 def check_real(name: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> None:
     """Raise TypeError unless ``value`` is a real number, ValueError if it is not finite or out of range."""
     try:
-        # plain numbers need no hasattr, which torch.compile cannot trace for one that varies from call to call
-        plain = isinstance(value, (int, float))
-        number = float(value) if (plain or hasattr(value, "__float__")) and not isinstance(value, bool) else None
+        # Floats first, and no math.isfinite below: torch.compile follows both for a number that changes between calls.
+        real = isinstance(value, (int, float)) or hasattr(value, "__float__")
+        number = float(value) if real and not isinstance(value, bool) else None
     except OverflowError:  # an integer beyond 1e308
         number = math.inf
     except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several numbers
         number = None
     if number is None:
         raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
-    if not -math.inf < number < math.inf:
+    if not abs(number) < math.inf:  # written so that NaN fails
         raise ValueError(f"{name} must be finite; got {value!r}")
     if above is not None and not number > above:
         raise ValueError(f"{name} must be greater than {above}; got {value!r}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,6 +165,18 @@ def test_leading_axes_another_index_and_no_gradient_wanted():
     assert out.shape == (4, 3)
     scores = cube @ weight.T + bias
     torch.testing.assert_close(out, F.cross_entropy(scores.mT, labels, ignore_index=9, reduction="none"))
+
+
+def test_under_no_grad_no_gradient_is_made(monkeypatch):
+    hidden, weight, bias, labels = inputs()
+    want = linear_cross_entropy(hidden, weight, labels, bias).detach()
+
+    def forbidden(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "_gradients", forbidden)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, bias), want)
 
 
 def test_autocast_uses_its_dtype_for_the_products():

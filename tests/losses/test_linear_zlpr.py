@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -87,6 +88,33 @@ def test_autocast_takes_its_products_in_low_precision():
     low = torch.addmm(bias.bfloat16(), hidden.bfloat16(), weight.bfloat16().T)
     torch.testing.assert_close(loss, zlpr_loss(low, labels, indices=True))
     assert [x.dtype for x in torch.autograd.grad(loss, (hidden, weight, bias))] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("form", ["indices", "soft"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_where_one_is_float64_all_is(form, dtypes):
+    hidden, weight, bias, labels = batch()
+    hidden, *rest = (x.detach() for x in (hidden, weight, bias))
+    leaves = [x.requires_grad_() for x in (hidden.to(dtypes[0]), *(x.to(dtypes[1]) for x in rest))]
+    target = targets(labels, 30)[form]
+    got = linear_zlpr(leaves[0], leaves[1], target, leaves[2])
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    want = usual(wide[0], wide[1], target, wide[2])
+    torch.testing.assert_close(got, want)
+    for x, y in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, wide), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-7)
+
+
+def test_under_no_grad_no_gradient_is_made(monkeypatch):
+    hidden, weight, bias, labels = batch()
+    want = linear_zlpr(hidden, weight, labels, bias).detach()
+
+    def forbidden(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(sys.modules[linear_zlpr.__module__], "_ones", forbidden)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_zlpr(hidden, weight, labels, bias), want)
 
 
 def test_leading_shapes_no_rows_and_a_masked_label():

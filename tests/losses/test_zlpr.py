@@ -1,4 +1,5 @@
 import math
+import threading
 
 import pytest
 import torch
@@ -270,13 +271,14 @@ def test_properties_for_random_rows(seed, n, scale):
     torch.testing.assert_close(zlpr_loss(scores[:, order], target[:, order], reduction="none"), loss)
 
 
-def test_one_label_with_a_very_low_threshold_is_cross_entropy():
+def test_the_loss_of_one_label_is_cross_entropy_with_a_class_at_the_threshold():
     scores, label = batch(5, 8)[0], torch.randint(8, (5, 1), generator=generator(1))
-    target = torch.zeros(5, 8, dtype=torch.bool).scatter_(1, label, True)
-    # Without a threshold class the rule is log(1 + sum over pairs of e^{s_i - s_j}); see unified_pair_loss.
-    pair = torch.log1p(torch.exp(scores - scores.gather(1, label)).masked_fill(target, 0).sum(1))
-    assert bool((zlpr_loss(scores, label, indices=True, reduction="none") >= pair).all())
-    torch.testing.assert_close(pair, F.cross_entropy(scores, label[:, 0], reduction="none"))
+    got = zlpr_loss(scores, label, indices=True, threshold=0.4, reduction="none")
+    # log(1 + sum over pairs of e^{s_i - s_j} + sum over negatives of e^{s_i - s_0} + e^{s_0 - s_j})
+    apart = torch.exp(0.4 - scores.gather(1, label)[:, 0])
+    below = torch.exp(scores - 0.4).scatter(1, label, 0).sum(1)
+    pairs = torch.exp(F.cross_entropy(scores, label[:, 0], reduction="none"))
+    torch.testing.assert_close(got, torch.log(pairs + below + apart))
 
 
 def test_class_zero_and_another_padding():
@@ -285,8 +287,9 @@ def test_class_zero_and_another_padding():
     padded = as_target(labels, 9, "indices")
     expected = reference.zlpr(scores, labels)
     torch.testing.assert_close(zlpr_loss(scores, padded, indices=True, reduction="none"), expected)
-    other = padded.masked_fill(padded == -1, 99).to(torch.int32)
-    torch.testing.assert_close(zlpr_loss(scores, other, indices=True, ignore_index=99, reduction="none"), expected)
+    for dtype in (torch.int32, torch.uint8, torch.uint16):
+        other = padded.masked_fill(padded == -1, 99).to(dtype)
+        torch.testing.assert_close(zlpr_loss(scores, other, indices=True, ignore_index=99, reduction="none"), expected)
     reserved = padded.masked_fill(padded == -1, 0)  # the published form: class 0 is padding
     without = [[j for j in x if j] for x in labels]
     torch.testing.assert_close(
@@ -310,6 +313,27 @@ def test_inputs_are_left_alone_and_backward_runs_again():
         assert torch.equal(first, kept)
         for x, y in zip((scores.detach(), target, mask), before, strict=True):
             assert torch.equal(x, y)
+
+
+def test_two_threads_may_run_backward_through_one_graph(monkeypatch):
+    scores, labels = batch(dtype=torch.float32)
+    loss = loss_of(scores, labels, "indices")
+    made, finish = [], kernel.finish
+
+    def gradient():
+        made.append(torch.autograd.grad(loss, scores, retain_graph=True)[0])
+
+    def interrupted(*args):
+        monkeypatch.setattr(kernel, "finish", finish)
+        other = threading.Thread(target=gradient)
+        other.start()
+        other.join()
+        finish(*args)
+
+    monkeypatch.setattr(kernel, "finish", interrupted)
+    gradient()
+    want = torch.autograd.grad(loss_of(scores, labels, "indices"), scores)[0]
+    torch.testing.assert_close(made, [want] * 2)
 
 
 def test_without_gradient_no_buffer_is_made(monkeypatch):
@@ -356,6 +380,9 @@ def test_compiles_as_one_graph_and_gives_the_same(form):
         return zlpr_loss(s, target, indices=form == "indices", threshold=e, mask=mask)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    if form == "indices":  # torch.compile makes a number that changes between calls a symbol
+        for number in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(scores, number), function(scores, number))
     value, expected = compiled(scores, edge), function(scores, edge)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(

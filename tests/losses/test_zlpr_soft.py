@@ -132,6 +132,23 @@ def test_tiny_weights_at_very_negative_scores_are_not_lost():
     torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("scale", [3.0, 70.0, 200.0])
+def test_the_gradient_of_labels_is_exact_at_large_scores(scale):
+    scores, target = batch(8, 30, scale, torch.float32)
+    target = (0.1 + 0.8 * target.detach()).requires_grad_()
+    _, _, got = made(scores, target)
+    _, _, want = exact(scores, target)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
+
+
+def test_a_threshold_masks_nothing():
+    scores, target = batch(dtype=torch.float32)
+    loss = zlpr_loss(scores, target, threshold=1e12, reduction="none")
+    expected = torch.where((target > 0).any(1), 1e12, 0.0)
+    torch.testing.assert_close(loss, expected)
+    assert bool(torch.autograd.grad(loss.sum(), target)[0][:, 0].gt(0).any())
+
+
 def test_hard_weights_equal_hard_labels():
     scores, _ = batch(dtype=torch.float32, scale=20.0)
     hard = torch.rand(6, 11, generator=generator(2)) < 0.05
@@ -152,7 +169,7 @@ def test_sparse_hard_floats_are_found_and_almost_hard_ones_are_not(dtype):
     almost[0, 0] = 1 - torch.finfo(dtype).eps
     dense = hard.clone()
     dense[:, :8] = 1
-    for target in (almost, dense, hard.clone().requires_grad_()):
+    for target in (almost, dense):
         assert kernel.labels_of(target) is None
     for target in (hard, almost, dense, -0.0 * hard):
         loss = zlpr_loss(scores, target, reduction="none")
@@ -221,9 +238,11 @@ def test_convex_in_the_scores_and_stationary_where_the_labels_are_met(seed, n, s
 def test_gradient_of_labels_compiles():
     scores, target = batch(dtype=torch.float32)
     compiled = torch.compile(lambda s, t: zlpr_loss(s, t, threshold=0.2), fullgraph=True, backend="aot_eager")
-    got, want = compiled(scores, target), zlpr_loss(scores, target, threshold=0.2)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(torch.autograd.grad(x, (scores, target)) for x in (got, want)))
+    hard = torch.eye(6, 11, requires_grad=True)  # few ones in each row: as if they were indices
+    for labels in (target, hard):
+        got, want = compiled(scores, labels), zlpr_loss(scores, labels, threshold=0.2)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x, (scores, labels)) for x in (got, want)))
 
 
 @pytest.mark.parametrize("form", ["indices", "bool", "int", "float"])

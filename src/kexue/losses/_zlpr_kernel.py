@@ -85,7 +85,7 @@ def labels_of(target: Tensor) -> Tensor | None:
     rows, n = target.shape
     target, cpu = target.contiguous(), target.device.type == "cpu"
     if target.is_floating_point():
-        if not cpu or target.requires_grad or target.element_size() not in BITS:
+        if not cpu or target.element_size() not in BITS:
             return None
         # numpy compares and looks for bits several times faster than torch
         bits = target.view(BITS[target.element_size()]).numpy()
@@ -111,6 +111,13 @@ def labels_of(target: Tensor) -> Tensor | None:
     index = flat.new_full((rows, width), -1)
     index[row, slot] = flat - row * n
     return index
+
+
+def indices_of(target: Tensor, ignore: int | None, weights: bool) -> Tensor | None:
+    """Label indices of a target, or None where it is dense, or where its gradient as ``weights`` is wanted."""
+    if ignore is not None:
+        return target
+    return None if weights else labels_of(target.detach())
 
 
 def positives(
@@ -154,6 +161,17 @@ def load(x: Tensor, scores: Tensor, threshold: Tensor | None, mask: Tensor | Non
     if threshold is not None:
         x.sub_(threshold)
     return x if mask is None else x.masked_fill_(~mask, -math.inf)
+
+
+def hidden_of(x: Tensor, threshold: Tensor | None) -> Tensor:
+    """Which scores do not take part, from what ``load`` made of them."""
+    return (x if threshold is None else x + threshold) <= MASKED
+
+
+def power(x: Tensor, factor: Tensor) -> Tensor:
+    """The factor times e^x, exact to the last digits; by halves, since e^x alone may overflow."""
+    half = torch.exp(x / 2)
+    return half * factor * half
 
 
 def plain(x: Tensor, scores: Tensor, threshold: Tensor | None, mask: Tensor | None) -> bool:
@@ -314,8 +332,9 @@ def soft_pass(
                 out[block] = neg
         if out_target is not None:
             load(x, s, edge, shown)
-            slopes = torch.where(x > MASKED, torch.exp(-x - loss_p) - torch.exp(x - loss_n), 0.0)
-            out_target[block] = slopes if coef is None else slopes * coef[block]
+            hidden, scale = hidden_of(x, edge), 1 if coef is None else coef[block]
+            slopes = power(-x - top_p, by_p * scale) - power(x - top_n, by_n * scale)
+            out_target[block] = slopes.masked_fill_(hidden, 0.0)
     return loss, slope
 
 
@@ -341,7 +360,7 @@ def weighted(
     top_n = torch.minimum(torch.ceil(neg).mul_(most), x).amax(1, keepdim=True)
     top_p = torch.maximum(torch.ceil(t).mul_(-most), x).amin(1, keepdim=True).neg_()
     if not float(top_p.max()) <= WIDE:  # perhaps because of a label that is masked
-        hidden = x <= MASKED
+        hidden = hidden_of(x, threshold)
         if check and bool((hidden & (t > 0)).any()):
             refuse_masked()
         t = t.masked_fill(hidden, 0.0)
@@ -365,12 +384,12 @@ def zlpr_pass(
     """Loss (N,), derivative by the threshold (N, 1), gradients of scores and target (empty where not wanted).
 
     ``ignore`` is the padding of label indices, or None for a dense target. With ``in_place`` the gradient overwrites
-    the scores, which must be contiguous (torch.compile makes a new tensor all the same).
+    the scores, which must be contiguous.
     """
+    index = indices_of(target, ignore, needs[1])
     out = None
     if needs[0]:
         out = scores if in_place else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    index = target if ignore is not None else labels_of(target)
     if index is not None:
         made = hard_pass(scores, index, -1 if ignore is None else ignore, threshold, mask, out, coef, check)
         loss, slope, out_target = made.loss, made.slope, None
@@ -404,12 +423,22 @@ def _(scores, target, threshold, mask, coef, ignore, needs_scores, needs_target)
     return loss, slope, grad, target.new_empty(target.shape) if needs_target else scores.new_empty(0)
 
 
-def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(
+    scores: Tensor,
+    target: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    coef: Tensor | None,
+    ignore: int | None,
+    needs: tuple[bool, bool],
+    check: bool,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`zlpr_pass`; one opaque node while torch.compile traces, never in the precision of autocast."""
-    if torch.compiler.is_compiling():
-        return _zlpr_op(*args[:6], *args[6])
-    with torch.autocast(args[0].device.type, enabled=False):
-        return zlpr_pass(*args)
+    if torch.compiler.is_compiling():  # which looks at no values, and reuses memory as it sees fit
+        return _zlpr_op(scores, target, threshold, mask, coef, ignore, *needs)
+    with torch.autocast(scores.device.type, enabled=False):
+        return zlpr_pass(scores, target, threshold, mask, coef, ignore, needs, check, in_place)
 
 
 def prepare(
@@ -419,9 +448,9 @@ def prepare(
 
     The function owns the buffer of the gradient and can be called once. For scores in the dtype of the computation.
     """
-    buffer = torch.empty_like(scores, memory_format=torch.contiguous_format)
     with torch.autocast(scores.device.type, enabled=False):
-        index = target if ignore is not None else labels_of(target)
+        index = indices_of(target, ignore, target.requires_grad)
+        buffer = torch.empty_like(scores, memory_format=torch.contiguous_format)
         if index is None:
             loss, slope = soft_pass(scores, target, threshold, mask, buffer, None, None, check)
             return loss.squeeze(1), slope, buffer.mul_
@@ -432,3 +461,13 @@ def prepare(
         return buffer
 
     return made.loss.squeeze(1), made.slope, gradient
+
+
+def take(made: list[Any]) -> Any:
+    """What the forward pass made for the first backward pass; None for any later one, in whichever thread it comes."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return made.pop()
+    except IndexError:
+        return None

@@ -79,7 +79,8 @@ def linear_cross_entropy(
             kept = None
     # The gradients are made while the chunk is there, but only a scalar's scale can be put in afterwards.
     size = chunk_bytes // (4 * max(weight.shape[0], 1))
-    losses = _LinearCrossEntropy.apply(rows, weight, flat, counted, bias, max(size, 1), reduction != "none")
+    early = torch.is_grad_enabled()  # inside the Function a parameter looks the same under torch.no_grad
+    losses = _LinearCrossEntropy.apply(rows, weight, flat, counted, bias, max(size, 1), reduction != "none", early)
     if reduction == "none":
         return losses.reshape(shape) if kept is None else losses.new_zeros(shape.numel()).index_put(
             (kept,), losses
@@ -128,14 +129,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, bias: Tensor | None, size: int,
-        scalar: bool,
+        scalar: bool, early: bool,
     ) -> Tensor:  # fmt: skip
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.products = product = _products(hidden)
         ctx.size, ctx.scalar = size, scalar
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[4]
         inputs = hidden, weight, labels, counted, bias
-        if scalar and any(needs):
+        if scalar and early and any(needs):
             grads = _gradients(*inputs, None, product, size, needs)
             # The inputs are kept so that a second differentiation is noticed; they are alive anyway.
             ctx.save_for_backward(hidden, weight, bias, *grads[1:])
@@ -159,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight, d_bias = (
             None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)
         )
-        return d_hidden, d_weight, None, None, d_bias, None, None
+        return d_hidden, d_weight, None, None, d_bias, None, None, None
 
 
 def _empty(hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
 from kexue.losses._common import REDUCTIONS
-from kexue.losses._zlpr_kernel import rows_of, run
+from kexue.losses._zlpr_kernel import rows_of, run, take
 from kexue.losses.linear_cross_entropy import _products
 from kexue.losses.zlpr import check_ignore, check_target, check_threshold, threshold_rows
 
@@ -45,8 +45,8 @@ def linear_zlpr(
 ) -> Tensor:
     """:func:`zlpr_loss` of ``hidden @ weight.T + bias``, in chunks of rows. Differentiable once.
 
-    Scores are computed in the dtype of ``hidden`` (under autocast, in its dtype); their sums and the loss in float32,
-    or float64 for float64.
+    Scores are computed in the dtype of ``hidden`` (under autocast, in its dtype), their sums and the loss in float32;
+    all in float64 if ``hidden`` or ``weight`` is.
 
     Args:
         hidden: (..., D) floating.
@@ -106,7 +106,9 @@ def linear_zlpr(
     flat = target.reshape(count, target.shape[-1])
     rows = hidden.reshape(count, hidden.shape[-1])
     ignore, scalar = ignore_index if indices else None, reduction != "none"
-    loss = _LinearZLPR.apply(rows, weight, bias, flat, edge, ignore, size, scalar, check)
+    # While torch.compile traces, gradients are made in the backward pass: it keeps nothing but saved tensors.
+    early = scalar and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    loss = _LinearZLPR.apply(rows, weight, bias, flat, edge, ignore, size, scalar, check, early)
     if reduction == "mean":
         return loss / max(count, 1)
     return loss if scalar else loss.reshape(batch)
@@ -118,17 +120,14 @@ class _LinearZLPR(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, threshold: Tensor | None,
-        ignore: int | None, size: int, scalar: bool, check: bool,
+        ignore: int | None, size: int, scalar: bool, check: bool, early: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.ignore, ctx.size, ctx.scalar, ctx.product = ignore, size, scalar, _products(hidden)
-        ctx.made, upstream = None, None
-        # While torch.compile traces, gradients are made in the backward pass: it keeps nothing but saved tensors.
-        if scalar and any(ctx.needs_input_grad) and not torch.compiler.is_compiling():
-            upstream = _ones(hidden, weight)
+        ctx.ignore, ctx.size, ctx.scalar = ignore, size, scalar
+        ctx.product = torch.float64 if compute_dtype(hidden, weight) == torch.float64 else _products(hidden)
+        upstream = _ones(hidden, weight) if early and any(ctx.needs_input_grad) else None
         inputs = hidden, weight, bias, target, threshold
         loss, *made = _passes(*inputs, upstream, ignore, size, ctx.product, ctx.needs_input_grad[:3], check)
-        if upstream is not None:
-            ctx.made = made
+        ctx.made = [] if upstream is None else [made]
         ctx.save_for_backward(*inputs)
         return loss.sum() if scalar else loss
 
@@ -136,7 +135,7 @@ class _LinearZLPR(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, threshold = ctx.saved_tensors
-        made, ctx.made = ctx.made, None  # given away; a second backward pass makes its own
+        made = take(ctx.made)
         if made is None:
             upstream = _ones(hidden, weight) if ctx.scalar else grad.to(compute_dtype(hidden, weight)).unsqueeze(1)
             inputs = hidden, weight, bias, target, threshold, upstream
@@ -145,7 +144,7 @@ class _LinearZLPR(torch.autograd.Function):
             made = [None if x is None else x.mul_(grad) for x in made]
         like = hidden, weight, bias
         out = [None if g is None else g.to(x.dtype) for g, x in zip(made[:3], like, strict=True)]
-        return (*out, None, made[3] if ctx.needs_input_grad[4] else None, None, None, None, None)
+        return (*out, None, made[3] if ctx.needs_input_grad[4] else None, None, None, None, None, None)
 
 
 def _ones(hidden: Tensor, weight: Tensor) -> Tensor:

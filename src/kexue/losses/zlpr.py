@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from kexue._checks import check_choice, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
 from kexue.losses._common import REDUCTIONS, reduce_loss
-from kexue.losses._zlpr_kernel import MASKED, prepare, refuse_masked, run
+from kexue.losses._zlpr_kernel import MASKED, prepare, refuse_masked, run, take
 
 __all__ = ["ZLPRLoss", "zlpr_loss", "zlpr_proba"]
 
@@ -48,10 +48,12 @@ class _ZLPR(torch.autograd.Function):
         check: bool,
         gradient: bool,
     ) -> Tensor:
-        ctx.ignore, ctx.gradient = ignore, None
-        # A gradient kept in fp16 or bf16 would be rounded twice; it is computed when it is asked for.
+        ctx.ignore, ctx.made = ignore, []
+        # A gradient kept in fp16 or bf16 would be rounded twice: it is computed when it is asked for. So is that of a
+        # second backward pass, since the first one gives its buffer away.
         if gradient and scores.dtype == compute_dtype(scores) and not torch.compiler.is_compiling():
-            loss, slope, ctx.gradient = prepare(scores, target, threshold, mask, ignore, check)
+            loss, slope, made = prepare(scores, target, threshold, mask, ignore, check)
+            ctx.made.append(made)
         else:
             loss, slope, *_ = run(scores, target, threshold, mask, None, ignore, (False, False), check)
         ctx.save_for_backward(scores, target, threshold, mask, slope)
@@ -63,16 +65,14 @@ class _ZLPR(torch.autograd.Function):
         scores, target, threshold, mask, slope = ctx.saved_tensors
         needs = ctx.needs_input_grad
         coef = grad.to(slope.dtype).unsqueeze(1)
-        made, made_target, made_threshold = None, None, slope * coef if needs[2] else None
-        if needs[0] and ctx.gradient is not None:
-            made = ctx.gradient(coef)
-            ctx.gradient = None  # the buffer is given away: a second backward pass computes its own
-            if needs[1]:
-                *_, made_target = run(scores, target, threshold, mask, coef, ctx.ignore, (False, True), False)
-        elif needs[0] or needs[1]:
-            _, _, made, made_target = run(scores, target, threshold, mask, coef, ctx.ignore, needs[:2], False)
-        out = made if needs[0] else None, made_target if needs[1] else None
-        return (*out, made_threshold, None, None, None, None)
+        finish = take(ctx.made)
+        grad_scores = None if finish is None else finish(coef)
+        left = needs[0] and finish is None, needs[1]
+        grad_target = None
+        if any(left):
+            *_, scored, weighed = run(scores, target, threshold, mask, coef, ctx.ignore, left, False)
+            grad_scores, grad_target = scored if left[0] else grad_scores, weighed if left[1] else None
+        return grad_scores, grad_target, slope * coef if needs[2] else None, None, None, None, None
 
 
 def _check_scores(scores: Any) -> None:
@@ -105,6 +105,7 @@ def check_target(shape: tuple[int, ...], target: Any, indices: bool, ignore: int
     if not values or not target.numel() or target.dtype == torch.bool:
         return
     if indices:
+        target = target.long()  # torch knows little of uint16 and the like
         given = target.masked_fill(target == ignore, 0)
         first, last = (int(edge) for edge in torch.aminmax(given))
         if first < 0 or last >= n:
@@ -165,8 +166,9 @@ def zlpr_loss(
     """Multi-label softmax cross-entropy (ZLPR): every positive above the threshold, every negative below it.
 
     No class weights and no tuned threshold are needed: predict the labels with ``scores > threshold``. Beside the
-    gradient (one buffer of the size of the scores, returned as it is) the memory is one block of about 1 MiB; without
-    a gradient it is that block alone. Sparse targets are the fastest. The loss is differentiable once.
+    gradient (one buffer of the size of the scores, returned as it is) the memory is a block of some MiB; to find the
+    labels of a dense target of numbers, also a bool copy of it, which is gone before the gradient is made. Sparse
+    targets are the fastest. The loss is differentiable once.
 
     Args:
         scores: (..., n) logits; fp16, bf16, float32 or float64. Computed in float32 (float64 stays). A logit of
@@ -176,7 +178,7 @@ def zlpr_loss(
             (a repeated index counts once).
         threshold: s_0: a number, or a tensor broadcastable to (..., 1), which may require a gradient.
         indices: The target holds label indices.
-        ignore_index: Padding of label indices.
+        ignore_index: Padding of label indices. One in [0, n) makes that label a negative everywhere.
         mask: Bool, broadcastable to scores; True = takes part. The rest contributes nothing and gets gradient 0.
         reduction: "none" (...), "mean" or "sum" over rows. The mean over no rows is 0.
         validate: Check the values of the target (one reduction) and that no positive is masked (never done under
