@@ -25,6 +25,15 @@ def check_float(name: str, x: Any, dims: int | None = None) -> None:
         raise ValueError(f"{name} must have {dims} dimensions; got shape {tuple(x.shape)}")
 
 
+def as_recorded(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (or None), detached where gradients are not recorded.
+
+    A Function that makes its gradients in the forward pass asks ``ctx.needs_input_grad`` whether to; that is true for a
+    parameter under ``torch.no_grad`` as well.
+    """
+    return tensors if torch.is_grad_enabled() else tuple(x if x is None else x.detach() for x in tensors)
+
+
 class _Once(torch.autograd.Function):
     """Passes gradients on; differentiating them again raises."""
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue._tensors import compute_dtype, once_differentiable
+from kexue._tensors import as_recorded, compute_dtype, once_differentiable
 from kexue.losses._combination_kernel import run_combination
 from kexue.losses._common import REDUCTIONS, reduce_loss
 from kexue.losses._label_sets import split_labels
@@ -137,5 +137,6 @@ def combination_cross_entropy(
     rows, classes = scores.shape[:-1], scores.shape[-1]
     most = -1 if max_k is None else min(int(max_k), classes)  # a bound beyond the number of classes bounds nothing
     count = math.prod(rows)
+    scores, pad = as_recorded(scores, pad)
     loss = _Combination.apply(scores.reshape(count, classes), positive.reshape(count, classes), pad, most)
     return reduce_loss(loss.reshape(rows), reduction)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue._checks import check_choice, check_real
-from kexue._tensors import check_float, compute_dtype, once_differentiable
+from kexue._tensors import as_recorded, check_float, compute_dtype, once_differentiable
 from kexue.losses._common import (
     MODES,
     check_modes,
@@ -267,6 +267,7 @@ def info_nce(
     if own:
         return _own_negatives(q, k, negatives, temperature, mode, report, negative_mask, reduction, margin, rows)
     options = (1.0 / temperature, float(margin), mode == "flat", symmetric, in_batch)
+    q, k, negatives = as_recorded(q, k, negatives)
     return _Pairs.apply(q, k, negatives, negative_mask, options, report, reduction, rows)
 
 
@@ -346,6 +347,7 @@ def nt_xent(
     rows = _gathered(process_group, z1.shape[0], 0, z1.device)
     if (z1.shape[0] if rows is None else rows.total) == 1:
         raise ValueError("every row needs a negative; a batch of 1 pair has none")
+    z1, z2 = as_recorded(z1, z2)
     return _Views.apply(z1, z2, 1.0 / temperature, mode == "flat", report, reduction, rows)
 
 

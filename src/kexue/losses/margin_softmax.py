@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue._tensors import check_float, compute_dtype, once_differentiable
+from kexue._tensors import as_recorded, check_float, compute_dtype, once_differentiable
 from kexue.losses._common import REDUCTIONS, check_labels, inverse_norms, reduce_loss, split_scores, unit_rows
 from kexue.losses._margin_kernel import MarginSoftmaxFunction, rows_per_block
 from kexue.losses._margins import Kind, check_margin, margin_of_rows, resolve_margin, score, target_score
@@ -108,6 +108,7 @@ def _head(
     rows = rows_per_block(block_rows, weight.shape[0])
     metric = kind == "metric"
     logit = psi.detach() * scale
+    z, weight = as_recorded(z, weight)
     loss, each = MarginSoftmaxFunction.apply(
         z, weight, labels, logit, slope.detach(), repeat, scale, metric, rows, filter_eps, reduction, shards
     )

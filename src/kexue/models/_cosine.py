@@ -22,7 +22,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kexue._tensors import compute_dtype, once_differentiable
+from kexue._tensors import as_recorded, compute_dtype, once_differentiable
 
 __all__ = ["MIN_NORM", "negative_cosines"]
 
@@ -117,4 +117,5 @@ def negative_cosines(p: Tensor, z: Tensor, shift: int = 0, mean: bool = True) ->
     Returns:
         The mean (0 over no rows), or (N,); in float32, or float64 if one of the tensors is.
     """
+    p, z = as_recorded(p, z)
     return _NegativeCosines.apply(p, z, shift, mean)
