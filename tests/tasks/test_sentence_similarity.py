@@ -388,6 +388,10 @@ def test_a_graph_finds_the_neighbours_says_how_many_and_is_saved(fitted, tmp_pat
     assert loaded.recall_ == sim.recall_
     for same in (loaded, copy.deepcopy(sim), pickle.loads(pickle.dumps(sim))):
         assert np.array_equal(same.search(texts[:50], k=5)[0], found[0])
+    for damaged in (b"", b"junk" * 2000):
+        (tmp_path / "model" / "index.usearch").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"index\.usearch holds no graph"):
+            SentenceSimilarity.load(tmp_path / "model")
     assert sim.index(["ok"], approximate=True).query("ok")[0][0] == "ok"
     assert sim.index([], approximate=True).query("ok") == []
 

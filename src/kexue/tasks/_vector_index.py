@@ -146,12 +146,14 @@ def _build(vectors: NDArray[np.float32]) -> Any:
 def _restore(saved: Path | bytes, vectors: NDArray[np.float32]) -> Any:
     from usearch.index import Index
 
-    # the breadth is not part of what is saved
-    graph = Index.restore(saved if isinstance(saved, bytes) else str(saved), expansion_search=BREADTH)
+    where = "the copy" if isinstance(saved, bytes) else saved
+    try:
+        # the breadth is not part of what is saved
+        graph = Index.restore(saved if isinstance(saved, bytes) else str(saved), expansion_search=BREADTH)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{where} holds no graph of usearch: {error}") from None
     if graph is None or len(graph) != len(vectors) or graph.ndim != vectors.shape[1]:
         found = "no graph" if graph is None else f"one of {len(graph)} vectors of width {graph.ndim}"
-        where = "graph" if isinstance(saved, bytes) else saved
-        raise ValueError(
-            f"{where}: expected a graph of {len(vectors)} vectors of width {vectors.shape[1]}; got {found}"
-        )
+        expected = f"a graph of {len(vectors)} vectors of width {vectors.shape[1]}"
+        raise ValueError(f"{where}: expected {expected}; got {found}")
     return graph
