@@ -162,6 +162,13 @@ def test_the_best_threshold_gives_the_figures_that_are_reported_for_it():
         assert again[key] == [report[f"best_{key}"]]
 
 
+def test_a_cosine_reaches_the_threshold_that_equals_it():
+    for k in range(1, 100):  # rows whose cosine is k / 100, but for the rounding of the square root
+        rows = [[1.0, 0.0], [k, math.sqrt(100**2 - k**2)]]
+        curve = retrieval_report(rows, [0, 0])["threshold_curve"]
+        assert sum(curve["coverage"]) == k + 1, k
+
+
 @pytest.mark.parametrize(
     ("vectors", "groups", "options", "error", "match"),
     [
@@ -183,6 +190,7 @@ def test_the_best_threshold_gives_the_figures_that_are_reported_for_it():
         (np.ones((2, 2)), [0, 0], {"ks": (1.5,)}, TypeError, "1.5"),
         (np.ones((2, 2)), [0, 0], {"ks": 5}, TypeError, "sequence"),
         (np.ones((2, 2)), [0, 0], {"thresholds": [math.nan]}, ValueError, "finite"),
+        (np.ones((2, 2)), [0, 0], {"thresholds": 0.5}, TypeError, "sequence of numbers; got 0.5"),
     ],
 )
 def test_bad_input_is_refused(vectors, groups, options, error, match):

@@ -1,7 +1,9 @@
 """SentenceSimilarity: training, vectors, search, interruption and resuming, files, foreign encoders, bad input."""
 
+import copy
 import importlib.util
 import json
+import pickle
 import signal
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import nn
 
 from kexue.models import CharGRUEncoder
 from kexue.tasks import SentenceSimilarity, retrieval_report
+from kexue.tasks._similarity_training import usual_epochs, usual_min_count
 from kexue.tasks._vector_index import VectorIndex
 from kexue.tasks.sentence_similarity import fold
 from kexue.training import TrainingInterrupted
@@ -44,9 +47,28 @@ def weights(sim):
 
 def test_defaults_are_those_of_the_article():
     params = SentenceSimilarity().get_params()
-    expected = {"kind": "am", "scale": 30.0, "d": 128, "embedding_dim": 128, "maxlen": 32, "min_count": 5}
+    expected = {"kind": "am", "scale": 30.0, "d": 128, "embedding_dim": 128, "maxlen": 32, "batch_size": 100}
     assert expected.items() <= params.items()
-    assert (params["batch_size"], params["epochs"]) == (100, 20)
+    assert params["min_count"] is params["epochs"] is None  # chosen from the number of texts:
+    for texts in (10_000, 90_000, 1_000_000):
+        assert (usual_min_count(texts), usual_epochs(texts, 100)) == (5, 20)
+
+
+@pytest.mark.parametrize(("texts", "batch_size"), [(1, 100), (40, 100), (120, 100), (120, 7), (1900, 100), (2100, 100)])
+def test_few_texts_are_read_more_often(texts, batch_size):
+    epochs = usual_epochs(texts, batch_size)
+    assert 20 <= epochs <= 200
+    assert epochs * -(-texts // batch_size) >= 400 or epochs == 200
+    assert usual_min_count(texts) == 1
+
+
+def test_few_texts_are_learned_with_the_defaults():
+    texts = [form.format(word) for word in ("paper", "glass", "metal") for form in ("old {}", "the {} is old")]
+    groups = [0, 0, 1, 1, 2, 2]
+    sim = SentenceSimilarity(d=16, embedding_dim=16).fit(texts, groups)
+    assert len(sim.losses_) == 200
+    assert sim.encoder_.vocab == sorted(set("".join(texts)))  # no character occurs seven times
+    assert sim.evaluate(texts, groups, ks=(1,))["top1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,13 @@ def test_a_vector_does_not_depend_on_its_neighbours(fitted):
     together = fitted.transform(TEXTS)
     alone = np.concatenate([fitted.transform([text]) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_equal_texts_have_equal_vectors_wherever_they_stand(fitted):
+    texts = [str(i) * (1 + i % 9) for i in range(600)] + ["ok", "OK"]
+    z = fitted.transform([*texts, "a", *texts[::-1]])  # the second half would be in other batches
+    assert np.array_equal(z[:602], z[603:][::-1])
+    assert np.array_equal(z[600], z[601])
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_callers_generators_alone():
@@ -194,8 +223,9 @@ def test_a_killed_run_continues_bit_by_bit(tmp_path):
     assert steps == [5, 6, 7, 8, 9]
     assert torch.equal(weights(run), weights(whole))
     assert run.losses_ == whole.losses_
-    with pytest.raises(ValueError, match="other settings"):
-        small().fit(TEXTS[::-1], GROUPS, checkpoint=tmp_path / "run")
+    for other, texts in ((small(), TEXTS[::-1]), (small(maxlen=3), TEXTS)):
+        with pytest.raises(ValueError, match="other settings: data or model"):
+            other.fit(texts, GROUPS, checkpoint=tmp_path / "run")
 
 
 def test_ctrl_c_leaves_a_usable_estimator_or_a_run_to_be_continued(tmp_path):
@@ -243,6 +273,25 @@ def test_any_module_over_texts_is_an_encoder_and_stays_as_it_was(tmp_path):
         SentenceSimilarity.load(tmp_path / "model")
     with pytest.raises(ValueError, match="linear"):
         SentenceSimilarity.load(tmp_path / "model", encoder=nn.Linear(2, 3))
+
+
+class Normed(Lengths):
+    """With a batch norm, which cannot train on one text, and a weight and a buffer without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.factor = nn.BatchNorm1d(3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, texts):
+        return self.factor * self.norm(super().forward(texts))
+
+
+def test_a_batch_norm_trains_and_keeps_its_statistics(tmp_path):
+    sim = small(encoder=Normed()).fit(TEXTS, GROUPS)
+    assert int(sim.encoder_.norm.num_batches_tracked) == len(sim.losses_)
+    sim.save(tmp_path / "model")
+    loaded = SentenceSimilarity.load(tmp_path / "model", encoder=Normed())
+    assert np.array_equal(loaded.transform(TEXTS), sim.transform(TEXTS))
 
 
 def test_a_tokenizer_and_a_model_are_an_encoder():
@@ -296,6 +345,25 @@ def test_folders_that_do_not_fit_are_refused(fitted, tmp_path):
         SentenceSimilarity.load(tmp_path / "model")
 
 
+def test_settings_of_numpy_and_the_groups_come_back(tmp_path):
+    sim = small(d=np.int64(5), lr=np.float32(0.5), kind="combined", margin=(1, np.float64(0.1), 0.25))
+    sim.fit(TEXTS, GROUPS).save(tmp_path)
+    loaded = SentenceSimilarity.load(tmp_path)
+    params = loaded.get_params()
+    assert (params["d"], params["lr"], params["margin"]) == (5, 0.5, (1, 0.1, 0.25))
+    assert loaded.classes_ == sim.classes_ == ["age", "家", 7, None]
+    small().fit(["a", "b"], [(1, 2), (3, 4)]).save(tmp_path)
+    assert SentenceSimilarity.load(tmp_path).classes_ == [0, 1]
+
+
+def test_a_cut_off_index_is_refused_by_the_name_of_its_folder(fitted, tmp_path):
+    fitted.save(tmp_path)
+    content = (tmp_path / "index.json").read_bytes()
+    (tmp_path / "index.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="holds no complete sentence similarity"):
+        SentenceSimilarity.load(tmp_path)
+
+
 def test_an_index_that_does_not_fit_its_texts_is_refused(fitted, tmp_path):
     fitted.save(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"texts": ["a"], "ids": [0]}))
@@ -318,7 +386,12 @@ def test_a_graph_finds_the_neighbours_says_how_many_and_is_saved(fitted, tmp_pat
     sim.save(tmp_path / "model")
     loaded = SentenceSimilarity.load(tmp_path / "model")
     assert loaded.recall_ == sim.recall_
-    assert np.array_equal(loaded.search(texts[:50], k=5)[0], found[0])
+    for same in (loaded, copy.deepcopy(sim), pickle.loads(pickle.dumps(sim))):
+        assert np.array_equal(same.search(texts[:50], k=5)[0], found[0])
+    for damaged in (b"", b"junk" * 2000):
+        (tmp_path / "model" / "index.usearch").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"index\.usearch holds no graph"):
+            SentenceSimilarity.load(tmp_path / "model")
     assert sim.index(["ok"], approximate=True).query("ok")[0][0] == "ok"
     assert sim.index([], approximate=True).query("ok") == []
 
@@ -380,6 +453,8 @@ def test_bad_training_data_is_refused(texts, groups, error, match):
         ({"batch_size": 1.5}, TypeError, "batch_size"),
         ({"lr": 0}, ValueError, "lr"),
         ({"random_state": -1}, ValueError, "random_state"),
+        ({"random_state": 1 << 64}, ValueError, "random_state must be below"),
+        ({"fold_text": "no"}, TypeError, "fold_text must be a bool; got 'no'"),
         ({"kind": "nothing"}, ValueError, "nothing"),
         ({"scale": 0}, ValueError, "scale"),
         ({"d": 0}, ValueError, "d must"),
@@ -402,6 +477,7 @@ def test_bad_queries_ids_and_validation_are_refused(fitted):
         (lambda: fitted.query_many("a"), TypeError, "list of str"),
         (lambda: small(epochs=1).fit(TEXTS, GROUPS).index(["a"], [1, 2]), ValueError, "each of the 1 texts; got 2"),
         (lambda: small(epochs=1).fit(TEXTS, GROUPS).index(["a"], [1.5]), TypeError, "str or int"),
+        (lambda: small(epochs=1).fit(TEXTS, GROUPS).index(["a", "b"], "ab"), TypeError, "got 'ab' of type str"),
         (lambda: small().fit(TEXTS, GROUPS, validation=(["a", "b"], [0, 1])), ValueError, "no validation group"),
         (lambda: small().fit(TEXTS, GROUPS, validation=["a", "b", "c"]), TypeError, "pair"),
         (lambda: VectorIndex(np.eye(2, dtype=np.float32), approximate="yes"), TypeError, "'yes'"),
@@ -415,5 +491,19 @@ def test_an_encoder_that_returns_something_else_is_refused():
         def forward(self, texts):
             return super().forward(texts)[:1].repeat(3, 1)
 
+    class Detached(Lengths):
+        def forward(self, texts):
+            return super().forward(texts).detach()
+
     with pytest.raises(ValueError, match=r"one row for each of 1 texts; got \(3, 3\)"):
         small(encoder=Wrong()).fit(TEXTS, GROUPS)
+    with pytest.raises(ValueError, match="got a tensor without"):
+        small(encoder=Detached()).fit(TEXTS, GROUPS)
+    frozen = Lengths().requires_grad_(False)  # nothing to learn, which is what the caller says
+    assert torch.equal(small(encoder=frozen).fit(TEXTS, GROUPS).encoder_.linear.weight, frozen.linear.weight)
+
+
+def test_ids_may_be_integers_of_numpy(fitted):
+    sim = small(epochs=1).fit(TEXTS, GROUPS).index(["a", "b"], [np.int64(7), "x"])
+    assert sim.ids_ == [7, "x"]
+    assert type(sim.ids_[0]) is int

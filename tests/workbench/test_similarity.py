@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kexue.cli import app
-from kexue.corpus import Document
+from kexue.corpus import CorpusError, Document
 from kexue.workbench import WorkspaceError
 from kexue.workbench.similarity import SimilarityModel, SimilaritySettings, read_groups, train_similarity
 
@@ -59,6 +60,7 @@ def test_unseen_groups_are_ranked_and_give_a_threshold(model):
     assert figures["sentences"] == len(SENTENCES)
     assert figures["groups"] == 30
     assert figures["held-out groups"] == 5
+    assert figures["passes"] == 200
     assert figures["top1"] > 0.7  # 19 wrong answers for each right one: chance is .16
     assert 0 < figures["best_threshold"] < 1
     assert SimilarityModel(path).threshold == pytest.approx(figures["best_threshold"], abs=1e-4)
@@ -114,6 +116,37 @@ def test_json_lines_and_tables_with_and_without_header_hold_the_same(tmp_path, t
     for path in (table, lines, header):
         assert [(d.text, d.labels[0]) for d in read_groups([path])] == SENTENCES
     assert read_groups([lines])[3].id == "q3"
+
+
+def test_a_table_that_is_no_pair_of_columns_is_not_guessed_at(tmp_path, table):
+    three = tmp_path / "three.tsv"
+    three.write_text("".join(f"{i}\t{t}\t{g}\n" for i, (t, g) in enumerate(SENTENCES)), encoding="utf-8")
+    with pytest.raises(CorpusError, match="Columns found: '1', '2', '3'"):
+        read_groups([three])
+    found = read_groups([three], {"text_column": "2", "label_column": "3"})
+    assert [(d.text, d.labels[0]) for d in found] == SENTENCES
+    header = tmp_path / "header.tsv"  # its columns are the other way round
+    header.write_text("group\ttext\ng\tt\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match="Columns found: '1', '2'"):
+        read_groups([table, header])
+    broken = tmp_path / "broken.tsv"
+    broken.write_text('a\tg\n"b\tg\nc\th\n', encoding="utf-8")
+    with pytest.raises(CorpusError, match="line 2: a quote that opens in this row is never closed"):
+        read_groups([broken])
+    broken.write_text("a\tg\nb\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match="line 2: there is no column '2' for the label"):
+        read_groups([broken])
+
+
+def test_wrong_queries_are_wrong_usage(model, tmp_path):
+    _, path = model
+    for arguments in (["  "], ["a", "--threshold", "nan"], ["a", "--threshold", "high"], ["a", "-k", 0]):
+        assert kexue("similarity", "query", path, *arguments).exit_code == 2
+    damaged = tmp_path / "damaged"
+    shutil.copytree(path, damaged)
+    (damaged / "training.json").write_text("[]")
+    with pytest.raises(WorkspaceError, match="train it again"):
+        SimilarityModel(damaged)
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -105,14 +106,18 @@ def query(
     as_json: Json = False,
 ) -> None:
     """The stored sentences that are nearest to a sentence."""
-    from kexue.workbench.similarity import SimilarityModel
-
+    if not text.strip():
+        raise typer.BadParameter("the sentence is empty; expected at least one character", param_hint="TEXT")
     least: float | None = None
     if threshold is not None and threshold != "best":
         try:
             least = float(threshold)
         except ValueError:
-            raise typer.BadParameter(f"--threshold must be a cosine or best; got {threshold!r}") from None
+            least = math.nan
+        if not math.isfinite(least):
+            raise typer.BadParameter(f"must be a cosine or best; got {threshold!r}", param_hint="--threshold")
+    from kexue.workbench.similarity import SimilarityModel
+
     opened = SimilarityModel(model)
     if threshold == "best":
         least = opened.threshold

@@ -58,7 +58,7 @@ def _trained(kind: str, seed: int, quick: bool) -> dict[str, Any]:
     train, valid = (200, 100) if quick else (1200, 400)
     groups = paraphrases(train + valid, 4, seed)
     sim = SentenceSimilarity(
-        kind=kind, d=48 if quick else 96, embedding_dim=48, maxlen=40, epochs=10 if quick else 14, lr=3e-3,
+        kind=kind, d=48 if quick else 96, embedding_dim=48, maxlen=40, min_count=5, epochs=10 if quick else 14, lr=3e-3,
         random_state=seed, show_progress=False,
     )  # fmt: skip
     sim.fit(*labelled(groups[:train]))

@@ -11,6 +11,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from kexue.words._numba import compiled
+
 BLOCK_BYTES = 1 << 25  # of cosines at a time
 
 
@@ -87,7 +89,7 @@ def _exact(a, b):  # type: ignore[no-untyped-def]
     return min(1.0, max(-1.0, np.round(total * GRID) / GRID))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def scan_block(block, first, group, starts, members, units, inverse, error, rank, top):  # type: ignore[no-untyped-def]
     """For each query of a block the rank of its best sibling and its highest cosine, both as in float64.
 
@@ -143,7 +145,7 @@ def scan_block(block, first, group, starts, members, units, inverse, error, rank
                     top[query] = max(top[query], known[u])
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def top_of_block(block, positions, scores):  # type: ignore[no-untyped-def]
     """The k highest entries of each row of block (b, N), highest first, of equal ones the lower column first.
 

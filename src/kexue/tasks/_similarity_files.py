@@ -27,23 +27,21 @@ from kexue.tasks._vector_index import VectorIndex
 if TYPE_CHECKING:
     from kexue.tasks.sentence_similarity import SentenceSimilarity
 
+_BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, OSError, UnicodeDecodeError, json.JSONDecodeError)
 FORMAT, KIND, HEAD = 1, "sentence-similarity", "similarity.json"
-_PLAIN = (str, int, float, bool, type(None))
 
 
 def save(model: SentenceSimilarity, folder: str | os.PathLike[str]) -> None:
     """Write the folder, replacing an earlier one in one step."""
     own = isinstance(model.encoder_, CharGRUEncoder)
-    params = {k: v for k, v in model.get_params(deep=False).items() if k not in ("encoder", "kind", "margin")}
-    params["kind"] = model.kind if isinstance(model.kind, str) else None
-    params["margin"] = _plain(model.margin)
+    params = {k: _plain(v) for k, v in model.get_params(deep=False).items() if k != "encoder"}
     stored = hasattr(model, "_index")
     head = {
         "format": FORMAT,
         "kind": KIND,
         "encoder": "char-gru" if own else type(model.encoder_).__name__,
         "width": model._width,
-        "groups": len(model.classes_),
+        "groups": _named(model.classes_),
         "threshold": model.threshold_,
         "validation": model.validation_,
         "texts": len(model.texts_) if stored else None,
@@ -65,11 +63,18 @@ def save(model: SentenceSimilarity, folder: str | os.PathLike[str]) -> None:
         write_json(target / HEAD, head)
 
 
-def _plain(margin: Any) -> Any:
-    """A margin as JSON: it matters for further training only, so that what has no JSON is left out."""
-    if isinstance(margin, tuple | list) and all(isinstance(x, int | float) for x in margin):
-        return list(margin)
-    return margin if isinstance(margin, _PLAIN) else None
+def _named(groups: list[Any]) -> list[Any]:
+    """The groups, or their numbers if JSON would not give the same back."""
+    return groups if all(type(group) in (str, int, bool, type(None)) for group in groups) else list(range(len(groups)))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON. A function as kind and a tensor as margin have none: they matter for further training only."""
+    if isinstance(value, tuple | list):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, str | int | float | None) else None
 
 
 def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
@@ -83,12 +88,12 @@ def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
         model = cls(**params)
         module = _encoder(source / "encoder", head["encoder"], encoder, model.maxlen)
         model.encoder_, model._text_encoder = module.module.eval(), module
-        model._width, model.classes_ = int(head["width"]), list(range(head["groups"]))
+        model._width, model.classes_ = int(head["width"]), list(head["groups"])
         model.threshold_, model.validation_, model.losses_ = head["threshold"], head["validation"], []
         model.encoder = encoder if encoder is not None else module.module
         if head["texts"] is not None:
             _load_index(model, source, head)
-    except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    except (*_BROKEN, SafetensorError) as error:
         raise ValueError(f"{source} holds no complete sentence similarity: {error}") from None
     return model
 

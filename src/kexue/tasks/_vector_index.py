@@ -121,6 +121,15 @@ class VectorIndex:
         lowest = self._exact(queries, k)[1][:, -1:]
         return float((self._through_graph(queries, k)[1] >= lowest - 1e-6).mean())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which the graph itself does not offer."""
+        return self.__dict__ | {"_graph": None if self._graph is None else bytes(self._graph.save())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._graph is not None:
+            self._graph = _restore(self._graph, self.vectors)
+
     def save_graph(self, path: Path) -> None:
         """Write the usearch graph."""
         self._graph.save(str(path))
@@ -134,11 +143,17 @@ def _build(vectors: NDArray[np.float32]) -> Any:
     return graph
 
 
-def _restore(path: Path, vectors: NDArray[np.float32]) -> Any:
+def _restore(saved: Path | bytes, vectors: NDArray[np.float32]) -> Any:
     from usearch.index import Index
 
-    graph = Index.restore(str(path), expansion_search=BREADTH)  # which is not part of the file
+    where = "the copy" if isinstance(saved, bytes) else saved
+    try:
+        # the breadth is not part of what is saved
+        graph = Index.restore(saved if isinstance(saved, bytes) else str(saved), expansion_search=BREADTH)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{where} holds no graph of usearch: {error}") from None
     if graph is None or len(graph) != len(vectors) or graph.ndim != vectors.shape[1]:
         found = "no graph" if graph is None else f"one of {len(graph)} vectors of width {graph.ndim}"
-        raise ValueError(f"{path}: expected a graph of {len(vectors)} vectors of width {vectors.shape[1]}; got {found}")
+        expected = f"a graph of {len(vectors)} vectors of width {vectors.shape[1]}"
+        raise ValueError(f"{where}: expected {expected}; got {found}")
     return graph

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kexue._checks import check_int, check_real
-from kexue.tasks._cosines import block_rows, cosines, distinct_rows, rounding_bound, scan_block, unit_rows
+from kexue.tasks._cosines import GRID, block_rows, cosines, distinct_rows, rounding_bound, scan_block, unit_rows
 
 __all__ = ["retrieval_report"]
 
@@ -110,7 +110,8 @@ def _curve(top: NDArray[Any], hit: NDArray[np.bool_], thresholds: NDArray[np.flo
     """The columns of the curve for thresholds in any order."""
     order = np.argsort(top, kind="stable")
     right_below = np.concatenate([[0], np.cumsum(hit[order])])
-    below = np.searchsorted(top[order], thresholds, side="left")
+    # on the grid of the cosines: a cosine of exactly .7 reaches a threshold of .7
+    below = np.searchsorted(top[order], np.round(thresholds * GRID) / GRID, side="left")
     n, rights = len(top), int(hit.sum())
     answered, right = n - below, rights - right_below[below]
     precision = np.where(answered > 0, right / np.maximum(answered, 1), 1.0)
@@ -190,6 +191,8 @@ def _ks(ks: Any) -> list[int]:
 def _thresholds(thresholds: Any) -> NDArray[np.float64]:
     if thresholds is None:
         return np.arange(101) / 100
+    if not hasattr(thresholds, "__iter__"):
+        raise TypeError(f"thresholds must be a sequence of numbers; got {thresholds!r}")
     found = list(thresholds)
     for threshold in found:
         check_real("each of thresholds", threshold)

@@ -72,8 +72,9 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
         d: Width of the encoder that is built.
         embedding_dim: Width of its character embeddings.
         maxlen: Characters (or tokens, for a pair) of a text that are read.
-        min_count: Characters seen less often are unknown.
-        epochs: Passes over the texts; a margin asks for more than plain softmax (25-30 in the article).
+        min_count: Characters seen less often are unknown; None: the 5 of the article, of fewer than 10 000 texts less.
+        epochs: Passes over the texts; None: the 20 of the article, of few texts more, so that there are 400 steps (at
+            most 200 passes). A margin asks for more than plain softmax (25-30 in the article).
         batch_size: Texts of a step.
         lr: Learning rate of Adam.
         sample_rate: Share of the classes in a step (PartialFC), for very many groups; 1 takes all.
@@ -89,7 +90,7 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
 
     Attributes:
         encoder_: The trained encoder, in eval mode.
-        classes_: The groups, in order of first sight.
+        classes_: The groups, in order of first sight; their numbers after :meth:`load`, if they are not str or int.
         losses_: Loss of each step.
         threshold_: Cosine at which F1 on the validation groups is highest; None without validation.
         validation_: The :func:`retrieval_report` of the validation groups; None without.
@@ -122,8 +123,8 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
         d: int = 128,
         embedding_dim: int = 128,
         maxlen: int = 32,
-        min_count: int = 5,
-        epochs: int = 20,
+        min_count: int | None = None,
+        epochs: int | None = None,
         batch_size: int = 100,
         lr: float = 1e-3,
         sample_rate: float = 1.0,
@@ -184,10 +185,13 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
         numbers, classes = number_groups(groups, len(prepared))
         if len(classes) < 2:
             raise ValueError(f"fit needs at least two groups; got {len(prepared)} texts in {len(classes)}")
-        for name in ("epochs", "batch_size"):
-            check_int(name, getattr(self, name), 1)
+        for name in ("min_count", "epochs", "batch_size"):
+            if getattr(self, name) is not None or name == "batch_size":
+                check_int(name, getattr(self, name), 1)
         check_real("lr", self.lr, above=0.0)
         check_int("random_state", self.random_state, 0)
+        if self.random_state >= 1 << 63:
+            raise ValueError(f"random_state must be below 2 ** 63; got {self.random_state}")
         held_out = None if validation is None else _validation(validation)
         run = Run(self, prepared, numbers, len(classes))
         interrupt: TrainingInterrupted | None = None
@@ -220,6 +224,8 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
 
     def _prepared(self, texts: Any) -> list[str]:
         found = check_texts("texts", texts)
+        if not isinstance(self.fold_text, bool | np.bool_):
+            raise TypeError(f"fold_text must be a bool; got {self.fold_text!r}")
         return [fold(text) for text in found] if self.fold_text else found
 
     def transform(self, texts: Iterable[str]) -> NDArray[np.float32]:
@@ -233,15 +239,19 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "encoder_")
         prepared = self._prepared(texts)
-        out = np.empty((len(prepared), self._width), np.float32)
-        lengths, vectors = self._text_encoder.prepare(prepared)
+        # each distinct text once: in another batch its vector might be rounded differently, and a tie be none
+        numbers: dict[str, int] = {}
+        which = np.array([numbers.setdefault(text, len(numbers)) for text in prepared], np.int64)
+        out = np.empty((len(numbers), self._width), np.float32)
+        lengths, vectors = self._text_encoder.prepare(list(numbers))
         with torch.no_grad():
             for rows in by_length(lengths, ENCODED):
                 out[rows] = vectors(rows).float().cpu().numpy()
-        if not np.isfinite(out).all():
-            place = int(np.flatnonzero(~np.isfinite(out).all(1))[0])
+        finite = np.asarray(np.isfinite(out).all(axis=1))[which]
+        if not finite.all():
+            place = int(np.flatnonzero(~finite)[0])
             raise ValueError(f"the encoder gives a vector that is not finite for text {place}")
-        return unit_rows(out)
+        return unit_rows(out)[which]
 
     def index(
         self, texts: Iterable[str], ids: Iterable[str | int] | None = None, *, approximate: bool | None = None
@@ -326,7 +336,7 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: Any = None) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; the encoder is the trained one, which :meth:`fit` would train further.
 
         Args:
             folder: The folder.
@@ -360,7 +370,9 @@ def _validation(validation: Any) -> tuple[list[str], list[Hashable]]:
 
 
 def _check_ids(ids: Any, n: int) -> list[str | int]:
-    found = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__iter__"):
+        raise TypeError(f"ids must be one str or int for each text; got {ids!r} of type {type(ids).__name__}")
+    found = ids.tolist() if hasattr(ids, "tolist") else [int(x) if isinstance(x, np.integer) else x for x in ids]
     if len(found) != n:
         raise ValueError(f"ids must have one entry for each of the {n} texts; got {len(found)}")
     for place, value in enumerate(found):

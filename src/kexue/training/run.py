@@ -90,10 +90,14 @@ class Run:
         # Options that only one side knows come from another version of torch.
         differing = [key for key in now if key in then and now[key] != then[key]]
         if differing:
-            listing = "; ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in differing)
+            listing = "; ".join(
+                "data or model are others (fingerprint)" if key == "fingerprint" and then[key] and now[key]
+                else f"{key} was {then[key]!r} and is {now[key]!r}"
+                for key in differing
+            )  # fmt: skip
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {listing}. Use the old ones to continue it, another "
-                "folder, or resume=False to delete it and start over"
+                f"{self.folder} holds a run with other settings: {listing}. Use the old ones to continue it, or give "
+                "another folder; to start over delete this one (kexue.training.fit: resume=False)"
             )
 
     def restore_random_states(self) -> None:

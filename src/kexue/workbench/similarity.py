@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import shutil
 from collections import Counter
@@ -24,6 +23,7 @@ from kexue._checks import check_choice, check_int, check_real
 from kexue._files import replace_directory, write_json
 from kexue.corpus import CorpusError, Document, read_documents
 from kexue.tasks import SentenceSimilarity
+from kexue.tasks._similarity_training import usual_epochs
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.targets import check_free, locked, resolved
@@ -34,7 +34,6 @@ MANIFEST = "training.json"  # beside what SentenceSimilarity saves
 KINDS = ("softmax", "am", "arc", "simpler_a")
 _FEWEST = 5  # held-out groups with two sentences below which no figure means anything
 _BATCH = 100
-_LEAST_STEPS, _MOST_PASSES = 400, 200
 _RANKING = ("top1", "top5", "top10", "mean_rank")
 _THRESHOLD = ("best_threshold", "best_coverage", "best_precision", "best_f1")
 
@@ -45,7 +44,7 @@ class SimilaritySettings:
 
     Args:
         kind: Margin of the classifier: "softmax" (none), "am", "arc" or "simpler_a".
-        epochs: Passes over the sentences; None: 20, of a small file more, so that there are some 400 steps.
+        epochs: Passes over the sentences; None: 20, of a small file more, so that there are 400 steps.
         dim: Width of the vectors.
         max_length: Characters of a sentence that are read.
         min_count: Characters seen less often are unknown; None: 5, of a small file less.
@@ -116,26 +115,29 @@ def read_groups(paths: Sequence[str | Path], read_options: dict[str, Any] | None
     """
     options = dict(read_options or {})
     files = [Path(path) for path in paths]
-    try:
-        documents = list(read_documents(files, **options))
-    except CorpusError as error:
-        tables = all(path.suffix.lower() in (".tsv", ".csv") for path in files)
-        if not tables or "text_column" in options or "label_column" in options:
-            raise
-        try:
-            documents = list(read_documents(files, **options, text_column="1", label_column="2"))
-        except ValueError:
-            raise error from None
+    if not {"text_column", "label_column"} & options.keys() and all(_two_bare_columns(path, options) for path in files):
+        options |= {"text_column": "1", "label_column": "2"}
+    documents = list(read_documents(files, **options))
     lost = [document.id for document in documents if not document.labels]
     if lost:
         raise ValueError(
-            f"every sentence needs a group: labels[0] in JSON lines, a column named group or label (or label_column=) "
-            f"in a table; {len(lost):,} of {len(documents):,} have none, the first is {lost[0]!r}"
+            f"every sentence needs a group: labels[0] in JSON lines, a column named group or label in a table (or "
+            f"label_column), or lines text<TAB>group in a .tsv file; {len(lost):,} of {len(documents):,} have none, "
+            f"the first is {lost[0]!r}"
         )
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise ValueError(f"no sentence in {', '.join(map(str, files))}")
     return documents
+
+
+def _two_bare_columns(path: Path, options: dict[str, Any]) -> bool:
+    """Whether the file is a table of two columns without a header."""
+    try:
+        next(iter(read_documents([path], **options | {"on_error": "raise"})), None)
+    except CorpusError as error:
+        return error.reason.endswith("Columns found: '1', '2'")
+    return False
 
 
 def _held_groups(documents: Sequence[Document], settings: SimilaritySettings) -> set[str]:
@@ -201,9 +203,13 @@ def train_similarity(
             digest.update(repr((document.text, document.labels[0])).encode("utf-8", "replace"))
         key = {"kexue": __version__, "settings": asdict(settings), "sentences": digest.hexdigest()}
         _begin(partial, key, say)
-        model = _estimator(settings, len(train), progress)
+        passes = settings.epochs or usual_epochs(len(train), _BATCH)
+        model = SentenceSimilarity(
+            kind=settings.kind, d=settings.dim, maxlen=settings.max_length, min_count=settings.min_count, epochs=passes,
+            batch_size=_BATCH, random_state=settings.seed, show_progress=progress,
+        )  # fmt: skip
         rest = [document for document in documents if document.labels[0] in held]
-        say(f"train     {model.epochs} passes over {len(train):,} sentences in {len(groups) - len(held):,} groups")
+        say(f"train     {passes} passes over {len(train):,} sentences in {len(groups) - len(held):,} groups")
         model.fit(
             [document.text for document in train],
             [document.labels[0] for document in train],
@@ -212,6 +218,8 @@ def train_similarity(
             checkpoint_every=100,
         )
         figures: dict[str, Any] = {"sentences": len(documents), "groups": len(groups), "held-out groups": len(held)}
+        encoder: Any = model.encoder_
+        figures |= {"passes": passes, "characters": len(encoder.vocab)}
         if (report := model.validation_) is not None:
             figures |= {name: round(report[name], 4) for name in (*_RANKING, *_THRESHOLD)}
             say(
@@ -260,19 +268,6 @@ def _begin(partial: Path, key: dict[str, Any], say: Callable[[str], None]) -> No
     write_json(state, key)
 
 
-def _estimator(settings: SimilaritySettings, sentences: int, progress: bool | None) -> SentenceSimilarity:
-    epochs, min_count = settings.epochs, settings.min_count
-    if epochs is None:
-        passes = math.ceil(_LEAST_STEPS / math.ceil(sentences / _BATCH))
-        epochs = max(20, min(passes, _MOST_PASSES))
-    if min_count is None:
-        min_count = max(1, min(5, sentences // 2000))
-    return SentenceSimilarity(
-        kind=settings.kind, d=settings.dim, maxlen=settings.max_length, min_count=min_count, epochs=epochs,
-        batch_size=_BATCH, random_state=settings.seed, show_progress=progress,
-    )  # fmt: skip
-
-
 class SimilarityModel:
     """A model that ``kexue similarity train`` made.
 
@@ -303,7 +298,7 @@ class SimilarityModel:
             self.estimator = SentenceSimilarity.load(self.folder)
             if len(self._groups) != len(self.estimator.texts_):
                 raise ValueError(f"{len(self.estimator.texts_)} sentences, but {len(self._groups)} groups")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise WorkspaceError(f"{self.folder} cannot be read ({error}); train it again") from error
 
     @property
