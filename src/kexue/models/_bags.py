@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from kexue.words._numba import compiled
 
-@njit(cache=True)
+
+@compiled()
 def count_words(
     values: NDArray[np.int32], offsets: NDArray[np.int64], size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]:
@@ -39,7 +40,7 @@ def count_words(
 FAST = {"reassoc", "contract", "nsz"}
 
 
-@njit(cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def sum_rows(ids, weights, offsets, table, scale, out):  # type: ignore[no-untyped-def]
     """Add to row i of ``out`` (N, D) the sum of ``weights * scale[ids] * table[ids]`` over the words of document i."""
     width = table.shape[1]

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from kexue._tensors import as_recorded, compute_dtype, once_differentiable
+from kexue.words._numba import compiled
 
 __all__ = ["MIN_NORM", "negative_cosines"]
 
@@ -31,7 +31,7 @@ MIN_NORM = 1e-12  # a shorter row counts as zero: its direction is rounding nois
 FAST = {"reassoc", "contract", "nsz"}
 
 
-@njit(cache=True, fastmath=FAST, nogil=True)
+@compiled(fastmath=FAST, nogil=True)
 def _kernel(p, z, shift, weight, least, loss, gp, gz):  # type: ignore[no-untyped-def]
     """Row i of p against row i + shift of z: minus the cosine, and ``weight`` times its gradients where wanted."""
     n, width = p.shape

@@ -21,7 +21,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from kexue._checks import check_int, check_real
 from kexue._files import atomic_path, write_json
 from kexue.models._bags import FAST, count_words, sum_rows
+from kexue.words._numba import compiled
 
 FORMAT = 1
 
@@ -46,7 +46,7 @@ class RaggedRows(Protocol):
         """Where each row starts, and the end."""
 
 
-@njit(cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _gradients(ids, weights, offsets, table, scale, upstream):  # type: ignore[no-untyped-def]
     """The distinct words of the batch in ascending order, and the gradients of their rows and log-weights."""
     size, width = table.shape
@@ -261,7 +261,7 @@ class _Rows:
         self.offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
 
 
-@njit(cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _adam_rows(words, gradient, values, first, second, rate, beta1, beta2, scale1, scale2, eps):  # type: ignore[no-untyped-def]
     one = np.float32(1)
     width = values.shape[1]

@@ -11,17 +11,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from kexue.words._jobs import in_order
 from kexue.words._lexicon import Lexicon
+from kexue.words._numba import compiled
 from kexue.words._runs import CODE_POINTS, code_points, run_table
 from kexue.words._trie import Trie
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _cut(
     points: NDArray[np.uint32],
     codes: NDArray[np.int32],
@@ -131,7 +131,7 @@ def _cut(
     return start[:m].copy(), length[:m].copy(), count[:m].copy(), pieces
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _grow(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     grown = np.empty(size, np.int64)
     grown[: values.size] = values

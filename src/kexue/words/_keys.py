@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kexue.words._numba import compiled
 from kexue.words._runs import CODE_POINTS, code_points, run_table
 
 
@@ -80,7 +80,7 @@ class Table:
         return points
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _mark(points: NDArray[np.uint32], in_run: NDArray[np.bool_], own: int) -> tuple[NDArray[np.bool_], int]:
     """Which run characters occur, and how many of the first ``own`` positions hold one."""
     present = np.zeros(in_run.size, np.bool_)
@@ -92,7 +92,7 @@ def _mark(points: NDArray[np.uint32], in_run: NDArray[np.bool_], own: int) -> tu
     return present, size
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _pack(
     points: NDArray[np.uint32], numbers: NDArray[np.int32], own: int, size: int, layout: tuple[int, int, int, int]
 ) -> NDArray[np.uint64]:
@@ -132,7 +132,7 @@ def _pack(
     return keys
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sorted(keys: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint64]:
     """Sort by the bits low .. high (radix, least significant byte first); the input serves as a buffer."""
     passes = (high - low + 7) // 8
@@ -160,7 +160,7 @@ def _sorted(keys: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint64]
     return keys
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _unique_words(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Collapse sorted keys of one word to unique keys and counts."""
     n = keys.size
@@ -178,7 +178,7 @@ def _unique_words(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray
     return unique, counts
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _unique(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Collapse sorted keys of several words to unique keys and counts."""
     n, words = keys.shape
@@ -197,7 +197,7 @@ def _unique(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.in
     return unique, counts
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _recode(
     keys: NDArray[np.uint64], mapping: NDArray[np.uint64], order: int, old: tuple[int, int], new: tuple[int, int, int]
 ) -> NDArray[np.uint64]:
@@ -224,7 +224,7 @@ def _recode(
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def add_tables(
     a: NDArray[np.uint64], ca: NDArray[np.int64], b: NDArray[np.uint64], cb: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -268,7 +268,7 @@ def add_tables(
     return keys[:m].copy(), counts[:m].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def prefixes(
     keys: NDArray[np.uint64], counts: NDArray[np.int64], n: int, minimum: int, bits: int, per_word: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -310,7 +310,7 @@ def prefixes(
     return rows[:m].copy(), sums[:m].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def bound(keys: NDArray[Any], key: NDArray[Any], strict: bool) -> int:
     """First of the sorted rows that is >= key (> key when ``strict``)."""
     low, high = 0, keys.shape[0]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kexue.words._numba import compiled
 from kexue.words._runs import code_points, run_table, whole_runs
 from kexue.words._trie import Trie
 from kexue.words.segmenter import best_path
@@ -22,7 +22,7 @@ def piece_size(memory: int) -> int:
     return int(np.clip(memory // 128, 1 << 16, _PIECE))
 
 
-@numba.njit(cache=True)
+@compiled()
 def _usage(
     points: NDArray[np.uint32],
     borders: NDArray[np.int64],
@@ -134,7 +134,7 @@ def description(texts: Iterable[Any], lexicon: Lexicon, character_entropy: float
     return float(counts.sum() * math.log(counts.sum()) - (counts * np.log(counts)).sum() + letters * character_entropy)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _remove(
     codes: NDArray[np.int32],
     starts: NDArray[np.int64],

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kexue.words._numba import compiled
 from kexue.words._runs import CODE_POINTS, code_points
 
 
@@ -69,7 +69,7 @@ class Trie:
         return cls(numbers, base, check, value, int(lengths.max(initial=0)))
 
 
-@numba.njit(cache=True)
+@compiled()
 def _build(
     flat: NDArray[np.int32], offsets: NDArray[np.int64], alphabet: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:

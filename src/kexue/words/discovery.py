@@ -30,7 +30,6 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,6 +39,7 @@ from kexue.words._executors import Executor
 from kexue.words._jobs import check_counting
 from kexue.words._keys import bound
 from kexue.words._lexicon import Lexicon, description, piece_size, remove_redundant
+from kexue.words._numba import compiled
 from kexue.words._runs import as_source, parse_memory, rereadable, whole_runs
 from kexue.words.ngrams import NGramCounter
 from kexue.words.segmenter import Segmenter
@@ -47,7 +47,7 @@ from kexue.words.segmenter import Segmenter
 _Levels = list[tuple[NDArray[np.uint32], NDArray[np.float64]]]  # for n = 2, 3, ...: grams (M, n), solidity (M,)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _links(rows: NDArray[np.uint32], shorter: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each n-gram the index of its first and of its last n - 1 characters among the (n - 1)-grams."""
     n = rows.shape[1]

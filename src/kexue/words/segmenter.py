@@ -22,12 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from kexue._checks import check_int, check_real
 from kexue._files import atomic_path, write_json
+from kexue.words._numba import compiled
 from kexue.words._runs import code_points
 from kexue.words._trie import Trie
 
@@ -35,7 +35,7 @@ _FORMAT, _VERSION = "kexue.segmenter", 1
 _LATIN = re.compile(r"[A-Za-z0-9.]+")
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def best_path(
     numbers: NDArray[np.int32],
     points: NDArray[np.uint32],

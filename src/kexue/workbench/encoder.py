@@ -30,6 +30,7 @@ from kexue.losses import info_nce
 from kexue.models._bags import count_words
 from kexue.models.bag_encoder import BagEncoder, RowAdam
 from kexue.training import batch_indices, fit, numpy_generator
+from kexue.words._numba import compiled
 from kexue.workbench.ranking import NAME_PART, TEXT_PART, heads_are_text
 from kexue.workbench.tokens import TokenizedCorpus, concatenate
 
@@ -50,7 +51,7 @@ def _uniform(key, counter):  # type: ignore[no-untyped-def]
     return np.float64(z >> np.uint64(11)) / 9007199254740992.0
 
 
-@njit(cache=True)
+@compiled()
 def _thin(source, begin, end, key, counter, drop, out, n):  # type: ignore[no-untyped-def]
     """Copy tokens, each kept with probability 1 - drop; at least one of them stays."""
     first = n
@@ -64,7 +65,7 @@ def _thin(source, begin, end, key, counter, drop, out, n):  # type: ignore[no-un
     return n
 
 
-@njit(cache=True)
+@compiled()
 def _views(documents, head, head_at, body, body_at, name, name_at, key, short, long, p_head, drop, p_name, out):  # type: ignore[no-untyped-def]
     """Short views of all documents, then long ones: token ids in ``out``, returns the offsets."""
     size = len(documents)

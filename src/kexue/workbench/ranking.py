@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._files import atomic_path, map_tensors, write_json
+from kexue.words._numba import compiled
 from kexue.workbench.tokens import Ragged, TokenizedCorpus, concatenate
 
 FORMAT = 1
@@ -82,7 +82,7 @@ class Impacts:
         return out
 
 
-@njit(cache=True)
+@compiled()
 def _gather(words, starts, rows, scores, out):  # type: ignore[no-untyped-def]
     for word in words:
         for t in range(starts[word], starts[word + 1]):

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._files import atomic_path, map_tensors, write_json
 from kexue.models._bags import count_words
+from kexue.words._numba import compiled
 from kexue.workbench.ranking import top_k
 from kexue.workbench.tokens import TokenizedCorpus, concatenate
 
@@ -200,7 +200,7 @@ def _pack(name: str, matrix: Any) -> dict[str, NDArray[Any]]:
     }
 
 
-@njit(cache=True)
+@compiled()
 def _accumulate(columns, values, starts, rows, entries, out):  # type: ignore[no-untyped-def]
     for t in range(len(columns)):
         factor = values[t]

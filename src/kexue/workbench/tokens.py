@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from kexue._checks import check_int
 from kexue._files import atomic_path, write_json
 from kexue._progress import track
+from kexue.words._numba import compiled
 from kexue.workbench.fields import is_title, name_and_parent, split_head
 
 FORMAT = 1
@@ -130,7 +130,7 @@ def concatenate(*fields: Ragged) -> Ragged:
     return Ragged(values, offsets)
 
 
-@njit(cache=True)
+@compiled()
 def _copy_rows(source, begins, lengths, out, starts):  # type: ignore[no-untyped-def]
     """Copy runs of ``source`` to their places. An index of all values would take several times their memory."""
     for row in range(len(lengths)):
