@@ -31,7 +31,9 @@ def draw_seed(generator: torch.Generator | None) -> Tensor:
 def draw_uniform(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """One number in [0, 1) for each row, float64."""
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.rand(rows, generator=generator, device=source, dtype=torch.float64).to(device)
+    # not torch.rand: with a generator argument, None included, it takes no symbolic size, which a graph for any number
+    # of rows has
+    return torch.empty(rows, device=source, dtype=torch.float64).uniform_(generator=generator).to(device)
 
 
 class Noise:
