@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kexue._tensors import compute_dtype
-from kexue.stats._noise import Noise
+from kexue.stats._noise import Noise, draw_exponential
 
 BLOCK = 2**17  # numbers of a block of rows, 512 KiB in float32: small enough for the cache, few calls
 SMALL = 2**11  # numbers up to which calls cost more than work
@@ -121,7 +121,7 @@ def race_small(x: Tensor, seed: Tensor, inverse_tau: float, validate: bool) -> t
     """
     if x.dtype != torch.float64:
         x = x.float()
-    e = Noise(seed, x.dtype, x.device).exponential_(torch.empty(x.shape, dtype=x.dtype))
+    e = draw_exponential(seed, x.shape, x.dtype)
     top = x.detach().amax(-1, keepdim=True)
     if validate:
         check_tops(top)
