@@ -1,8 +1,9 @@
-"""Gumbel-softmax against torch's: with a gradient, without one, and followed by an embedding."""
+"""Gumbel-softmax against torch's: with a gradient, without one, followed by an embedding, and on small tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kexue.stats import gumbel_max, gumbel_softmax, st_embedding
 
 SECTION = "Reparameterisation"
 ROWS, CLASSES, WIDTH = 256, 10_000, 128
+CALLS = 200
 TORCH = "F.gumbel_softmax, hard"
 
 
@@ -75,6 +77,35 @@ def without_gradient() -> Table:
     )
 
 
+def small(batch: int) -> Table:
+    x = torch.randn(batch, 20, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def steps(sample: Callable[[], Tensor], gradient: bool) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(CALLS):
+                x.grad = None
+                with torch.set_grad_enabled(gradient):
+                    y = sample()
+                if gradient:
+                    y.sum().backward()
+
+        return run
+
+    contenders = {}
+    for kind, hard in (("soft", False), ("hard", True)):
+        for mode, gradient in (("with gradient", True), ("without", False)):
+            ours, theirs = partial(gumbel_softmax, x, 0.5, hard), partial(F.gumbel_softmax, x, 0.5, hard)
+            contenders[f"F.gumbel_softmax, {kind}, {mode}"] = steps(theirs, gradient)
+            contenders[f"gumbel_softmax, {kind}, {mode}"] = steps(ours, gradient)
+    return compare(
+        f"Categorical latents, batch of {batch}",
+        f"{CALLS} calls on {batch} x 20 x 10, float32, tau .5, one thread; with gradient: forward and backward.",
+        contenders,
+        peer="F.gumbel_softmax, hard, with gradient",
+        packages=("torch",),
+    )
+
+
 def embedding() -> Table:
     x = logits().requires_grad_()
     weight = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -103,4 +134,4 @@ def embedding() -> Table:
 
 def run() -> list[Table]:
     """All comparisons of this room."""
-    return [with_gradient(), without_gradient(), embedding()]
+    return [with_gradient(), without_gradient(), embedding(), *map(small, (1, 8, 32))]

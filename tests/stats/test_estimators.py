@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,6 +133,9 @@ def test_no_samples_give_zero():
         (ValueError, "baseline", lambda: score_function_loss(torch.zeros(3), torch.zeros(3), "median")),
         (TypeError, "baseline", lambda: score_function_loss(torch.zeros(3), torch.zeros(3), 0.5)),
         (ValueError, "baseline", lambda: score_function_loss(torch.zeros(3), torch.zeros(3), lambda r: torch.ones(2))),
+        (TypeError, "baseline", lambda: score_function_loss(torch.zeros(3), torch.zeros(3), lambda r: None)),
+        (TypeError, "baseline", lambda: score_function_loss(torch.zeros(3), torch.zeros(3), lambda r: r + 1j)),
+        (ValueError, "axis of samples", lambda: EMABaseline()(torch.tensor(1.0))),
         (ValueError, "at least 2", lambda: score_function_loss(torch.zeros(1), torch.zeros(1), "loo")),
         (ValueError, "decay", lambda: EMABaseline(1.0)),
         (TypeError, "mu", lambda: rsample_normal(0.0, torch.zeros(3))),
@@ -225,6 +229,19 @@ def test_gradient_stats_are_mean_and_variance_of_the_gradients():
     assert (single.mean.shape, single.variance.shape, single.bias, single.mse) == ((2, 2), (2, 2), None, None)
 
 
+def test_baselines_may_be_numbers_arrays_or_tensors():
+    logp, reward = sample(4)
+    expected = score_function_loss(logp, reward - 1.5)
+    for value in (1.5, [1.5] * 4, np.full(4, 1.5), torch.tensor(1.5), torch.full((4,), 1.5, requires_grad=True)):
+        torch.testing.assert_close(score_function_loss(logp, reward, lambda r, value=value: value), expected)
+
+
+def test_gradient_stats_take_an_iterator_of_parameters():
+    model = torch.nn.Linear(2, 1)
+    found = gradient_stats(lambda: model(torch.ones(2)).sum(), model.parameters(), 2)
+    assert torch.equal(found.mean, torch.ones(3).double())
+
+
 def test_gradient_stats_refuse_what_is_no_estimator():
     x = torch.zeros(2, requires_grad=True)
     for kind, message, call in (
@@ -240,6 +257,9 @@ def test_gradient_stats_refuse_what_is_no_estimator():
         (ValueError, "at least one tensor", lambda: gradient_stats(lambda: x.sum(), [])),
         (ValueError, "require gradients", lambda: gradient_stats(lambda: x.sum(), x.detach())),
         (TypeError, "params must be tensors", lambda: gradient_stats(lambda: x.sum(), [1.0])),
+        (TypeError, "params must be tensors; got NoneType", lambda: gradient_stats(lambda: x.sum(), None)),
+        (TypeError, "exact must be tensors; got float", lambda: gradient_stats(lambda: x.sum(), x, 2, 1.0)),
+        (TypeError, "exact must be tensors; got float", lambda: gradient_stats(lambda: x.sum(), x, 2, [1.0])),
         (ValueError, "n must be at least 2", lambda: gradient_stats(lambda: x.sum(), x, 1)),
         (ValueError, "exact", lambda: gradient_stats(lambda: x.sum(), x, 2, torch.zeros(3))),
     ):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.stats import _gumbel_kernel as kernel
-from kexue.stats import gumbel_max, gumbel_softmax, kl_to_uniform, st_embedding
+from kexue.stats import gumbel_max, gumbel_softmax, kl_to_uniform, rsample_normal, st_embedding
 from kexue.stats._noise import Noise, draw_seed, draw_uniform
 from reference import reparameterization as reference
 
@@ -21,6 +21,12 @@ def logits_like(*shape, dtype=torch.float64, seed=1, scale=2.0):
     return (scale * torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)).to(dtype).requires_grad_()
 
 
+@pytest.fixture(params=["few numbers", "blocks"])
+def path(request, monkeypatch):
+    """Both ways to compute, whatever the size."""
+    monkeypatch.setattr(kernel, "SMALL", 2**62 if request.param == "few numbers" else -1)
+
+
 def noise_of(shape, dtype, seed=0):
     """The noise that a call with this seed draws, for logits of one block."""
     return Noise(draw_seed(seeded(seed)), dtype, CPU).exponential_(torch.empty(shape, dtype=dtype)).double()
@@ -28,6 +34,7 @@ def noise_of(shape, dtype, seed=0):
 
 @pytest.mark.parametrize("tau", [1.0, 0.3, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("path")
 def test_soft_sample_and_its_gradient_equal_the_formula(tau, dtype):
     x = logits_like(7, 19, dtype=dtype)
     y = gumbel_softmax(x, tau, generator=seeded())
@@ -45,6 +52,7 @@ def test_soft_sample_and_its_gradient_equal_the_formula(tau, dtype):
 
 @pytest.mark.parametrize("tau", [1.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("path")
 def test_straight_through_is_the_one_hot_of_the_soft_sample_with_its_gradient(tau, dtype):
     x = logits_like(5, 40, dtype=dtype)
     hard, index = gumbel_softmax(x, tau, True, generator=seeded(), return_index=True)
@@ -56,6 +64,7 @@ def test_straight_through_is_the_one_hot_of_the_soft_sample_with_its_gradient(ta
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.usefixtures("path")
 def test_soft_sample_passes_gradcheck_twice():
     x = logits_like(3, 4)
     for tau in (1.0, 0.7):
@@ -113,6 +122,7 @@ def test_blocks_of_rows_change_nothing_but_the_cut_of_the_noise(monkeypatch, dty
         y = gumbel_softmax(x, 0.7, hard, generator=seeded(), estimator=estimator, rao_samples=1)
         return y.detach(), torch.autograd.grad(y, x, upstream)[0]
 
+    monkeypatch.setattr(kernel, "SMALL", -1)
     whole = [run(hard) for hard in (False, True)]
     monkeypatch.setattr(kernel, "BLOCK", 16 if estimator == "rao" else 48)
     torch.testing.assert_close([run(hard) for hard in (False, True)], whole)
@@ -145,6 +155,7 @@ def test_extreme_uniform_numbers_choose_a_class_that_takes_part(u, shared):
 
 @pytest.mark.parametrize("estimator", ["st", "rao", "soft"])
 @pytest.mark.parametrize("tau", [1.0, 0.2])
+@pytest.mark.usefixtures("path")
 def test_masked_classes_get_probability_and_gradient_zero(estimator, tau):
     x = logits_like(50, 6, dtype=torch.float32)
     mask = torch.tensor([True, False, True, True, False, True])
@@ -169,6 +180,7 @@ def test_tau_zero_is_a_hard_sample_without_gradient(hard):
 
 @pytest.mark.parametrize("tau", [1e-300, 1e-30, 1e-6, 1e6, 1e300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.usefixtures("path")
 def test_extreme_temperatures_and_logits_stay_finite(tau, dtype):
     big = {torch.float64: 1e300, torch.float32: 1e37, torch.float16: 6e4}[dtype]
     x = torch.tensor([[big, -big, 0.0], [-big, -big, -big], [0.0, 0.0, -math.inf]], dtype=dtype, requires_grad=True)
@@ -183,6 +195,7 @@ def test_extreme_temperatures_and_logits_stay_finite(tau, dtype):
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -2])
 @pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.usefixtures("path")
 def test_any_axis_holds_the_classes(dim, hard):
     x = logits_like(3, 4, 5).transpose(0, 2)  # not contiguous
     y, index = gumbel_softmax(x, 0.5, hard, dim, seeded(), return_index=True)
@@ -194,6 +207,50 @@ def test_any_axis_holds_the_classes(dim, hard):
     assert torch.equal(only, mask.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{"tau": 1.0}, {"tau": 0.3}, {"tau": 1.0, "hard": True}, {"tau": 0.3, "hard": True}]
+)
+def test_few_numbers_give_the_sample_of_the_blocks(monkeypatch, dtype, options):
+    x = logits_like(2, 3, 7, dtype=dtype, scale=5.0)
+    with torch.no_grad():
+        x += 1e4  # the noise must not drown in large logits
+        x[0, 1, 2:] = -math.inf
+    upstream = torch.randn(2, 3, 7, generator=seeded(5)).to(dtype)
+
+    def run():
+        y, index = gumbel_softmax(x, generator=seeded(), return_index=True, **options)
+        return y.detach(), index, torch.autograd.grad(y, x, upstream)[0]
+
+    assert kernel.is_small(x)
+    small = run()
+    monkeypatch.setattr(kernel, "SMALL", -1)
+    torch.testing.assert_close(small, run())
+    if "hard" in options:
+        assert torch.equal(small[0], torch.nn.functional.one_hot(small[1], 7).to(dtype))
+
+
+@pytest.mark.usefixtures("path")
+def test_one_row_needs_no_batch_axis():
+    x = logits_like(5)
+    for options in ({}, {"hard": True}, {"estimator": "rao"}, {"tau": 0.0}):
+        y, index = gumbel_softmax(x, generator=seeded(), return_index=True, **options)
+        row = gumbel_softmax(x[None], generator=seeded(), return_index=True, **options)
+        assert (y.shape, index.shape) == ((5,), ())
+        assert torch.equal(y, row[0][0])
+        assert index == row[1][0]
+    out, index = st_embedding(x, torch.eye(5, dtype=torch.float64), 1.0, return_index=True)
+    assert (out.argmax(), index.shape) == (index, ())
+
+
+def test_gradient_of_a_low_precision_embedding_is_summed_in_float32():
+    for tau in (0.0, 1.0):
+        weight = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+        st_embedding(torch.zeros(4096, 1, requires_grad=True), weight, tau).sum().backward()
+        assert torch.equal(weight.grad, torch.full((1, 2), 4096.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.usefixtures("path")
 def test_shapes_without_rows_and_with_one_class():
     for estimator in ("st", "rao"):
         x = torch.zeros(0, 3, requires_grad=True)
@@ -207,6 +264,7 @@ def test_shapes_without_rows_and_with_one_class():
     assert kl_to_uniform(torch.zeros(0, 3)).shape == (0,)
 
 
+@pytest.mark.usefixtures("path")
 def test_seeds_rule_the_samples_and_inputs_are_not_touched():
     x = logits_like(30, 50, dtype=torch.float32)
     before = x.detach().clone()
@@ -230,6 +288,7 @@ def test_rao_draws_the_same_sample_with_and_without_gradient():
     assert torch.equal(gumbel_softmax(x, estimator="rao", generator=seeded()), without)
 
 
+@pytest.mark.usefixtures("path")
 def test_autocast_and_inference_mode_change_nothing():
     x, weight = logits_like(6, 9, dtype=torch.float32), logits_like(9, 4, dtype=torch.float32, seed=8)
 
@@ -246,6 +305,7 @@ def test_autocast_and_inference_mode_change_nothing():
         assert torch.equal(gumbel_max(x, generator=seeded()), gumbel_max(x.clone(), generator=seeded()))
 
 
+@pytest.mark.usefixtures("path")
 def test_graph_may_be_kept_and_used_twice():
     x = logits_like(4, 5, dtype=torch.float32)
     for estimator in ("st", "rao"):
@@ -368,3 +428,18 @@ def test_other_functions_compile_and_the_temperature_may_change():
         got = compiled(x, weight, tau)
         torch.manual_seed(0)
         torch.testing.assert_close(got, function(x, weight, tau))
+
+
+@pytest.mark.slow
+def test_compiled_for_any_number_of_rows_it_draws_the_same():
+    def function(o):
+        y, index = gumbel_softmax(o, 0.5, True, dim=0, return_index=True)
+        return y, index, gumbel_softmax(o, estimator="rao"), gumbel_max(o), gumbel_max(o, 2), rsample_normal(o, o)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 500):
+        x = logits_like(4, rows, 6, dtype=torch.float32)
+        torch.manual_seed(0)
+        got = compiled(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(got, function(x))

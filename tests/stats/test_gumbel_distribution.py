@@ -20,7 +20,7 @@ def p_value(index, p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("way", ["straight-through", "soft", "inverse", "shared", "top", "rao"])
+@pytest.mark.parametrize("way", ["straight-through", "soft", "small calls", "inverse", "shared", "top", "rao"])
 def test_the_sampled_class_has_the_law_softmax(way, dtype):
     n = 50_000
     x = LOGITS.to(dtype).expand(n, 6)
@@ -29,6 +29,7 @@ def test_the_sampled_class_has_the_law_softmax(way, dtype):
     index = {
         "straight-through": lambda: gumbel_softmax(own, 0.3, True, generator=g).argmax(1),
         "soft": lambda: gumbel_softmax(own, 1.0, generator=g, return_index=True)[1],
+        "small calls": lambda: torch.cat([gumbel_softmax(part, 0.3, generator=g).argmax(1) for part in own.split(300)]),
         "inverse": lambda: gumbel_max(x.clone(), generator=g),
         "shared": lambda: gumbel_max(x, generator=g),
         "top": lambda: gumbel_max(x, 2, g)[:, 0],

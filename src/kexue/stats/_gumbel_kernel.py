@@ -3,7 +3,7 @@
 With E_i ~ Exp(1) the Gumbel noise is -log E_i, so that exp(o_i + noise) = e^{o_i} / E_i: the largest is a sample of
 softmax(o), and at tau = 1 the soft sample is these weights divided by their sum, without a logarithm.
 
-- ``race_pass``: soft sample and its index.
+- ``race_pass``: soft sample and its index; ``race_small``: the same for few numbers.
 - ``softmax_backward``: the gradient of softmax(./tau), in blocks.
 - ``rao_backward``: the same averaged over samples of the noise given the index. With p = softmax(o), E_d the noise of
   the winner and a_i = p_i E_d, the conditional weights are 1 for the winner and (a_i / (E_i + a_i))^(1/tau) for others.
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from kexue._tensors import compute_dtype
-from kexue.stats._noise import Noise
+from kexue.stats._noise import Noise, draw_exponential
 
 BLOCK = 2**17  # numbers of a block of rows, 512 KiB in float32: small enough for the cache, few calls
+SMALL = 2**11  # numbers up to which calls cost more than work
 CHUNK = 128
 LOG2E = math.log2(math.e)
 BELOW_ONE = 1.0 - 2.0**-52
@@ -43,13 +44,16 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
 
 def check_tops(tops: Tensor) -> None:
     """Raise ValueError unless the largest logit of every row is finite."""
+    if math.isfinite(float(tops.sum())):  # nearly always one look is enough; finite numbers may overflow
+        return
     tops = tops.flatten()
     good = torch.isfinite(tops)
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0])
-        value = float(tops[row])
-        what = "no class that takes part" if value == -math.inf else f"{value} among its logits"
-        raise ValueError(f"logits must be finite or -inf, with a finite one in every row; got row {row} with {what}")
+    if bool(good.all()):
+        return
+    row = int((~good).nonzero()[0])
+    value = float(tops[row])
+    what = "no class that takes part" if value == -math.inf else f"{value} among its logits"
+    raise ValueError(f"logits must be finite or -inf, with a finite one in every row; got row {row} with {what}")
 
 
 def _scratch(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,6 +109,29 @@ def race_pass(x: Tensor, seed: Tensor, inverse_tau: float, validate: bool) -> tu
     return soft, torch.cat(indices) if indices else x.new_empty(0, dtype=torch.int64)
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether :func:`race_small` pays."""
+    return not torch.compiler.is_compiling() and x.numel() <= SMALL and x.device.type == "cpu"
+
+
+def race_small(x: Tensor, seed: Tensor, inverse_tau: float, validate: bool) -> tuple[Tensor, Tensor]:
+    """:func:`race_pass` for (..., C), in few calls of torch's own functions, which also do its backward pass.
+
+    Noise and results are those of :func:`race_pass`, up to rounding.
+    """
+    if x.dtype != torch.float64:
+        x = x.float()
+    e = draw_exponential(seed, x.shape, x.dtype)
+    top = x.detach().amax(-1, keepdim=True)
+    if validate:
+        check_tops(top)
+    raced = (x - top).sub_(e.log_())
+    index = raced.detach().argmax(-1)
+    if inverse_tau != 1.0:
+        raced = raced * inverse_tau
+    return raced.softmax(-1), index
+
+
 def softmax_backward(grad: Tensor, soft: Tensor, inverse_tau: float, dtype: torch.dtype) -> Tensor:
     """Gradient of softmax(x / tau) with respect to x, (N, C) in ``dtype``."""
     out = soft.new_empty(soft.shape, dtype=dtype)
@@ -125,40 +152,42 @@ def rao_backward(grad: Tensor, x: Tensor, index: Tensor, seed: Tensor, inverse_t
     dtype = compute_dtype(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     noise = Noise(seed, dtype, x.device)
-    buffers = [_scratch(x, dtype) for _ in range(3)]
-    for block in row_blocks(x):
+    blocks = list(row_blocks(x))
+    if not blocks:
+        return out
+    step = min(samples, max(1, BLOCK // x.numel()))  # samples at a time, where one leaves room in a block
+    buffers = x.new_empty(2, step, blocks[0].stop, x.shape[1], dtype=dtype)
+    for block in blocks:
         logp = torch.log_softmax(x[block].to(dtype), 1)
-        p = logp.exp()
+        p, total = logp.exp(), torch.zeros_like(logp)
         g, winner = grad[block].to(dtype), index[block, None]
-        e, part, total = (buffer[: len(p)] for buffer in buffers)
-        total.zero_()
-        for _ in range(samples):
+        for start in range(0, samples, step):
+            e, part = buffers[:, : samples - start, : len(p)]
+            chosen = winner.expand(len(e), -1, -1)
             noise.exponential_(e)
-            mine = e.gather(1, winner)
+            mine = e.gather(2, chosen)
             if inverse_tau == 1.0:
                 torch.mul(p, mine, out=part)
                 torch.div(part, e.add_(part), out=e)
             else:
                 torch.sub(logp, _log_(e.addcmul_(p, mine)), out=e)
                 e.add_(mine.log_()).mul_(LOG2E * inverse_tau).exp2_()
-            e.scatter_(1, winner, 1.0)
-            e.div_(e.sum(1, keepdim=True))
+            e.scatter_(2, chosen, 1.0)
+            e.div_(e.sum(2, keepdim=True))
             torch.mul(g, e, out=part)
-            total.add_(part.addcmul_(e, part.sum(1, keepdim=True), value=-1))
+            part.addcmul_(e, part.sum(2, keepdim=True), value=-1)
+            total.add_(part[0] if len(part) == 1 else part.sum(0))
         out[block] = total.mul_(inverse_tau / samples)
     return out
 
 
-def _hit(sums: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The interval of running sums (N, G) that u (N, 1) falls in, and where in the interval, as a part in [0, 1).
+def _hit(running: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval of running sums (N, G) or (G,) that u (N, 1) or (N,) times the total falls in, and this product.
 
-    ``u`` times the total stays below the total, so that an interval of length 0 is never hit.
+    It stays below the total, so that an interval of length 0 is never hit.
     """
-    running = sums.cumsum(1)
-    target = u.clamp(max=BELOW_ONE) * running[:, -1:]
-    found = torch.searchsorted(running, target, right=True).clamp(max=sums.shape[1] - 1)
-    length = sums.gather(1, found)
-    return found, ((target - (running.gather(1, found) - length)) / length).clamp(min=0.0)
+    target = u.clamp(max=BELOW_ONE).mul_(running[..., -1:])
+    return torch.searchsorted(running, target, right=True).clamp_(max=running.shape[-1] - 1), target
 
 
 def invert_cdf(x: Tensor, u: Tensor, validate: bool) -> Tensor:
@@ -169,15 +198,13 @@ def invert_cdf(x: Tensor, u: Tensor, validate: bool) -> Tensor:
         one = x[0].to(dtype)
         if validate:
             check_tops(one.amax(0, keepdim=True))
-        running = (one - one.amax()).double().exp().cumsum(0)
-        target = u.clamp(max=BELOW_ONE) * running[-1]
-        return torch.searchsorted(running, target, right=True).clamp_(max=width - 1)
+        return _hit((one - one.amax()).double().exp_().cumsum(0), u)[0]
     if width <= CHUNK:
         wide = x.to(dtype)
         top = wide.amax(1, keepdim=True)
         if validate:
             check_tops(top)
-        return _hit((wide - top).double().exp_(), u[:, None])[0].view(-1)
+        return _hit((wide - top).double().exp_().cumsum(1), u[:, None])[0].view(-1)
     groups = -(-width // CHUNK)
     sums, tops = x.new_empty(rows, groups, dtype=dtype), x.new_empty(rows, 1, dtype=dtype)
     blocks = list(row_blocks(x))
@@ -191,29 +218,38 @@ def invert_cdf(x: Tensor, u: Tensor, validate: bool) -> Tensor:
         torch.sum(part, 2, out=sums[block])
     if validate:
         check_tops(tops)
-    group, rest = _hit(sums.double(), u[:, None])
+    wide_sums = sums.double()
+    running = wide_sums.cumsum(1)
+    group, target = _hit(running, u[:, None])
+    length = wide_sums.gather(1, group)
+    rest = ((target - running.gather(1, group)) / length).add_(1.0).clamp_(min=0.0)
     place = group * CHUNK + torch.arange(CHUNK, device=x.device)
     chunk = x.gather(1, place.clamp(max=width - 1)).to(dtype) - tops
-    within, _ = _hit(chunk.double().exp().masked_fill(place >= width, 0.0), rest)
+    within, _ = _hit(chunk.double().exp_().masked_fill_(place >= width, 0.0).cumsum_(1), rest)
     return (group * CHUNK + within).view(-1)
 
 
 def race_top(x: Tensor, seed: Tensor, k: int) -> Tensor:
     """The k largest of logits plus Gumbel noise in falling order, (N, k).
 
-    In float64, since the order among unlikely classes lies in small differences of large negative numbers.
+    Their sums are float64, since the order among unlikely classes lies in small differences of large negative numbers.
     """
     index = x.new_empty(x.shape[0], k, dtype=torch.int64)
-    noise = Noise(seed, torch.float64, x.device)
+    dtype = compute_dtype(x)
+    noise = Noise(seed, dtype, x.device)
     for block in row_blocks(x):
-        logits = x[block].double()
-        top = logits.amax(1)
+        logits = x[block].to(dtype)
+        top = logits.amax(1, keepdim=True)
         check_tops(top)
-        count = int((logits > -math.inf).sum(1).min())
-        if count < k:
-            raise ValueError(f"k must be at most the number of classes that take part; got k = {k} for {count} classes")
-        e = noise.exponential_(logits.new_empty(logits.shape))
-        index[block] = (logits - top[:, None]).sub_(e.log_()).topk(k, 1).indices
+        log_e = _log_(noise.exponential_(x.new_empty(logits.shape, dtype=dtype)))
+        found = (logits.double() - top).sub_(log_e).topk(k, 1)
+        if float(found.values.amin()) == -math.inf:
+            count = int((logits > -math.inf).sum(1).min())
+            if count < k:
+                raise ValueError(
+                    f"k must be at most the number of classes that take part; got k = {k} for {count} classes"
+                )
+        index[block] = found.indices
     return index
 
 
@@ -268,13 +304,11 @@ def run_rao_backward(grad: Tensor, x: Tensor, index: Tensor, seed: Tensor, inver
     return run(grad, x, index, seed, inverse_tau, samples)
 
 
-@torch.no_grad()
 def run_invert(x: Tensor, u: Tensor, validate: bool) -> Tensor:
     """:func:`invert_cdf`, in the same way."""
     return (_invert_op if torch.compiler.is_compiling() else invert_cdf)(x, u, validate)
 
 
-@torch.no_grad()
 def run_top(x: Tensor, seed: Tensor, k: int) -> Tensor:
     """:func:`race_top`, in the same way."""
     return (_top_op if torch.compiler.is_compiling() else race_top)(x, seed, k)

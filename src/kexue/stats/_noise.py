@@ -10,6 +10,7 @@ other devices use a second torch generator, started in the same way.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,7 +32,26 @@ def draw_seed(generator: torch.Generator | None) -> Tensor:
 def draw_uniform(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """One number in [0, 1) for each row, float64."""
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.rand(rows, generator=generator, device=source, dtype=torch.float64).to(device)
+    # not torch.rand: with a generator argument, None included, it takes no symbolic size, which a graph for any number
+    # of rows has
+    return torch.empty(rows, device=source, dtype=torch.float64).uniform_(generator=generator).to(device)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The kernel of float32 on the CPU; loading it compiles or reads machine code, so only when it is needed."""
+    from kexue.stats import _noise_kernel
+
+    return _noise_kernel
+
+
+def draw_exponential(seed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The first noise of :class:`Noise` on the CPU, with as little around it as possible."""
+    out = torch.empty(shape, dtype=dtype)
+    if dtype != torch.float32:
+        return Noise(seed, dtype, out.device).exponential_(out)
+    _kernel().fill_from(int(seed), out.view(-1).numpy())
+    return out
 
 
 class Noise:
@@ -44,18 +64,16 @@ class Noise:
     """
 
     def __init__(self, seed: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._kernel: Any = None
+        self._fill: Any = None
         if device.type == "cpu" and dtype == torch.float32:
-            from kexue.stats import _noise_kernel  # compiles or loads machine code: only when it is needed
-
-            self._kernel, self._state = _noise_kernel.fill, _noise_kernel.start(int(seed))
+            self._fill, self._state = _kernel().fill, _kernel().start(int(seed))
         else:
             self._generator = torch.Generator(device).manual_seed(int(seed))
 
     def exponential_(self, out: Tensor) -> Tensor:
         """Fill a contiguous tensor with E ~ Exp(1)."""
-        if self._kernel is not None:
-            self._kernel(self._state, out.view(-1).numpy())
+        if self._fill is not None:
+            self._fill(self._state, out.view(-1).numpy())
             return out
         bits, kind = (63, torch.int64) if out.dtype == torch.float64 else (31, torch.int32)
         out.copy_(torch.empty(out.shape, dtype=kind, device=out.device).random_(generator=self._generator))

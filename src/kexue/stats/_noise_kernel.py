@@ -98,3 +98,9 @@ def start(seed):  # type: ignore[no-untyped-def]
     waste = np.empty(15 * LANES, np.float32)
     fill(state, waste)
     return state
+
+
+@_vectorised
+def fill_from(seed, out):  # type: ignore[no-untyped-def]
+    """Fill a flat float32 array from a 64-bit seed, in one call."""
+    fill(start(seed), out)

@@ -6,8 +6,9 @@ measured, for any surrogate loss, by calling it again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,15 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.detach().double().reshape(-1) for x in tensors])
 
 
+def _tensors(name: str, x: Any) -> list[Tensor]:
+    """The tensors of a tensor or of an iterable of tensors."""
+    found = [x] if isinstance(x, Tensor) or not isinstance(x, Iterable) else list(x)
+    for y in found:
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{name} must be tensors; got {type(y).__name__}")
+    return found
+
+
 def _gradient(loss: Tensor, leaves: Sequence[Tensor], name: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name} must return a tensor; got {type(loss).__name__}")
@@ -103,15 +113,13 @@ def gradient_stats(
         >>> bool(abs(stats.bias) < 4 * stats.standard_error), 3 < stats.variance.item() < 5  # exactly 4
         (True, True)
     """
-    single = isinstance(params, Tensor)
-    leaves: list[Tensor] = [params] if isinstance(params, Tensor) else list(params)
     if not callable(fn):
         raise TypeError(f"fn must be callable; got {type(fn).__name__}")
+    single = isinstance(params, Tensor)
+    leaves = _tensors("params", params)
     if not leaves:
         raise ValueError("params must hold at least one tensor; got none")
     for x in leaves:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"params must be tensors; got {type(x).__name__}")
         if not x.requires_grad:
             raise ValueError(f"params must require gradients; got one of shape {tuple(x.shape)} that does not")
     check_int("n", n, 2)
@@ -119,7 +127,7 @@ def gradient_stats(
     if callable(exact):
         target = _gradient(exact(), leaves, "exact")
     elif exact is not None:
-        given = [exact] if isinstance(exact, Tensor) else list(exact)
+        given = _tensors("exact", exact)
         if [x.shape for x in given] != [x.shape for x in leaves]:
             shapes = [tuple(x.shape) for x in leaves]
             raise ValueError(f"exact must have the shapes of params, {shapes}; got {[tuple(x.shape) for x in given]}")

@@ -20,11 +20,18 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype, once_differentiable
-from kexue.stats._gumbel_kernel import run_invert, run_race, run_rao_backward, run_top, softmax_backward
+from kexue.stats._gumbel_kernel import (
+    is_small,
+    race_small,
+    run_invert,
+    run_race,
+    run_rao_backward,
+    run_top,
+    softmax_backward,
+)
 from kexue.stats._noise import check_generator, draw_seed, draw_uniform
 
 __all__ = ["gumbel_max", "gumbel_softmax", "kl_to_uniform", "st_embedding"]
@@ -77,7 +84,10 @@ class _Rao(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return run_rao_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        logits, index, seed = ctx.saved_tensors
+        rows = logits.reshape(-1, logits.shape[-1])
+        out = run_rao_backward(grad.reshape(rows.shape), rows, index.view(-1), seed, *ctx.options)
+        return out.view(logits.shape), None, None, None, None
 
 
 class _Lookup(torch.autograd.Function):
@@ -98,8 +108,30 @@ class _Lookup(torch.autograd.Function):
                 to_soft = (grad.to(dtype) @ weight.to(dtype).T).to(ctx.dtype)
             if ctx.needs_input_grad[1]:
                 zeros = torch.zeros_like(weight, dtype=dtype)
-                to_weight = zeros.index_add(0, index, grad.to(dtype)).to(weight.dtype)
+                rows = grad.to(dtype).reshape(-1, weight.shape[1])
+                to_weight = zeros.index_add(0, index.view(-1), rows).to(weight.dtype)
         return to_soft, to_weight, None
+
+
+def _race(x: Tensor, seed: Tensor, inverse_tau: float, validate: bool) -> tuple[Tensor, Tensor]:
+    """Soft sample (..., C), with its gradient, and index (...) of its largest weight."""
+    if is_small(x):
+        return race_small(x, seed, inverse_tau, validate)
+    soft, index = _Race.apply(x.reshape(-1, x.shape[-1]), seed, inverse_tau, validate)
+    return soft.view(x.shape), index.view(x.shape[:-1])
+
+
+def _invert(x: Tensor, u: Tensor, validate: bool) -> Tensor:
+    """Index (...) of a sample of softmax(x), x (..., C), from one uniform number for each row."""
+    return run_invert(x.detach().reshape(-1, x.shape[-1]), u, validate).view(x.shape[:-1])
+
+
+def _straight_through(soft: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """One-hot of the index, with the gradient of the soft sample."""
+    if is_small(soft):
+        soft = soft.to(dtype)
+        return _one_hot(index, soft.shape[-1], dtype) + (soft - soft.detach())  # exact: the difference is 0
+    return _OneHot.apply(soft, index, dtype)
 
 
 def _one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -240,25 +272,23 @@ def gumbel_softmax(
     moved = _masked(logits, mask)
     if axis != logits.dim() - 1:
         moved = moved.movedim(axis, -1)
-    rows = moved.reshape(-1, moved.shape[-1])
-    hard = hard or estimator == "rao" or inverse_tau == math.inf
-    differentiable = torch.is_grad_enabled() and rows.requires_grad and inverse_tau != math.inf
-    if hard and (estimator == "rao" or not differentiable):
-        count = rows.shape[0]
-        u = draw_uniform(count + (estimator == "rao"), generator, rows.device)
-        index = run_invert(rows.detach(), u[:count], validate)
+    rao = estimator == "rao"
+    hard = hard or rao or inverse_tau == math.inf
+    differentiable = torch.is_grad_enabled() and moved.requires_grad and inverse_tau != math.inf
+    if hard and (rao or not differentiable):
+        u = draw_uniform(moved.numel() // moved.shape[-1] + rao, generator, moved.device)
+        index = _invert(moved, u[:-1] if rao else u, validate)
         if differentiable:
             # A seed drawn by itself would only be needed in the backward pass, and torch.compile would draw it there.
-            sample = _Rao.apply(rows, index, (u[count] * 2.0**53).long(), inverse_tau, rao_samples)
+            sample = _Rao.apply(moved, index, (u[-1] * 2.0**53).long(), inverse_tau, rao_samples)
         else:
-            sample = _one_hot(index, rows.shape[-1], rows.dtype)
+            sample = _one_hot(index, moved.shape[-1], moved.dtype)
     else:
-        soft, index = _Race.apply(rows, draw_seed(generator), inverse_tau, validate)
-        sample = _OneHot.apply(soft, index, rows.dtype) if hard else soft.to(rows.dtype)
-    sample = sample.view(moved.shape)
+        soft, index = _race(moved, draw_seed(generator), inverse_tau, validate)
+        sample = _straight_through(soft, index, moved.dtype) if hard else soft.to(moved.dtype)
     if axis != logits.dim() - 1:
         sample = sample.movedim(-1, axis)
-    return (sample, index.view(moved.shape[:-1])) if return_index else sample
+    return (sample, index) if return_index else sample
 
 
 def gumbel_max(logits: Tensor, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -296,11 +326,9 @@ def gumbel_max(logits: Tensor, k: int = 1, generator: torch.Generator | None = N
     classes = logits.shape[-1]
     if k > classes:
         raise ValueError(f"k must be at most the number of classes; got k = {k} for {classes} classes")
-    rows = logits.detach().reshape(-1, classes)
     if k == 1:
-        index = run_invert(rows, draw_uniform(rows.shape[0], generator, rows.device), True)
-        return index.view(logits.shape[:-1])
-    return run_top(rows, draw_seed(generator), k).view(*logits.shape[:-1], k)
+        return _invert(logits, draw_uniform(logits.numel() // classes, generator, logits.device), True)
+    return run_top(logits.detach().reshape(-1, classes), draw_seed(generator), k).view(*logits.shape[:-1], k)
 
 
 def st_embedding(
@@ -344,15 +372,14 @@ def st_embedding(
     classes = logits.shape[-1]
     if weight.shape[0] != classes:
         raise ValueError(f"weight must have a row for each of the {classes} classes; got shape {tuple(weight.shape)}")
-    rows = _masked(logits, mask).reshape(-1, classes)
-    if torch.is_grad_enabled() and rows.requires_grad and inverse_tau != math.inf:
-        soft, index = _Race.apply(rows, draw_seed(generator), inverse_tau, True)
-        out = _Lookup.apply(soft, weight, index)
+    x = _masked(logits, mask)
+    if torch.is_grad_enabled() and x.requires_grad and inverse_tau != math.inf:
+        soft, index = _race(x, draw_seed(generator), inverse_tau, True)
     else:
-        index = run_invert(rows.detach(), draw_uniform(rows.shape[0], generator, rows.device), True)
-        out = F.embedding(index, weight)
-    out = out.view(*logits.shape[:-1], weight.shape[1])
-    return (out, index.view(logits.shape[:-1])) if return_index else out
+        soft = x.detach()  # _Lookup gives it no gradient
+        index = _invert(x, draw_uniform(x.numel() // classes, generator, x.device), True)
+    out = _Lookup.apply(soft, weight, index)
+    return (out, index) if return_index else out
 
 
 def kl_to_uniform(logits: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:

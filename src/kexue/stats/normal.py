@@ -50,6 +50,6 @@ def rsample_normal(mu: Tensor, log_var: Tensor, generator: torch.Generator | Non
         ) from None
     dtype = compute_dtype(mu, log_var)
     source = mu.device if generator is None else generator.device
-    eps = torch.randn(shape, generator=generator, device=source, dtype=dtype).to(mu.device)
+    eps = torch.empty(shape, device=source, dtype=dtype).normal_(generator=generator).to(mu.device)
     z = mu.to(dtype) + torch.exp(0.5 * log_var.to(dtype)) * eps
     return z.to(torch.promote_types(mu.dtype, log_var.dtype))

@@ -41,8 +41,8 @@ class EMABaseline:
         weight: Sum of the weights, below 1; ``weighted / weight`` is the mean.
 
     Raises:
-        TypeError: ``decay`` is not a number.
-        ValueError: ``decay`` is out of range.
+        TypeError: ``decay`` is not a number, or the rewards are no floating tensor.
+        ValueError: ``decay`` is out of range, or the rewards have no axis of samples or samples of another shape.
 
     Example:
         >>> baseline = EMABaseline(decay=0.5)
@@ -63,6 +63,8 @@ class EMABaseline:
     def __call__(self, reward: Tensor) -> Tensor:
         """The baseline of each sample (N, ...), which are then taken into the mean."""
         check_float("reward", reward)
+        if reward.dim() == 0:
+            raise ValueError("reward must have an axis of samples; got shape ()")
         reward = reward.detach().to(compute_dtype(reward))
         n, d = reward.shape[0], self.decay
         if n == 0:
@@ -100,6 +102,17 @@ def _leave_one_out(reward: Tensor) -> Tensor:
     if n == 1:
         raise ValueError("baseline='loo' needs at least 2 samples; got 1")
     return (reward.sum(0, keepdim=True) - reward) / max(n - 1, 1)
+
+
+def _baseline_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a callable baseline gave, as a tensor without gradient."""
+    try:
+        found = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        raise TypeError(f"baseline must give a real tensor or a number; got {value!r}")
+    return found.detach().to(device=device, dtype=dtype)
 
 
 def score_function_loss(
@@ -147,7 +160,7 @@ def score_function_loss(
     dtype = compute_dtype(logp, reward)
     reward = reward.detach().to(dtype)
     if callable(baseline):
-        value = torch.as_tensor(baseline(reward), dtype=dtype, device=reward.device).detach()
+        value = _baseline_tensor(baseline(reward), dtype, reward.device)
         fits = value.dim() <= reward.dim() and all(
             a in (1, b) for a, b in zip(reversed(value.shape), reversed(reward.shape), strict=False)
         )
