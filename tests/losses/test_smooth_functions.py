@@ -203,3 +203,9 @@ def test_bad_axes_and_positions_are_rejected():
         soft_argmax(torch.zeros(2, 4), positions="abcd")
     with pytest.raises(TypeError, match="bool"):
         soft_argmax(torch.zeros(2, 4), positions=torch.ones(4, dtype=torch.bool))
+
+
+def test_an_infinite_entry_is_the_maximum():
+    x = torch.tensor([[math.inf, 1.0], [math.inf, -math.inf], [math.inf, math.inf]])
+    assert smooth_max(x).tolist() == [math.inf] * 3
+    assert smooth_min(-x).tolist() == [-math.inf] * 3

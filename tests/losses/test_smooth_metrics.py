@@ -40,7 +40,8 @@ def test_accuracy_equals_the_formula(reduction):
     expected = 1 - (labels * p + (1 - labels) * (1 - p))
     expected = expected if reduction == "none" else getattr(expected, reduction)()
     compare(smooth_accuracy_loss(two, labels, reduction=reduction), expected, two)
-    compare(smooth_accuracy_loss(two, labels > 0, reduction=reduction), expected, two)
+    for other in (labels > 0, labels.double(), labels.to(torch.uint8)):
+        compare(smooth_accuracy_loss(two, other, reduction=reduction), expected, two)
 
 
 def test_accuracy_is_exact_for_solved_and_hopeless_rows():
@@ -93,14 +94,52 @@ def test_leading_axes_and_layout_do_not_matter():
 
 
 @pytest.mark.parametrize("average", ["binary", "macro", "micro"])
-def test_blocks_change_nothing(average, monkeypatch):
-    import importlib
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_batches_give_the_same(average, dtype):
+    shape = (20_011,) if average == "binary" else (6_007, 3)  # no multiple of the kernel's vectors
+    x, t = normal(*shape, dtype=dtype), hot(*shape)
+    t[1000:, ...] &= hot(*shape, seed=6)[1000:]
+    exact = x.detach().double().requires_grad_()
+    expected = reference.f1_loss(exact, t, 2.0, average, 0.5)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for labels in (t, t.long(), t.double(), t.flip(0).flip(0) if average == "binary" else t.T.contiguous().T):
+        loss = smooth_f1_loss(x, labels, 2.0, average, 0.5)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(3 * loss, x)
+        (want,) = torch.autograd.grad(3 * expected, exact, retain_graph=True)
+        # p (1 - p) is off by the rounding of p, which counts as much as p (1 - p) at its largest, 1 / 4
+        torch.testing.assert_close(grad.double(), want, rtol=tolerance, atol=4 * eps * float(want.abs().max()))
+    soft = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    loss, expected = smooth_f1_loss(x, soft, average=average), reference.f1_loss(exact, soft.double(), 1.0, average)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    turned = x.detach().view(shape[0], -1).T.contiguous().T.view(shape)  # another layout
+    torch.testing.assert_close(smooth_f1_loss(turned, t, 2.0, average, 0.5), smooth_f1_loss(x, t, 2.0, average, 0.5))
 
-    x = normal(50) if average == "binary" else normal(50, 3)
-    t = hot(*x.shape)
-    whole = smooth_f1_loss(x, t, average=average)
-    monkeypatch.setattr(importlib.import_module("kexue.losses.smooth_metrics"), "BLOCK", 7)
-    compare(smooth_f1_loss(x, t, average=average), whole, x)
+
+def test_nan_is_seen_in_large_batches():
+    x, t = torch.zeros(20_000, requires_grad=True), torch.ones(20_000)
+    with torch.no_grad():
+        x[12_345] = math.nan
+    for loss in (smooth_f1_loss(x, t), smooth_accuracy_loss(x, t)):
+        assert torch.isnan(loss)
+        assert torch.isnan(torch.autograd.grad(loss, x)[0]).any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_accuracy_of_large_batches_is_the_same(reduction, dtype):
+    x, t = normal(20_011, dtype=dtype), hot(20_011)
+    exact = x.detach().double().requires_grad_()
+    expected = torch.sigmoid(torch.where(t, -exact, exact))
+    expected = expected if reduction == "none" else expected.mean()
+    upstream = torch.linspace(0.5, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
+    (want,) = torch.autograd.grad(expected, exact, upstream)
+    for labels in (t, t.long(), t.float()):
+        loss = smooth_accuracy_loss(x, labels, reduction=reduction)
+        torch.testing.assert_close(loss, expected.to(loss.dtype))
+        (grad,) = torch.autograd.grad(loss, x, upstream.to(loss.dtype))
+        torch.testing.assert_close(grad, want.to(dtype))
 
 
 def test_hard_predictions_give_sklearn_s_scores():
@@ -236,6 +275,14 @@ def test_running_sums_keep_a_gradient_in_batches_without_positives():
     assert not torch.autograd.grad(smooth_f1_loss(x, torch.zeros(8)), x)[0].any()
 
 
+def test_running_sums_count_in_float32_in_a_bfloat16_model():
+    loss = SmoothF1Loss(0.99).to(torch.bfloat16)
+    x, t = torch.full((100,), 2.0, dtype=torch.bfloat16), torch.ones(100)
+    for _ in range(200):
+        value = loss(x, t)
+    torch.testing.assert_close(value, smooth_f1_loss(x, t), rtol=1e-5, atol=0)
+
+
 def test_switch_counts_calls_in_training_mode():
     loss = SwitchLoss(lambda x: x, lambda x: -x, at_step=2)
     seen = [loss(1), loss.eval()(1), loss.train()(1), loss(1), loss.eval()(1), loss.train()(1)]
@@ -278,6 +325,7 @@ def test_switch_follows_the_epoch_and_passes_everything_on():
         ({"logits": torch.zeros(3, 2), "t": torch.zeros(3), "average": "macro"}, TypeError, "float32"),
         ({"beta": -1.0}, ValueError, "beta"),
         ({"beta": math.nan}, ValueError, "beta"),
+        ({"beta": torch.ones(2)}, TypeError, "beta"),
         ({"smooth": -1.0}, ValueError, "smooth"),
         ({"smooth": "no"}, TypeError, "smooth"),
     ],
@@ -294,6 +342,9 @@ def test_bad_f1_arguments_are_rejected(change, error, message):
         ((torch.zeros(3, 2), torch.tensor([0, 1])), ValueError, r"\(3,\); got \(2,\)"),
         ((torch.zeros(3, 2), torch.zeros(3)), TypeError, "float32"),
         ((torch.zeros(3), torch.tensor([0, 1, 2])), ValueError, r"\[0, 2\)"),
+        ((torch.zeros(3), torch.tensor([0.0, 0.5, 1.0])), ValueError, "0 or 1.*got 0.5"),
+        ((torch.zeros(3), torch.tensor([0.0, math.nan, 1.0])), ValueError, "0 or 1.*got nan"),
+        ((torch.zeros(3), torch.zeros(4)), ValueError, r"\(3,\); got \(4,\)"),
         ((torch.zeros(3, 0), torch.zeros(3, dtype=torch.long)), ValueError, "at least one class"),
         ((torch.tensor(0.0), torch.tensor(0)), ValueError, "scalar"),
         ((torch.zeros(3, 2, dtype=torch.long), torch.tensor([0, 1, 1])), TypeError, "int64"),
@@ -324,6 +375,28 @@ def test_bad_modules_are_rejected():
         SwitchLoss(0.5, len, at_step=1)
     with pytest.raises(ValueError, match="epoch"):
         SwitchLoss(len, len, at_epoch=1).set_epoch(-1)
+
+
+def test_a_compiled_switch_by_epochs_makes_two_graphs():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    loss = SwitchLoss(lambda x: x.sum(), lambda x: -x.sum(), at_epoch=10)
+    step = torch.compile(loss, fullgraph=True, backend=backend)
+    seen = []
+    for epoch in range(12):
+        loss.set_epoch(epoch)
+        seen.append(float(step(torch.ones(2))))
+    assert seen == [2.0] * 10 + [-2.0] * 2
+    assert len(graphs) == 2
+    resumed = SwitchLoss(lambda x: x, lambda x: -x, at_epoch=10)
+    resumed.load_state_dict(loss.state_dict())
+    assert resumed.switched
+    assert resumed.epoch == 11
+    assert SwitchLoss(len, len, at_epoch=0).switched
 
 
 @pytest.mark.slow

@@ -104,6 +104,29 @@ def test_equal_scores_share_and_ties_at_the_threshold_stay_equal():
     torch.testing.assert_close(p, torch.tensor([2 / 3, 2 / 3, 2 / 3, 0, 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e8, 1e16, 1e25, 1e30])
+def test_entries_far_away_leave_the_others_as_they_are(far, dtype):
+    near = torch.tensor([0.0, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0, -0.25], dtype=dtype)
+    above, below = torch.full((3,), far, dtype=dtype), torch.full((2,), -far, dtype=dtype)
+    rows = torch.cat([near, above, below]).expand(7, -1)
+    for K in (0.001, 0.1, 1.0, 10.0, 1e6):
+        if K * far < 1e4:
+            continue
+        expected = soft_topk(near.expand(7, -1), torch.arange(1, 8), K=K)
+        p = soft_topk(rows, torch.arange(4, 11), K=K)
+        torch.testing.assert_close(p[:, :8], expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+        assert p[:, 8:11].eq(1).all()
+        assert not p[:, 11:].any()
+
+
+def test_the_threshold_may_be_among_the_far_ones():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([-1e30, 1e30, -1e30, 0.0, -1e30], dtype=dtype)
+        torch.testing.assert_close(soft_topk(x, 3, K=10.0), torch.tensor([1, 3, 1, 3, 1], dtype=dtype) / 3)
+        torch.testing.assert_close(soft_topk(-x, 2, K=10.0), torch.tensor([2, 0, 2, 0, 2], dtype=dtype) / 3)
+
+
 @pytest.mark.parametrize("method", ["sigmoid", "recursive"])
 def test_nothing_everything_and_single_entries(method):
     x = scores(3, 4)

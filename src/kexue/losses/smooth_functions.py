@@ -62,9 +62,9 @@ def check_axis(x: Any, dim: Any) -> int:
 
 
 def _below_top(x: Tensor, dim: int, K: float) -> tuple[Tensor, Tensor]:
-    """K (x - max), and the maximum with its axis kept (0 where all entries are -inf)."""
+    """K (x - max), and the maximum with its axis kept (0 where it is infinite)."""
     top = x.detach().amax(dim, keepdim=True)
-    top = torch.where(top > -math.inf, top, 0.0)
+    top = torch.where(top.abs() < math.inf, top, 0.0)
     return (x - top) * K, top
 
 
@@ -118,7 +118,8 @@ def smooth_max(x: Tensor, dim: int = -1, K: float = 1.0) -> Tensor:
         K: Sharpness, from 1e-30 to 1e30.
 
     Returns:
-        x without the axis, in float32 (float64 for float64); -inf where all entries are. The gradient is softmax(K x).
+        x without the axis, in float32 (float64 for float64); -inf where all entries are, inf where one is.
+        The gradient is softmax(K x).
 
     Raises:
         TypeError: Not a floating tensor, or K not a number.

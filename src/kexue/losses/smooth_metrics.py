@@ -13,13 +13,13 @@ running sums instead.
 
 What we do differently: a class without a positive in the batch has no F1, so it contributes 0 and no gradient instead
 of a constant 1 (unless ``smooth`` is positive); 1 - p_y is the sum of the other probabilities, not a difference. The
-loss on sigmoid scores goes over them in cached blocks and keeps one buffer, the probabilities.
+losses on sigmoid scores keep one buffer, the probabilities; on a CPU, large batches take one pass over it for all sums
+and one for the gradient (``_smooth_kernel.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from kexue.losses.smooth_functions import sharp_weights
 __all__ = ["SmoothF1Loss", "smooth_accuracy_loss", "smooth_f1_loss"]
 
 AVERAGES = ("binary", "macro", "micro")
-BLOCK = 1 << 17  # entries: a block and a scratch of its size stay in the L2 cache
+LEAST = 1 << 14  # entries from which on compiled passes are used: for fewer, torch is as good and compiles nothing
 
 
 class _Miss(torch.autograd.Function):
@@ -70,27 +70,47 @@ class _BinaryMiss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        dtype = compute_dtype(logits)
-        miss = _sign(labels, dtype).mul_(logits.to(dtype)).sigmoid_()
+        miss = _flip(logits.to(compute_dtype(logits)), labels).sigmoid_()
         ctx.save_for_backward(miss, labels, logits)
-        return miss.clone()
+        return miss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         miss, labels, logits = ctx.saved_tensors
-        slope = torch.addcmul(miss, miss, miss, value=-1).mul_(_sign(labels, miss.dtype)).mul_(grad)
-        return slope.to(logits.dtype), None
+        return _flip(torch.ops.aten.sigmoid_backward(grad, miss), labels).to(logits.dtype), None
 
 
-def _bits(labels: Tensor) -> Tensor:
-    """Bool as uint8, which torch converts ten times faster."""
-    return labels.view(torch.uint8) if labels.dtype == torch.bool and not torch.compiler.is_compiling() else labels
+def _compiled(x: Tensor) -> bool:
+    """Whether ``_smooth_kernel`` takes it; a compiler fuses torch's operations by itself."""
+    return x.is_cpu and x.numel() >= LEAST and not torch.compiler.is_compiling()
 
 
-def _sign(labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 for label 0, -1 for label 1."""
-    return labels.to(dtype, copy=True).mul_(-2).add_(1)
+def _array(labels: Tensor, dtype: torch.dtype) -> Any:
+    """Labels as the kernel wants them, flat: bool as bytes without a copy, others converted."""
+    flat = labels.contiguous().view(-1)
+    return (flat.view(torch.uint8) if flat.dtype == torch.bool else flat.to(dtype)).numpy()
+
+
+def _flip(x: Tensor, labels: Tensor) -> Tensor:
+    """A new tensor: x for label 0, -x for label 1."""
+    if not _compiled(x):
+        return x * (1 - 2 * labels.to(x.dtype))
+    from kexue.losses._smooth_kernel import flip
+
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flip(x.contiguous().view(-1).numpy(), _array(labels, x.dtype), out.view(-1).numpy())
+    return out
+
+
+def _hard(y: Tensor, validate: bool) -> Tensor:
+    """Floating labels as bool; raise unless they are 0 or 1."""
+    labels = y.detach() != 0
+    if validate and not torch.compiler.is_compiling():
+        soft = labels & (y.detach() != 1)
+        if bool(soft.any()):
+            raise ValueError(f"y must be 0 or 1 for logits (N,); got {float(y.detach()[soft][0]):g}")
+    return labels
 
 
 def smooth_accuracy_loss(logits: Tensor, y: Tensor, *, reduction: str = "mean", validate: bool = True) -> Tensor:
@@ -101,7 +121,7 @@ def smooth_accuracy_loss(logits: Tensor, y: Tensor, *, reduction: str = "mean", 
 
     Args:
         logits: (..., C) floating; -inf excludes a class. Or (N,), for two classes: p is sigmoid(logit).
-        y: (...) integers in [0, C); for logits (N,) labels (N,), 0 or 1 (integers or bool).
+        y: (...) integers in [0, C); for logits (N,) labels (N,), 0 or 1 of any dtype.
         reduction: "mean" (0 for no rows), "sum" or "none".
         validate: Check the range of the labels (one reduction; never done under torch.compile).
 
@@ -125,74 +145,90 @@ def smooth_accuracy_loss(logits: Tensor, y: Tensor, *, reduction: str = "mean", 
     if logits.dim() == 0:
         raise ValueError("logits must be (..., C) or (N,); got a scalar")
     if isinstance(y, Tensor) and logits.dim() == 1 and y.dim() == 1:
-        check_labels(y.int() if y.dtype == torch.bool else y, tuple(logits.shape), 2, validate)
-        return reduce_loss(_BinaryMiss.apply(logits, _bits(y)), reduction)
+        labels = _hard(y, validate) if y.is_floating_point() else y
+        check_labels(labels.int() if labels.dtype == torch.bool else labels, tuple(logits.shape), 2, validate)
+        return reduce_loss(_BinaryMiss.apply(logits, labels), reduction)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits need at least one class; got shape {tuple(logits.shape)}")
     check_labels(y, tuple(logits.shape[:-1]), logits.shape[-1], validate)
     return reduce_loss(_Miss.apply(logits, y.long()), reduction)
 
 
-class _Sums(torch.autograd.Function):
-    """TP, sum t and sum p of sigmoid scores, down the columns of (N, C) or of everything.
+def _column_sums(p: Tensor, target: Tensor) -> Tensor:
+    """TP, sum t and sum p of each column, (3, C), from probabilities (N, C) and labels (N, C) or classes (N,)."""
+    if target.dim() == 1:
+        hits, count = p.new_zeros(2, p.shape[1]).unbind()
+        hits = hits.index_add(0, target, p.gather(1, target.unsqueeze(1)).squeeze(1))
+        return torch.stack([hits, count.index_add(0, target, p.new_ones(target.shape)), p.sum(0)])
+    if _compiled(p):
+        from kexue.losses._smooth_kernel import column_sums
 
-    One pass by blocks, which keeps the probabilities; the backward pass is another one over them.
+        return torch.from_numpy(column_sums(p.view(-1).numpy(), _array(target, p.dtype), p.shape[1])).to(p.dtype)
+    t = target.to(p.dtype)
+    return torch.stack([(p * t).sum(0), t.sum(0), p.sum(0)])
+
+
+def _score(sums: Tensor, recall: float, extra: float, skip: bool) -> tuple[Tensor, Tensor]:
+    """1 - F, the mean over columns, from the sums; and its derivatives by TP and by sum p, (2, C)."""
+    hits, count, mass = sums.unbind()
+    tiny = torch.finfo(sums.dtype).tiny  # all probabilities may underflow
+    below = (recall * count + extra).add_(mass, alpha=1 - recall).clamp_(min=tiny).reciprocal_()
+    f = (hits + extra) * below
+    weight = below / -len(f)
+    by = torch.stack([weight, f * weight * (recall - 1)])
+    loss = 1 - f
+    if skip:
+        absent = count == 0
+        loss, by = loss.masked_fill_(absent, 0.0), by.masked_fill_(absent, 0.0)
+    return loss.mean(), by
+
+
+class _FLoss(torch.autograd.Function):
+    """1 - F, and the sums of the batch (3, C), of scores (N, C). Keeps the probabilities.
+
+    ``past`` is added to ``share`` times the sums of the batch, if given.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, past: Any, share: Any, pooled: bool, *options: Any
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(logits)
-        p = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
-        hits, count, mass = p.new_zeros(3, 1 if pooled else logits.shape[1]).unbind()
-        for x, t, out in _blocks(logits, target, p):
-            out.copy_(x).sigmoid_() if x.dtype != dtype else torch.sigmoid(x, out=out)
-            t = t.to(dtype)
-            hits += torch.dot(out, t) if pooled else (out * t).sum(0)
-            count += t.sum() if pooled else t.sum(0)
-            mass += out.sum() if pooled else out.sum(0)
-        ctx.save_for_backward(p, target, logits)  # the input: see once_differentiable
-        ctx.mark_non_differentiable(count)
-        return hits, count, mass
+        if target.dim() == 1:
+            p = sharp_weights(logits.to(dtype), 1, 1.0)
+        else:
+            p = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
+            torch.sigmoid(logits, out=p) if logits.dtype == dtype else p.copy_(logits).sigmoid_()
+        sums = _column_sums(p, target)
+        if pooled:
+            sums = sums.sum(1, keepdim=True)
+        loss, by = _score(sums if past is None else past + share * sums, *options)
+        ctx.save_for_backward(p, target, by if share is None else by * share, logits)  # the input: see the decorator
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_hits: Tensor, by_count: Tensor, by_mass: Tensor) -> tuple[Tensor | None, ...]:
-        p, target, logits = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for q, t, out in _blocks(p, target, grad):
-            made = torch.mul(t.to(q.dtype), by_hits, out=out if out.dtype == q.dtype else None).add_(by_mass)
-            torch.ops.aten.sigmoid_backward.grad_input(made, q, grad_input=made)  # times p (1 - p), in one pass
-            if made is not out:
-                out.copy_(made)
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        p, target, by, logits = ctx.saved_tensors
+        by_hits, by_mass = (by * grad).unbind()
+        if target.dim() == 1:
+            index = target.unsqueeze(1)
+            hit = p.gather(1, index) * by_hits.expand(p.shape[1])[index]
+            out = p * by_mass
+            out = out.addcmul_(p, out.sum(1, keepdim=True) + hit, value=-1).scatter_add_(1, index, hit)
+        elif _compiled(p):
+            from kexue.losses._smooth_kernel import slopes
+
+            out = torch.empty_like(p)
+            slopes(p.view(-1).numpy(), _array(target, p.dtype), by_hits.numpy(), by_mass.numpy(), out.view(-1).numpy())
+        else:
+            out = torch.ops.aten.sigmoid_backward(target.to(p.dtype) * by_hits + by_mass, p)
+        return out.to(logits.dtype), *[None] * 7
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    if tensors[0].numel() <= BLOCK:
-        return iter((tensors,))
-    rows = max(1, BLOCK // tensors[0][0].numel())
-    return zip(*(x.split(rows) for x in tensors), strict=True)
-
-
-def _plain_sums(logits: Tensor, target: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain operations, which a compiler fuses by itself."""
-    p = torch.sigmoid(logits.to(compute_dtype(logits)))
-    t = target.to(p.dtype)
-    hits, count, mass = (v.sum().unsqueeze(0) if pooled else v.sum(0) for v in (p * t, t, p))
-    return hits, count, mass
-
-
-def _class_sums(logits: Tensor, labels: Tensor, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """TP, sum t and sum p of softmax scores (N, C) with labels (N,)."""
-    p = sharp_weights(logits.to(compute_dtype(logits)), -1, 1.0)
-    hits = p.new_zeros(p.shape[1]).index_add(0, labels, p.gather(1, labels.unsqueeze(1)).squeeze(1))
-    count = p.new_zeros(p.shape[1]).index_add(0, labels, p.new_ones(labels.shape))
-    sums = hits, count, p.sum(0)
-    return tuple(v.sum().unsqueeze(0) for v in sums) if pooled else sums  # type: ignore[return-value]
-
-
-def _batch_sums(logits: Any, t: Any, average: str, validate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments; TP, sum t and sum p: (C,) for "macro", else (1,)."""
+def _rows(logits: Any, t: Any, average: str, validate: bool) -> tuple[Tensor, Tensor, bool]:
+    """Check the arguments; logits (N, C), labels (N, C) or classes (N,), and whether the columns are one pool."""
     check_float("logits", logits)
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor; got {type(t).__name__}")
@@ -204,7 +240,7 @@ def _batch_sums(logits: Any, t: Any, average: str, validate: bool) -> tuple[Tens
     pooled = average != "macro"
     if logits.dim() > 1 and t.dim() == logits.dim() - 1:
         check_labels(t, shape[:-1], shape[-1], validate)
-        return _class_sums(logits.reshape(-1, shape[-1]), t.reshape(-1).long(), pooled)
+        return logits.reshape(-1, shape[-1]), t.reshape(-1).long(), pooled
     if tuple(t.shape) != shape:
         raise ValueError(f"t must have the shape of the logits, {shape}; got {tuple(t.shape)}")
     if t.is_complex():
@@ -213,48 +249,20 @@ def _batch_sums(logits: Any, t: Any, average: str, validate: bool) -> tuple[Tens
         low, high = (float(v) for v in torch.aminmax(t))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"t must lie in [0, 1]; got values from {low:g} to {high:g}")
-    flat = (-1,) if pooled else (-1, shape[-1])
-    logits, t = logits.reshape(flat), t.detach().reshape(flat)
-    if torch.compiler.is_compiling():
-        return _plain_sums(logits, t, pooled)
-    return _Sums.apply(logits, _bits(t), pooled)
+    columns = 1 if pooled else shape[-1]  # one column is summed in one go
+    return logits.reshape(-1, columns), t.detach().reshape(-1, columns), pooled
 
 
 def _check_options(beta: Any, average: Any, smooth: Any) -> None:
-    if beta != math.inf:
-        check_real("beta", beta, minimum=0.0)
+    check_real("beta", 0.0 if isinstance(beta, float) and beta == math.inf else beta, minimum=0.0)
     check_choice("average", average, AVERAGES)
     check_real("smooth", smooth, minimum=0.0)
 
 
-class _FLoss(torch.autograd.Function):
-    """The mean over classes of 1 - F, with its derivatives by the sums in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, hits: Tensor, count: Tensor, mass: Tensor, recall: float, extra: float, skip: bool) -> Tensor:
-        tiny = torch.finfo(hits.dtype).tiny  # all probabilities may underflow
-        below = (recall * count + extra).add_(mass, alpha=1 - recall).clamp_(min=tiny).reciprocal_()
-        f = (hits + extra) * below
-        loss, weight = 1 - f, below.div_(-len(f))
-        if skip:
-            absent = count == 0
-            loss, weight = loss.masked_fill_(absent, 0.0), weight.masked_fill_(absent, 0.0)
-        ctx.save_for_backward(
-            weight, f.mul_(weight).mul_(recall - 1), hits, mass
-        )  # the inputs: see once_differentiable
-        return loss.mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_hits, by_mass, _, _ = ctx.saved_tensors
-        return grad * by_hits, None, grad * by_mass, None, None, None
-
-
-def _f_loss(hits: Tensor, count: Tensor, mass: Tensor, beta: float, smooth: float) -> Tensor:
-    """1 - F from the sums, both parts of the fraction divided by 1 + beta^2; the mean over classes."""
-    recall = beta * beta / (1 + beta * beta) if beta <= 1 else 1 / (1 + 1 / (beta * beta))  # the weight of sum t
-    return _FLoss.apply(hits, count, mass, recall, smooth * (1 - recall) if recall < 1 else smooth, smooth == 0)
+def _fraction(beta: float, smooth: float) -> tuple[float, float, bool]:
+    """Weight of sum t against sum p, what is added to both parts (all divided by 1 + beta^2), whether to skip."""
+    recall = beta * beta / (1 + beta * beta) if beta <= 1 else 1 / (1 + 1 / (beta * beta))
+    return recall, smooth * (1 - recall) if recall < 1 else smooth, smooth == 0
 
 
 def smooth_f1_loss(
@@ -296,7 +304,8 @@ def smooth_f1_loss(
         tensor(0.2501)
     """
     _check_options(beta, average, smooth)
-    return _f_loss(*_batch_sums(logits, t, average, validate), float(beta), float(smooth))
+    logits, t, pooled = _rows(logits, t, average, validate)
+    return _FLoss.apply(logits, t, None, None, pooled, *_fraction(float(beta), float(smooth)))[0]
 
 
 class SmoothF1Loss(nn.Module):
@@ -364,14 +373,17 @@ class SmoothF1Loss(nn.Module):
 
     def forward(self, logits: Tensor, t: Tensor) -> Tensor:
         """Loss of a batch; arguments as in :func:`smooth_f1_loss`."""
-        sums = torch.stack(_batch_sums(logits, t, self.average, True))
-        if self.average == "macro" and self.num_classes not in (None, sums.shape[1]):
-            raise ValueError(f"logits must have {self.num_classes} classes; got {sums.shape[1]}")
-        if self.momentum is not None and self.training:
-            sums = self.momentum * self.running.to(sums.dtype) + (1 - self.momentum) * sums
-            # Not in place: the backward pass of a compiled graph would see the later value.
-            self.running = sums.detach().to(self.running.dtype)
-            self.num_batches = self.num_batches + 1
-            sums = (sums / (1 - self.momentum ** self.num_batches.double())).to(sums.dtype)
-        hits, count, mass = sums.unbind()
-        return _f_loss(hits, count, mass, self.beta, self.smooth)
+        logits, t, pooled = _rows(logits, t, self.average, True)
+        if not pooled and self.num_classes not in (None, logits.shape[1]):
+            raise ValueError(f"logits must have {self.num_classes} classes; got {logits.shape[1]}")
+        options = pooled, *_fraction(self.beta, self.smooth)
+        m = self.momentum
+        if m is None or not self.training:
+            return _FLoss.apply(logits, t, None, None, *options)[0]
+        before = self.running.to(compute_dtype(logits))
+        # Not in place: the backward pass of a compiled graph would see the later value.
+        self.num_batches = self.num_batches + 1
+        share = ((1 - m) / (1 - m ** self.num_batches.double())).to(before.dtype)
+        loss, sums = _FLoss.apply(logits, t, before * (m / (1 - m)) * share, share, *options)
+        self.running = m * before + (1 - m) * sums  # stays in float32 in a model of bfloat16, which cannot count
+        return loss

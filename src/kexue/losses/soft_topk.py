@@ -71,6 +71,11 @@ def _exponentials(y: Tensor, centre: Tensor, rest: Tensor, sharp: float, rows: i
         out.clamp_(max=CEILING).exp2_()
 
 
+def _widened(end: Tensor, sign: int, *terms: Tensor) -> Tensor:
+    """The end of a bracket moved outwards by what the sum of the terms may have rounded off."""
+    return end + sign * 1e-15 * (end.abs() + sum(term.abs() for term in terms))
+
+
 def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tensor:
     """sigmoid(K y - t), rows summing to m.
 
@@ -95,8 +100,9 @@ def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tens
     guess = torch.minimum(torch.maximum(guess, low + shift / sharp), top + shift / sharp)
     centre = guess.to(y.dtype).double().nan_to_num(0.0)  # as y can hold it: y - centre is then exact near it
     rest = torch.zeros_like(centre)  # the threshold is K centre + rest + d
-    below = ((low - centre) * sharp + shift).clamp(-VAST, VAST)
-    above = ((top - centre) * sharp + shift).clamp(-VAST, VAST)
+    below, above = (
+        _widened((end - centre) * sharp + shift, sign, shift).clamp(-VAST, VAST) for end, sign in ((low, -1), (top, 1))
+    )
     d = torch.minimum(torch.maximum((guess - centre) * sharp, below), above).nan_to_num(0.0)
     eps = torch.finfo(y.dtype).eps
     near = 0.5 * math.sqrt(eps)  # Newton squares the error: after such a step there is none
@@ -105,14 +111,17 @@ def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tens
     for number in range(ROUNDS):
         far = d.abs() > REACH
         if bool(far.any()):
-            by = torch.where(far, d, 0.0)
-            moved = torch.where(far, (centre + d / sharp).to(y.dtype).double(), centre)
+            by, whole = torch.where(far, d, 0.0), rest + d
+            moved = torch.where(far, (centre + whole / sharp).to(y.dtype).double(), centre)
             went = (moved - centre) * sharp
-            below, above = (  # moved, and apart by what the subtraction may have rounded off
-                (x - by + sign * 4e-16 * (x.abs() + by.abs() + went.abs())).clamp(-VAST, VAST)
+            # What is left is at most what the rounding of the centre costs; more comes from cancellation.
+            ulp = moved.abs() * (eps * sharp)
+            rest = torch.where(far, torch.minimum(torch.maximum(whole - went, -ulp), ulp), rest)
+            below, above = (
+                torch.where(far, _widened(x - by, sign, x, whole, went), x).clamp(-VAST, VAST)
                 for x, sign in ((below, -1), (above, 1))
             )
-            rest, centre, d, fresh = rest + by - went, moved, d - by, True
+            centre, d, fresh = moved, d - by, True
         if fresh:
             _exponentials(y, centre, rest, sharp, rows, e)
             fresh = False
@@ -130,7 +139,7 @@ def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tens
         above = torch.where(high, above, torch.minimum(above, d))
         step = (torch.log(total / (count - total)) + shift) * (total * (count - total) / (count * slope))
         sound = step.isfinite() & (d + step >= below - near) & (d + step <= above + near)
-        narrow = above - below <= 2 * near
+        narrow = (above - below <= 2 * near) & (above.abs() <= REACH)  # beyond it, E is too coarse to tell
         if number > 12 and number % 3 == 0:  # whatever Newton does, the bracket shrinks
             sound &= narrow
         following = torch.where(sound, d + step, below / 2 + above / 2)
@@ -138,7 +147,8 @@ def threshold_weights(y: Tensor, m: Tensor, count: Tensor, sharp: float) -> Tens
         d = torch.where(done | exact, d, following)
         done |= exact | (sound & (step.abs() < near)) | narrow
     for part, t in zip(e.split(rows), factor.split(rows), strict=True):
-        part.div_(torch.add(part, t, out=scratch[: len(part)]))
+        q = torch.div(t, part, out=scratch[: len(part)])
+        torch.reciprocal(q.add_(1), out=part)  # each step is monotone when rounded, E / (E + T) is not
     return e.masked_fill_(idle[:, None], 0.0) if bool(idle.any()) else e
 
 

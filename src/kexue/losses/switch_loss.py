@@ -22,7 +22,8 @@ class SwitchLoss(nn.Module):
 
     Steps are counted by itself, one for each call in training mode (so a batch in two micro-batches is two steps).
     Epochs are told by :meth:`set_epoch`. In evaluation mode nothing is counted and the loss in force is used. The
-    counters are part of the state_dict, so that a resumed run does not start over.
+    counters are part of the state_dict, so that a resumed run does not start over. Under torch.compile use
+    ``at_epoch``, which makes two graphs; a counter of steps makes one for every step.
 
     Args:
         first: Any callable loss; a Module is registered.
@@ -69,16 +70,18 @@ class SwitchLoss(nn.Module):
                 check_int(name, value, 0)
         self.first, self.then, self.at_step, self.at_epoch = first, then, at_step, at_epoch
         self.steps, self.epoch = 0, 0
+        self._late = at_epoch == 0
 
     @property
     def switched(self) -> bool:
         """Whether the next call uses ``then``."""
-        return self.steps >= self.at_step if self.at_step is not None else self.epoch >= self.at_epoch  # type: ignore[operator]
+        return self.steps >= self.at_step if self.at_step is not None else self._late
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0."""
         check_int("epoch", epoch, 0)
         self.epoch = int(epoch)
+        self._late = self.at_epoch is not None and self.epoch >= self.at_epoch  # what a compiled graph depends on
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -90,7 +93,8 @@ class SwitchLoss(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the counters."""
-        self.steps, self.epoch = (int(v) for v in state)
+        self.steps, epoch = (int(v) for v in state)
+        self.set_epoch(epoch)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss in force, called with the same arguments."""
