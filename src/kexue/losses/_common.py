@@ -114,18 +114,17 @@ class _SplitScores(torch.autograd.Function):
         weights.scatter_(-1, index, -math.inf)  # the target is taken out, never subtracted afterwards
         top = weights.amax(-1, keepdim=True)
         top = torch.where(top > -math.inf, top, 0.0)
-        weights.sub_(top).exp_()
+        weights.sub_(top).mul_(LOG2E).exp2_()  # several times faster than exp_ on a CPU
         total = weights.sum(-1, keepdim=True)
-        weights.div_(torch.where(total > 0, total, 1.0))
-        ctx.save_for_backward(weights, index, scores)
+        ctx.save_for_backward(weights, total, index, scores)
         ctx.scale, ctx.dtype = scale, scores.dtype
         return (total.log() + top).squeeze(-1), chosen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_others: Tensor, grad_chosen: Tensor) -> tuple[Tensor | None, ...]:
-        weights, index, _ = ctx.saved_tensors
-        grad = weights * (grad_others * ctx.scale).unsqueeze(-1)
+        weights, total, index, _ = ctx.saved_tensors
+        grad = weights * ((grad_others * ctx.scale).unsqueeze(-1) / torch.where(total > 0, total, 1.0))
         grad.scatter_(-1, index, (grad_chosen * ctx.scale).unsqueeze(-1))
         return grad.to(ctx.dtype), None, None
 
