@@ -209,7 +209,7 @@ def test_two_builds_into_one_folder_are_refused_by_a_lock(tmp_path, documents):
     out = tmp_path / "space"
     process = start(out)
     process.stdout.readline()
-    with pytest.raises(WorkspaceError, match="another build into .* is running"):
+    with pytest.raises(WorkspaceError, match="another run is writing"):
         Workspace.build(documents, out)
     process.kill()
     process.communicate()

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from kexue import __version__
@@ -32,6 +31,7 @@ from kexue.workbench import parts, steps
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.lexicon import check_choice_of_words, digest_of_words
 from kexue.workbench.manifest import NAME, Manifest
+from kexue.workbench.targets import locked
 
 STATE = "state.json"
 STATE_FORMAT = 1
@@ -127,18 +127,8 @@ def build(
     target = Path(out).resolve()  # behind a link: the folder itself is replaced, and locked under one name
     if not target.name or target.is_mount():
         raise WorkspaceError(f"cannot build a workspace at {target}, which cannot be replaced; give a folder inside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise WorkspaceError(
-            f"another build into {target} is running (it holds {lock.lock_file}); wait for it or choose another folder"
-        ) from None
-    try:
+    with locked(target):
         return _build_locked(corpus, target, settings, force, packages, read_options or {}, say)
-    finally:
-        lock.release()
 
 
 def _build_locked(
