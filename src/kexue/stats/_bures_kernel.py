@@ -99,14 +99,15 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
         factors.append(factor)
     lp, lq = factors
     u, _, vh = torch.linalg.svd(lq.mT @ lp)
-    value = (lp - lq @ (u @ vh)).square().sum((-2, -1))
+    same = (sp == sq).all(-1).all(-1)
+    value = torch.where(same, 0.0, (lp - lq @ (u @ vh)).square().sum((-2, -1)))
     if not make:
         return value, nothing(value), nothing(value)
     p, q = lifted(sp, sq)
     k, turned, s = map_parts(torch.linalg.cholesky(p), q)
     root = floored(s).sqrt().unsqueeze(-2)
     grad_p, grad_q = eye - transpose_product(turned * root), eye - transpose_product(k / root)
-    same = (sp == sq).all(-1).all(-1)[:, None, None]
+    same = same[:, None, None]
     return value, torch.where(same, 0.0, grad_p), torch.where(same, 0.0, grad_q)
 
 

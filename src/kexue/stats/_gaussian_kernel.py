@@ -92,7 +92,7 @@ def _close_renyi(delta: Tensor, sp: Tensor, sq: Tensor, alpha: float, make: bool
     e = torch.linalg.eigvalsh(symmetric(_solve(lq, _solve(lq, difference).mT)))
     e = e.clamp(min=torch.finfo(e.dtype).eps - 1)
     spread = log_excess(e)
-    valid = torch.ones_like(e[..., :1], dtype=torch.bool).squeeze(-1)
+    valid = torch.ones(e.shape[:-1], dtype=torch.bool, device=e.device)
     if beta:
         valid = (beta * e > -1).all(-1)
         spread = spread - log_excess(torch.where(valid[..., None], beta * e, 0.0)) / beta
@@ -196,8 +196,8 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
         close = ok & (spread < limit * sp.shape[-1])
         if bool(close.any()):
             rows = close.nonzero().squeeze(1)
-            again = [x[rows].double() for x in (delta, sp, sq)]
-            _put(out, rows, _close_renyi(*again, alpha, make), make)
+            again = _close_renyi(delta[rows].double(), sp[rows].double(), sq[rows].double(), alpha, make)
+            _put(out, rows, again, make)
     if not regular:
         for row in (~ok).nonzero().squeeze(1).tolist():
             one = _restricted(delta[row].double(), sp[row].double(), sq[row].double(), kind, alpha, make)

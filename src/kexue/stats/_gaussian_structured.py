@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kexue._tensors import once_differentiable
 from kexue.stats import _bures_kernel as kernel
 from kexue.stats._gaussian_kernel import dense, log_excess
 from kexue.stats.gaussian import Gaussian
@@ -136,9 +137,7 @@ def entropic(kind: str, delta: Tensor, p: Gaussian, q: Gaussian, alpha: float) -
     with torch.autocast(delta.device.type, enabled=False):
         dtype = delta.dtype  # sums that cancel: float64 inside, whatever came in
         delta = delta.double()
-        a, b = (
-            LowRank(diag=x._diag.double(), factor=None if x._factor is None else x._factor.double()) for x in (p, q)
-        )
+        a, b = LowRank(p, torch.float64), LowRank(q, torch.float64)
         if kind == "jeffreys":
             quadratic = a.quadratic(delta) + b.quadratic(delta)
             value = 0.5 * (quadratic + b.trace_with(a) + a.trace_with(b)) - p.dim
@@ -183,6 +182,67 @@ def root_gap(vp: Tensor, vq: Tensor) -> Tensor:
     """Elementwise (sqrt a - sqrt b)^2 of variances."""
     shape = torch.broadcast_shapes(vp.shape, vq.shape)
     return _RootGap.apply(vp.expand(shape), vq.expand(shape))
+
+
+class _FactorTrace(torch.autograd.Function):
+    """tr (F' S F)^1/2 for F (..., n, r) and S = L L': the singular values of F' L, zeros without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, s: Tensor, factor: Tensor) -> Tensor:
+        u, roots, _ = torch.linalg.svd(f.mT @ factor, full_matrices=False)
+        tiny = roots <= max(f.shape) * torch.finfo(f.dtype).eps * roots[..., :1]
+        inverse = torch.where(tiny, 0.0, 1 / torch.where(tiny, 1.0, roots))
+        ctx.save_for_backward(f, s, (u * inverse.unsqueeze(-2)) @ u.mT)
+        return roots.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        f, s, inverse = ctx.saved_tensors
+        half = f @ inverse
+        wide = grad[..., None, None]
+        return wide * (s @ half), wide / 2 * (half @ f.mT), None
+
+
+class _NuclearNorm(torch.autograd.Function):
+    """Sum of the singular values, with the gradient U V' over those that are not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        keep = s > max(x.shape[-2:]) * torch.finfo(x.dtype).eps * s[..., :1]
+        ctx.save_for_backward(x, (u * keep.unsqueeze(-2)) @ vh)
+        return s.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad[..., None, None] * ctx.saved_tensors[1],)
+
+
+def w2_factors(p: Gaussian, q: Gaussian) -> Tensor | None:
+    """Of the covariances alone, squared, where one of them is F F' of low rank; else None."""
+    pure = [x._factor is not None and x._diag is None and x._factor.shape[-1] <= x.dim for x in (p, q)]
+    if not any(pure):
+        return None
+    if not pure[0]:
+        p, q = q, p
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    dtype = torch.promote_types(p.dtype, q.dtype)
+    f = p._factor.to(dtype).expand(*shape, *p._factor.shape[-2:])
+    with torch.autocast(f.device.type, enabled=False):
+        if all(pure):
+            g = q._factor.to(dtype)
+            total = f.square().sum((-2, -1)) + g.square().sum((-2, -1))
+            return (total - 2 * _NuclearNorm.apply(f.mT @ g)).clamp(min=0)
+        s = q._matrix().to(dtype).expand(*shape, q.dim, q.dim)
+        with torch.no_grad():
+            factor, ok = kernel.cholesky(s)
+            if torch.compiler.is_compiling() or not bool(ok.all()):
+                v, root = kernel.eigen_factor(s)
+                factor = torch.where(ok[..., None, None], factor, v * root.unsqueeze(-2))
+        total = f.square().sum((-2, -1)) + s.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (total - 2 * _FactorTrace.apply(f, s, factor)).clamp(min=0)
 
 
 def _isotropic(p: Gaussian) -> bool:

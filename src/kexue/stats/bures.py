@@ -38,10 +38,12 @@ def _squared(p: Gaussian, q: Gaussian) -> Tensor:
     dtype = torch.promote_types(p.dtype, q.dtype)
     delta = p._mean.to(dtype) - q._mean.to(dtype)
     if structured.diagonal(p) and structured.diagonal(q):
-        value = structured.w2_diagonal(p._diag.to(dtype), q._diag.to(dtype))  # type: ignore[union-attr]
+        value = structured.w2_diagonal(p._diag.to(dtype), q._diag.to(dtype))
         value = value + delta.square().sum(-1)
     else:
-        spread = structured.w2_low_rank(p, q)
+        spread = structured.w2_factors(p, q)
+        if spread is None:
+            spread = structured.w2_low_rank(p, q)
         if spread is not None:
             value = spread + delta.square().sum(-1)
         else:
@@ -124,7 +126,7 @@ def ot_map(p: Gaussian | td.Distribution, q: Gaussian | td.Distribution) -> tupl
     dtype = torch.promote_types(p.dtype, q.dtype)
     with torch.autocast(p._mean.device.type, enabled=False):
         if structured.diagonal(p) and structured.diagonal(q):
-            t = torch.diag_embed((q._diag.to(dtype) / p._diag.to(dtype)).sqrt())  # type: ignore[union-attr]
+            t = torch.diag_embed((q._diag.to(dtype) / p._diag.to(dtype)).sqrt())
             t = t.expand(*shape, p.dim, p.dim)
         else:
             n = p.dim
@@ -136,7 +138,7 @@ def ot_map(p: Gaussian | td.Distribution, q: Gaussian | td.Distribution) -> tupl
 def _weights(weights: Any, count: int, like: Tensor) -> Tensor:
     if weights is None:
         return torch.full((count,), 1 / count, dtype=like.dtype, device=like.device)
-    w = torch.as_tensor(weights)
+    w = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
     if w.is_complex() or w.dtype == torch.bool:
         raise TypeError(f"weights must be numbers; got dtype {w.dtype}")
     if tuple(w.shape) != (count,):
@@ -193,7 +195,7 @@ def barycenter(gaussians: Sequence[Gaussian | td.Distribution], weights: Any = N
     center = (column * means).sum(0)
     with torch.autocast(means.device.type, enabled=False):
         if all(structured.diagonal(x) for x in found) and metric != "kl":
-            v = torch.stack([x._diag.to(dtype).expand(*shape, n) for x in found])  # type: ignore[union-attr]
+            v = torch.stack([x._diag.to(dtype).expand(*shape, n) for x in found])
             if metric == "w2":
                 return Gaussian(center, diag=(column * v.sqrt()).sum(0).square())
             variance = 1 / (column / v).sum(0)

@@ -44,16 +44,16 @@ def _shifted(p: Gaussian, dim: int) -> Gaussian:
         else p._factors(p.dtype)
     )
 
-    def move(x: Tensor | None, event: int) -> Tensor | None:
+    def move(x: Any, event: int) -> Any:
         if x is None:
             return None
         if x.dim() == event:  # one for the whole batch: broadcasts as it is
             return x
         return x.unsqueeze(dim - event)
 
-    out._mean, out._cov, out._tril = move(p._mean, 1), move(p._cov, 2), move(p._tril, 2)  # type: ignore[assignment]
+    out._mean, out._cov, out._tril = move(p._mean, 1), move(p._cov, 2), move(p._tril, 2)
     out._diag, out._factor = move(p._diag, 1), move(p._factor, 2)
-    out._cholesky = None if ready is None else (move(ready[0], 2), move(ready[1], 0))  # type: ignore[assignment]
+    out._cholesky = None if ready is None else (move(ready[0], 2), move(ready[1], 0))
     shape = list(p.batch_shape)
     shape.insert(len(shape) + 1 + dim, 1)
     out.batch_shape = torch.Size(shape)
@@ -63,17 +63,17 @@ def _shifted(p: Gaussian, dim: int) -> Gaussian:
 def _slice(p: Gaussian, rows: slice) -> Gaussian:
     """Part of the last batch axis."""
     out = object.__new__(Gaussian)
+    count = len(range(p.batch_shape[-1])[rows])
 
-    def part(x: Tensor | None, event: int) -> Tensor | None:
+    def part(x: Any, event: int) -> Any:
         if x is None or x.dim() == event or x.shape[-1 - event] == 1:
             return x
-        return x[(..., rows, *[slice(None)] * event)]
+        return x.narrow(-1 - event, rows.start, count)
 
-    out._mean, out._cov, out._tril = part(p._mean, 1), part(p._cov, 2), part(p._tril, 2)  # type: ignore[assignment]
+    out._mean, out._cov, out._tril = part(p._mean, 1), part(p._cov, 2), part(p._tril, 2)
     out._diag, out._factor = part(p._diag, 1), part(p._factor, 2)
     ready = p._cholesky
-    out._cholesky = None if ready is None else (part(ready[0], 2), part(ready[1], 0))  # type: ignore[assignment]
-    count = len(range(p.batch_shape[-1])[rows])
+    out._cholesky = None if ready is None else (part(ready[0], 2), part(ready[1], 0))
     out.batch_shape = torch.Size([*p.batch_shape[:-1], count])
     return out
 

@@ -173,12 +173,12 @@ class _Side:
     """One side of the comparison: its mean, trace, and either centred and scaled rows or a covariance."""
 
     def __init__(self, name: str, given: Any) -> None:
-        self.rows: Tensor | None = None
-        self.cov: Tensor | None = None
+        self.rows: Any = None  # a tensor or None, like the next one
+        self.cov: Any = None
         if isinstance(given, FrechetAccumulator):
             g = given.gaussian()
             self.mean, self.cov = g._mean, g._cov
-            self.trace = self.cov.diagonal().sum()  # type: ignore[union-attr]
+            self.trace = self.cov.diagonal().sum()
             return
         x = _features(name, given)
         if len(x) < 2:
@@ -194,7 +194,7 @@ class _Side:
         """F with F F' = S, (d, r)."""
         if self.rows is not None:
             return self.rows.mT
-        cov: Tensor = self.cov  # type: ignore[assignment]
+        cov: Tensor = self.cov
         factor, ok = cholesky(cov)
         if bool(ok):
             return factor
@@ -209,7 +209,7 @@ def _nuclear(a: _Side, b: _Side) -> Tensor:
     if a.rows is None and b.rows is not None:
         a, b = b, a
     factor = a.factor()
-    moment = factor.mT @ b.cov @ factor  # type: ignore[operator]
+    moment = factor.mT @ b.cov @ factor
     return torch.linalg.eigvalsh(symmetric(moment)).clamp(min=0).sqrt().sum()
 
 

@@ -69,7 +69,7 @@ class Gaussian:
         factor: Tensor | None = None,
         validate: bool = True,
     ) -> None:
-        given = {"mean": mean, "cov": cov, "scale_tril": scale_tril, "diag": diag, "factor": factor}
+        given: dict[str, Any] = {"mean": mean, "cov": cov, "scale_tril": scale_tril, "diag": diag, "factor": factor}
         forms = [name for name, x in given.items() if x is not None][1:]
         if forms not in (["cov"], ["scale_tril"], ["diag"], ["factor"], ["diag", "factor"]):
             raise ValueError(f"give one of cov, scale_tril, diag, factor, or diag and factor; got {forms or 'none'}")
@@ -88,14 +88,19 @@ class Gaussian:
         tensors = [x for x in given.values() if x is not None]
         dtype = compute_dtype(*tensors)
         tolerance = max(_TOLERANCE.get(x.dtype, 1e-4) for x in tensors[1:])
-        mean, cov, scale_tril, diag, factor = (x if x is None else x.to(dtype) for x in given.values())
+        parts: list[Any] = [None if x is None else x.to(dtype) for x in given.values()]
+        mean, cov, scale_tril, diag, factor = parts
         events = ((mean, 1), (cov, 2), (scale_tril, 2), (diag, 1), (factor, 2))
         lead = [x.shape[: x.dim() - event] for x, event in events if x is not None]
         try:
             self.batch_shape = torch.broadcast_shapes(*lead)
         except RuntimeError:
             raise ValueError(f"batch shapes of mean and {', '.join(forms)} must broadcast; got {lead}") from None
-        self._mean, self._cov, self._tril, self._diag, self._factor = mean, cov, scale_tril, diag, factor
+        self._mean: Tensor = mean
+        self._cov: Any = cov  # a tensor or None, like the next three
+        self._tril: Any = scale_tril
+        self._diag: Any = diag
+        self._factor: Any = factor
         self._cholesky: tuple[Tensor, Tensor] | None = None
         if validate and not torch.compiler.is_compiling():
             for name in ("mean", *forms):
@@ -105,7 +110,7 @@ class Gaussian:
         elif scale_tril is not None:
             self._tril = self._checked_tril(scale_tril, validate)
         elif diag is not None and validate and not torch.compiler.is_compiling() and diag.numel():
-            low = float(diag.min())
+            low = float(diag.detach().min())
             if low < 0 or (low == 0 and factor is None):
                 wanted = "positive" if factor is None else "non-negative"
                 raise ValueError(f"diag holds variances, which must be {wanted}; got {low}")
@@ -137,10 +142,10 @@ class Gaussian:
 
     def _checked_tril(self, tril: Tensor, validate: bool) -> Tensor:
         if validate and not torch.compiler.is_compiling() and tril.numel():
-            low = float(tril.diagonal(dim1=-2, dim2=-1).min())
+            low = float(tril.detach().diagonal(dim1=-2, dim2=-1).min())
             if low <= 0:
                 raise ValueError(f"scale_tril must have a positive diagonal; got {low}")
-            above = float(tril.triu(1).abs().max())
+            above = float(tril.detach().triu(1).abs().max())
             if above:
                 raise ValueError(f"scale_tril must be lower triangular; got {above} above the diagonal")
         return tril
