@@ -126,7 +126,7 @@ def measure(quick: bool, seed: int) -> Measurement:
     grids = [_quadrature(1, g), _quadrature(2, g)]
     samples = _sorted_samples(100_000 if quick else 1_000_000, g)
     entropy, divergence = _monte_carlo(20_000 if quick else 500_000, g)
-    methods = {"KL": kl, "Bhattacharyya": bhattacharyya, "W2": w2}
+    methods: dict[str, Callable[..., Tensor]] = {"KL": kl, "Bhattacharyya": bhattacharyya, "W2": w2}
     general = [_gradients(f, False, g) for f in methods.values()]
     identity = [_gradients(f, True, g) for f in methods.values()]
     figures: dict[str, Any] = {
