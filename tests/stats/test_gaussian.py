@@ -262,6 +262,32 @@ def test_singular_covariances_have_a_w2_and_finite_gradients():
     assert w2(Gaussian(torch.zeros(5), nothing), Gaussian(torch.zeros(5), eye)).item() == pytest.approx(5)
 
 
+@every
+def test_ill_conditioned_covariances_in_float32_are_as_good_as_in_float64(name):
+    g = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=g))[0]
+    thin = (turn * torch.tensor([1.0, 1e-2, 1e-4, 1e-5])) @ turn.T
+    wide = torch.eye(4) + torch.ones(4, 4)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in ((thin + thin.T) / 2, wide)]
+        value = METHODS[name][0](*(Gaussian(torch.zeros(4, dtype=dtype), x) for x in inputs))
+        results.append([value, *torch.autograd.grad(value, inputs)])
+    for low, exact in zip(*results, strict=True):
+        if torch.isfinite(exact).all():
+            assert (low - exact).norm() <= 1e-3 * exact.norm()
+        else:
+            assert torch.equal(low.double(), exact)
+
+
+def test_low_rank_in_float32_is_recognised():
+    f = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    p, q = Gaussian(torch.zeros(6), f @ f.T), Gaussian(f @ torch.ones(2), 2 * f @ f.T)
+    small = (torch.zeros(2).double(), torch.eye(2).double(), torch.ones(2).double(), 2 * torch.eye(2).double())
+    torch.testing.assert_close(kl(p, q).double(), reference.kl(*small), rtol=1e-4, atol=0)
+    assert kl(p, Gaussian(torch.ones(6), f @ f.T)) == math.inf
+
+
 @pytest.mark.parametrize("n", [1, 3, 6])
 def test_the_map_carries_one_to_the_other(n):
     p, q = Gaussian(*draw(2, n=n)), Gaussian(*draw(2, n=n, seed=1))

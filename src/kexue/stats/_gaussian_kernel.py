@@ -138,13 +138,16 @@ def _jeffreys(delta: Tensor, sp: Tensor, sq: Tensor, lp: Tensor, lq: Tensor, mak
     return value, (vp + vq).squeeze(-1), grad_p, grad_q
 
 
-def _restricted(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float, make: bool) -> Four:
-    """One row with a singular covariance, in float64: +inf unless both have the same support."""
+def _restricted(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float, make: bool, eps: float) -> Four:
+    """One row with a singular covariance, in float64: +inf unless both have the same support.
+
+    ``eps`` is that of the dtype in which the covariances were given: their zero eigenvalues are zero to its rounding.
+    """
     n = delta.shape[0]
     unit = (sp.diagonal() + sq.diagonal()).sqrt()
     unit = torch.where(unit > 0, unit, 1.0)
     a, b, shift = sp / unit[:, None] / unit, sq / unit[:, None] / unit, delta / unit
-    tolerance = 16 * n * torch.finfo(torch.float64).eps
+    tolerance = 16 * n * eps
     w, basis = torch.linalg.eigh(a + b)
     inside = w > tolerance
     outside = basis[:, ~inside]
@@ -152,7 +155,7 @@ def _restricted(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float, 
     rank = basis.shape[1]
     value = delta.new_full((), torch.inf)
     grads = [x.new_zeros(x.shape) for x in (delta, sp, sq)]
-    reach = 1e-7 * float(shift.abs().max()) if n else 0.0
+    reach = 8 * eps**0.5 * float(shift.abs().max())
     if not bool((torch.abs(outside.mT @ shift) > reach).any()):
         a, b = symmetric(basis.mT @ a @ basis), symmetric(basis.mT @ b @ basis)
         full = all(rank == 0 or float(torch.linalg.eigvalsh(x)[0]) > tolerance for x in (a, b))
@@ -177,6 +180,12 @@ def _put(target: Four, rows: Tensor, source: Four, make: bool) -> None:
         x[rows] = y.to(x.dtype)
 
 
+def _least_pivot(factor: Tensor, s: Tensor) -> Tensor:
+    """Rows in which a variable is explained by others but for less than 1/1000: float32 is not enough there."""
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return (pivots < 1e-3 * s.diagonal(dim1=-2, dim2=-1)).any(-1)
+
+
 def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, alpha: float, make: bool) -> Four:
     (lp, ok_p), (lq, ok_q) = factors
     ok = ok_p & ok_q
@@ -198,9 +207,16 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
             rows = close.nonzero().squeeze(1)
             again = _close_renyi(delta[rows].double(), sp[rows].double(), sq[rows].double(), alpha, make)
             _put(out, rows, again, make)
+    if sp.dtype == torch.float32:
+        ill = ok & (_least_pivot(lp, sp) | _least_pivot(lq, sq))
+        if bool(ill.any()):
+            rows = ill.nonzero().squeeze(1)
+            shift, a, b = delta[rows].double(), sp[rows].double(), sq[rows].double()
+            _put(out, rows, _entropic(kind, shift, a, b, [cholesky(a), cholesky(b)], alpha, make), make)
     if not regular:
+        eps = torch.finfo(sp.dtype).eps
         for row in (~ok).nonzero().squeeze(1).tolist():
-            one = _restricted(delta[row].double(), sp[row].double(), sq[row].double(), kind, alpha, make)
+            one = _restricted(delta[row].double(), sp[row].double(), sq[row].double(), kind, alpha, make, eps)
             _put(out, row, one, make)
     return out
 
