@@ -4,8 +4,8 @@ With a = theta / period and x = 1 - a, P = P(all n points in the sector) and Q =
 
 - ``_series``: P as the alternating sum, where lambda = n a^(n-1) < 0.7 (its condition number is at most e^lambda);
 - ``_recursion``: Q = (n-1)! x^(n-1) f_n(1/x) with the density f_n of the sum of n uniform numbers, by its recursion in
-  positive terms, n <= 1000;
-- ``_contour``: the same f_n for larger n, from its moment generating function on the vertical line through the saddle.
+  positive terms, for n < 64 and, up to n = 1000, where Q is tiny;
+- ``_contour``: the same f_n otherwise, from its moment generating function on the vertical line through the saddle.
   Its exponent n (ln(nx) - 1 + K(-b) + b/(nx)) is a difference of large numbers; with eps = b / (e^b - 1) it equals
   n (log1p(-e^-b) - log1p(-eps) - eps), which has full relative precision also for n = 1e9.
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from kexue.words._numba import compiled
 
-RECURSION_MAX = 1000
+CONTOUR_MIN, RECURSION_MAX = 64, 1000
+CONTOUR_LOG = -25.0  # the relative error of the contour's Q grows with |log Q|; below, the recursion where it can
 SERIES_BELOW = 0.7
 RESCALE = 32  # steps of the recursion, each a factor of at most 2 * RECURSION_MAX, that float64 holds
 SPLIT = 134217729.0  # 2^27 + 1 (Dekker)
@@ -36,7 +37,7 @@ _njit = compiled(nogil=True, error_model="numpy")
 
 @_njit
 def _product(a, b):  # type: ignore[no-untyped-def]
-    """a b as a pair."""
+    """Product of two numbers as a pair."""
     p = a * b
     c = SPLIT * a
     a1 = c - (c - a)
@@ -48,7 +49,7 @@ def _product(a, b):  # type: ignore[no-untyped-def]
 
 @_njit
 def _sum(a, b):  # type: ignore[no-untyped-def]
-    """a + b as a pair."""
+    """Sum of two numbers as a pair."""
     s = a + b
     v = s - a
     return s, (a - (s - v)) + (b - v)
@@ -64,22 +65,22 @@ def _quotient(ah, al, bh, bl):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def _power(h, l, m):  # type: ignore[no-untyped-def]
-    """(h + l)^m for m >= 0, in two factors whose product may underflow where neither does."""
+def _power(h, low, m):  # type: ignore[no-untyped-def]
+    """(h + low)^m for m >= 0, in two factors whose product may underflow where neither does."""
     if h <= 0.0:
         return (1.0, 1.0) if m == 0 else (0.0, 1.0)
     half = float(math.floor(0.5 * m))  # a float: numba would raise to an integer power by repeated multiplication
-    return h**half * math.exp(m * (l / h)), h ** (m - half)
+    return h**half * math.exp(m * (low / h)), h ** (m - half)
 
 
 @_njit
-def _log(h, l):  # type: ignore[no-untyped-def]
-    return math.log(h) + l / h if h > 0.0 else -math.inf
+def _log(h, low):  # type: ignore[no-untyped-def]
+    return math.log(h) + low / h if h > 0.0 else -math.inf
 
 
 @_njit
 def _fractions(theta, ph, pl):  # type: ignore[no-untyped-def]
-    """a = theta / period and x = 1 - a as pairs; 0 < theta < period."""
+    """The pairs a = theta / period and x = 1 - a; 0 < theta < period."""
     ah, al = _quotient(theta, 0.0, ph, pl)
     d, e = _sum(ph, -theta)
     d, e = _sum(d, e + pl)
@@ -107,18 +108,21 @@ def _series(n, ah, al, xh):  # type: ignore[no-untyped-def]
 @_njit
 def _recursion(n, xh, xl, th, tl, scratch):  # type: ignore[no-untyped-def]
     """Q and log Q by the recursion of (m-1)! f_m on the grid t, t-1, ..., where 0 < t <= n/2 is 1/x or n - 1/x."""
-    last = int(math.floor(th))
-    g = scratch[: last + 2]
+    last = math.floor(th)
+    g, grid = scratch[0, : last + 2], scratch[1, : last + 1]
     g[:] = 0.0
     g[last] = 1.0
+    for j in range(last + 1):
+        grid[j] = th - j
     exponent, below, here = 0, 0.0, 0.0
     for m in range(2, n + 1):
         if m == n:
             here, below = g[0], g[1]  # f_(n-1) at t and t - 1: the derivative of f_n
         # Zero where t - j >= m; of no influence on the result where j > n - m.
-        for j in range(max(0, last - m + 1), min(last, n - m) + 1):
-            t = th - j
-            g[j] = t * g[j] + (m - t) * g[j + 1]
+        begin, end, step = max(0, last - m + 1), min(last, n - m) + 1, float(m)
+        t, v = grid[begin:end], g[begin : end + 1]  # views with indices from 0, which the compiler can vectorise
+        for j in range(t.size):
+            v[j] = t[j] * v[j] + (step - t[j]) * v[j + 1]
         if m % RESCALE == 0 and m < n:
             shift = math.frexp(g[: last + 1].max())[1]
             exponent += shift
@@ -138,7 +142,7 @@ def _recursion(n, xh, xl, th, tl, scratch):  # type: ignore[no-untyped-def]
 
 @_njit
 def _saddle(r):  # type: ignore[no-untyped-def]
-    """b >= 0 with 1/b - 1/(e^b - 1) = r, 0 < r <= 1/2, and minus the slope there.
+    """The b >= 0 with 1/b - 1/(e^b - 1) = r, 0 < r <= 1/2, and minus the slope there.
 
     The left side is convex with slope -1/12 at 0, so that Newton's method rises from the tangent's root to b.
     """
@@ -161,7 +165,7 @@ def _saddle(r):  # type: ignore[no-untyped-def]
 
 @_njit
 def _contour(n, xh, xl, th, tl, reflected):  # type: ignore[no-untyped-def]
-    """log Q for large n: a trapezoidal sum along the line through the saddle point."""
+    """The logarithm of Q for large n: a trapezoidal sum along the line through the saddle point."""
     lh, ll = _quotient(n, 0.0, th, tl)
     b, slope = _saddle(th / n)
     q = math.exp(-b)
@@ -182,7 +186,8 @@ def _contour(n, xh, xl, th, tl, reflected):  # type: ignore[no-untyped-def]
         total += magnitude * math.cos(n * phase)
         if magnitude < 1e-18:
             break
-    stirling = (1.0 - 1.0 / (30.0 * n * n)) / (12.0 * n)
+    w = 1.0 / (n * n)
+    stirling = (1.0 / 12.0 - w * (1.0 / 360.0 - w * (1.0 / 1260.0 - w / 1680.0))) / n
     out = n * rate + n * eps * (ll / lh) + stirling
     out += math.log(math.sqrt(2.0 * n / math.pi) * step * total / lh)  # sqrt(2 pi n) / (pi L)
     if reflected:
@@ -211,11 +216,12 @@ def _tail(n, ah, al, xh, xl, scratch):  # type: ignore[no-untyped-def]
     reflected = 2.0 * sh > size  # f_n(t) = f_n(n - t): the shorter side
     if reflected:
         sh, sl = _quotient(uh, ul, xh, xl)
-    if n <= RECURSION_MAX:
-        value, log = _recursion(n, xh, xl, sh, sl, scratch)
-        return False, value, log
-    log = _contour(size, xh, xl, sh, sl, reflected)
-    return False, math.exp(log), log
+    if n >= CONTOUR_MIN:
+        log = _contour(size, xh, xl, sh, sl, reflected)
+        if log > CONTOUR_LOG or n > RECURSION_MAX:
+            return False, math.exp(log), log
+    value, log = _recursion(n, xh, xl, sh, sl, scratch)
+    return False, value, log
 
 
 @_njit
@@ -243,7 +249,7 @@ def _density(n, ah, al, xh, xl, scratch):  # type: ignore[no-untyped-def]
 @_njit
 def evaluate(n, theta, ph, pl, kind, out):  # type: ignore[no-untyped-def]
     """Fill ``out`` with what ``kind`` says for each pair of ``n`` and ``theta``; the period is ph + pl."""
-    scratch = np.empty(RECURSION_MAX // 2 + 4)
+    scratch = np.empty((2, RECURSION_MAX // 2 + 4))
     for i in range(out.size):
         if kind >= PDF:
             value, log = 0.0, -math.inf
@@ -261,7 +267,7 @@ def evaluate(n, theta, ph, pl, kind, out):  # type: ignore[no-untyped-def]
             ah, al, xh, xl = _fractions(theta[i], ph, pl)
             if ah > 0.0:
                 is_p, value, log = _tail(n[i], ah, al, xh, xl, scratch)
-        if kind == CDF or kind == SF:
+        if kind in (CDF, SF):
             out[i] = value if is_p == (kind == CDF) else 1.0 - value
         else:
             out[i] = log if is_p == (kind == LOGCDF) else math.log1p(-value)
@@ -269,7 +275,7 @@ def evaluate(n, theta, ph, pl, kind, out):  # type: ignore[no-untyped-def]
 
 @_njit
 def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
-    """x with log P (is_p) or log Q equal to ``want``, by Newton's method between bounds; n >= 3."""
+    """The x with log P (is_p) or log Q equal to ``want``, by Newton's method between bounds; n >= 3."""
     size = float(n)
     # P <= n a^(n-1) and P(x = 1/n) = 1.
     low = 1.0 / size
@@ -300,7 +306,7 @@ def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
         new = x + move
         if not low < new < high:  # also where a tail has underflown
             new = 0.5 * (low + high)
-        if abs(new - x) <= 2e-16 * x or new == low or new == high:
+        if abs(new - x) <= 2e-16 * x or new in (low, high):
             x = new
             break
         x = new
@@ -310,7 +316,7 @@ def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
 @_njit
 def quantile(n, q, ph, pl, upper, out):  # type: ignore[no-untyped-def]
     """Fill ``out`` with theta at which P (``upper`` False) or Q (True) is ``q``, 0 <= q <= 1."""
-    scratch = np.empty(RECURSION_MAX // 2 + 4)
+    scratch = np.empty((2, RECURSION_MAX // 2 + 4))
     for i in range(out.size):
         size = float(n[i])
         zero, one = (q[i] == 1.0, q[i] == 0.0) if upper else (q[i] == 0.0, q[i] == 1.0)
