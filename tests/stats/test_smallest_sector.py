@@ -80,7 +80,7 @@ def test_a_second_derivative_is_an_error_not_silence():
 def test_gradient_of_the_width_moves_the_two_ends():
     angles = torch.tensor([0.2, 6.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
     start, width = smallest_sector(angles)
-    assert float(start) == 6.0
+    assert start.item() == 6.0
     (grad,) = torch.autograd.grad(width, angles)
     assert grad.tolist() == [0.0, -1.0, 1.0, 0.0]
 

@@ -168,20 +168,23 @@ def _contour(n, xh, xl, th, tl, reflected):  # type: ignore[no-untyped-def]
     """The logarithm of Q for large n: a trapezoidal sum along the line through the saddle point."""
     lh, ll = _quotient(n, 0.0, th, tl)
     b, slope = _saddle(th / n)
-    q = math.exp(-b)
+    # The line need not go through the saddle exactly; at b = 0 the formulas below would be 0 / 0.
+    b = max(b, min(0.05, 1.0 / math.sqrt(n)))
+    q, rest = math.exp(-b), -math.expm1(-b)
     if b < 1.0:
         eps = 1.0 - b / lh
-        rate = math.log(-math.expm1(-b) / b) + math.log(lh) - eps
+        rate = math.log(rest / b) + math.log(lh) - eps
     else:
-        eps = b * q / (1.0 - q)
+        eps = b * q / rest
         rate = math.log1p(-q) - math.log1p(-eps) - eps
-    spread = 4.0 * q / (1.0 - q) ** 2
+    spread = 4.0 * q / rest**2
     step = 0.5 / math.sqrt(n * slope)
     total = 0.5
     for k in range(1, 4000):
         tau = k * step
-        size = math.log1p(spread * math.sin(0.5 * tau) ** 2) - math.log1p((tau / b) ** 2)
-        phase = math.atan(tau / b) - math.atan2(q * math.sin(tau), 1.0 - q * math.cos(tau)) - tau * (th / n)
+        square = math.sin(0.5 * tau) ** 2
+        size = math.log1p(spread * square) - math.log1p((tau / b) ** 2)
+        phase = math.atan(tau / b) - math.atan2(q * math.sin(tau), rest + 2.0 * q * square) - tau * (th / n)
         magnitude = math.exp(0.5 * n * size)
         total += magnitude * math.cos(n * phase)
         if magnitude < 1e-18:

@@ -327,7 +327,7 @@ def common_sector(n: int, period: float = math.tau) -> CommonSector:
 def _as_tensor(angles: Any) -> Tensor:
     """Angles (..., n) as a floating tensor, n >= 1, finite."""
     if not isinstance(angles, Tensor):
-        angles = torch.from_numpy(np.ascontiguousarray(_reals("angles", angles)))
+        angles = torch.from_numpy(np.array(_reals("angles", angles)))
     elif angles.dtype == torch.bool or angles.is_complex():
         raise TypeError(f"angles must be real numbers; got dtype {angles.dtype}")
     elif not angles.is_floating_point():
