@@ -48,7 +48,7 @@ def _plain(n: int, a: float) -> float:
 
 
 def _error(got: float, exact: Fraction) -> float:
-    return float(abs(Fraction(float(got)) - exact) / exact) if exact else abs(float(got))
+    return float(min(abs(Fraction(float(got)) - exact) / exact, Fraction(10**300))) if exact else abs(float(got))
 
 
 def _share(n: int, degrees: float, trials: int, random: np.random.Generator) -> float:
