@@ -48,7 +48,9 @@ def _plain(n: int, a: float) -> float:
 
 
 def _error(got: float, exact: Fraction) -> float:
-    return float(min(abs(Fraction(float(got)) - exact) / exact, Fraction(10**300))) if exact else abs(float(got))
+    """Relative error; absolute where the exact number is below the range of floats."""
+    scale = exact if exact > Fraction(1, 10**300) else Fraction(1)
+    return float(min(abs(Fraction(float(got)) - exact) / scale, Fraction(10**300)))
 
 
 def _share(n: int, degrees: float, trials: int, random: np.random.Generator) -> float:
@@ -118,5 +120,5 @@ def measure(quick: bool, seed: int) -> Measurement:
         axis.set(xlabel="sector, degrees", title="1 - P for n = 200", ylim=(1e-40, 1e15))
         axis.legend(fontsize=7)
 
-    note = f"{trials} trials, seed {seed}. Errors are the largest over {len(FRACTIONS)} angles."
+    note = f"{trials} trials, seed {seed}. Errors are the largest over {len(FRACTIONS)} angles, absolute below 1e-300."
     return Measurement(figures, verdict, plot, note)
