@@ -177,20 +177,21 @@ def _solve(
     total = float(a.sum())
     p, q = a / total, b / float(b.sum())
     plan, f, g, cost, error, used = _entropic(between, p, q, eps, tol, max_iter)
-    selves, divergence = [], float("nan")
+    selves, divergence, worst = [], float("nan"), error
     if within is not None:
         divergence = cost
         for costs, w in zip(within, (p, q), strict=True):
-            inner, h, _, own, _, _ = _entropic(costs, w, w, eps, tol, max_iter, mirror=True)
+            inner, h, _, own, off, _ = _entropic(costs, w, w, eps, tol, max_iter, mirror=True)
+            worst = max(worst, off)
             divergence -= own / 2
             selves += [inner * total, h]
-    f1, g1 = project(between, f)
+    f1, g1 = project(between, f, None if p.all() else p > 0)
     lower = float(p @ f1 + q @ g1)
     upper = float(np.vdot(_round(plan, p, q), between))
     upper = max(upper, lower)  # equal up to rounding
-    if error > tol:
+    if worst > tol:
         warnings.warn(
-            f"sinkhorn stopped after max_iter = {max_iter} updates with a marginal error of {error:.2g} (tol = {tol:g}); "
+            f"sinkhorn stopped after max_iter = {max_iter} updates with a marginal error of {worst:.2g} (tol = {tol:g}); "
             f"the exact cost lies between {total * lower:g} and {total * upper:g}",
             RuntimeWarning,
             stacklevel=4,

@@ -91,7 +91,7 @@ def _simplex(costs: Array, p: Array, q: Array, max_iter: int) -> tuple[Array, Ar
 def _assignment(costs: Array) -> tuple[Array, Array]:
     from kexue.stats._assignment import assign
 
-    column, v = assign(costs, 5.0, 1e-3 / len(costs))
+    column, v = assign(costs, 5.0, 0.1 / len(costs))
     n = len(costs)
     plan = np.zeros((n, n))
     plan[np.arange(n), column] = 1.0 / n
