@@ -14,7 +14,10 @@ def _distance(width: int, **keywords: Any) -> Callable[..., Any]:
     def build(rows: int, dtype: Any, generator: Any) -> Any:
         from kexue.stats import wasserstein
 
-        inputs = normal(rows, width, dtype=dtype, generator=generator), normal(5, width, dtype=dtype, generator=generator)
+        inputs = (
+            normal(rows, width, dtype=dtype, generator=generator),
+            normal(5, width, dtype=dtype, generator=generator),
+        )
         return lambda x, y: wasserstein(x, y, **keywords), inputs
 
     return build

@@ -122,7 +122,7 @@ def test_single_points_and_constant_costs():
 
 
 def test_stopping_early_warns_with_the_bracket():
-    x, y, a, b = clouds(20, 20)
+    x, y, _, _ = clouds(20, 20)
     with pytest.warns(RuntimeWarning, match="max_iter = 1 .* lies between"):
         found = sinkhorn(x, y, 0.01, max_iter=1)
     assert not found.converged

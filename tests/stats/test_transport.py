@@ -32,7 +32,9 @@ def check(found, costs, p, q, tolerance=1e-10):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from(["plain", "ties", "signs", "zeros"]))
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from(["plain", "ties", "signs", "zeros"])
+)
 def test_cost_and_potentials_are_those_of_the_linear_programme(n, m, seed, kind):
     costs, p, q = problem(n, m, seed, zeros=kind == "zeros")
     if kind == "ties":

@@ -73,15 +73,15 @@ class KRPotential:
         if isinstance(x, Tensor):
             flat = x.reshape(-1, width).to(torch.float64)
             y, g = (torch.from_numpy(v).to(x.device) for v in (self._points, self.g))
-            values = (tensor_costs(flat, y, self._metric, 1.0) - g).amin(1) if len(flat) else flat.sum(1)
-            return values.reshape(out).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            made = (tensor_costs(flat, y, self._metric, 1.0) - g).amin(1) if len(flat) else flat.sum(1)
+            return made.reshape(out).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         if 0 in shape:
             return np.zeros(out)
-        flat = to_points("x", np.reshape(np.asarray(x), (-1, width)))
-        values = np.empty(len(flat))
+        points = to_points("x", np.reshape(np.asarray(x), (-1, width)))
+        values = np.empty(len(points))
         step = max(1, BLOCK // len(self._points))
-        for start in range(0, len(flat), step):
-            costs = costs_of(flat[start : start + step], self._points, self._metric)
+        for start in range(0, len(points), step):
+            costs = costs_of(points[start : start + step], self._points, self._metric)
             values[start : start + step] = (costs - self.g).min(1)
         return values.reshape(out)
 
@@ -109,7 +109,7 @@ def _check_triangle(points: Array, metric: Metric) -> None:
     if worst > slack:
         x, y, z = where
         raise ValueError(
-            "metric must satisfy the triangle inequality, without which no single potential attains the transport cost; "
+            "metric must satisfy the triangle inequality, or no single potential attains the transport cost; "
             f"got d(x, z) = {d[x, z]:.6g} > d(x, y) + d(y, z) = {d[x, y] + d[y, z]:.6g}"
         )
 
@@ -145,15 +145,15 @@ def kr_potential(
     check_metric(metric)
     if isinstance(metric, str) and not METRICS[metric]:
         raise ValueError(
-            f"metric must be a metric, for example 'euclidean'; got {metric!r}, which violates the triangle inequality: "
-            "no single potential attains its transport cost"
+            f"metric must be a metric, for example 'euclidean'; got {metric!r}, which violates the triangle "
+            "inequality: no single potential attains its transport cost"
         )
     x, y = to_points("X", X), to_points("Y", Y)
     check_pair(x, y)
     a, b = to_weights(*check_weights_pair(weights), len(x), len(y), normalize, "ab")
     if callable(metric):
         _check_triangle(np.concatenate([x, y]), metric)
-    plan, f, g, cost, gap, _ = solve(costs_of(x, y, metric), a, b)
+    _, _, g, cost, gap, _ = solve(costs_of(x, y, metric), a, b)
     flat = (X.dim() if isinstance(X, Tensor) else np.ndim(X)) == 1
     critic = KRPotential(cost, gap, g, y, metric, flat)
     attained = float(a @ critic(x[:, 0] if flat else x) - b @ critic(y[:, 0] if flat else y))

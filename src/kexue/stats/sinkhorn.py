@@ -4,7 +4,8 @@ Source: an extension of 科学空间 6280 (从Wasserstein距离、对偶理论�
 debiasing: Feydy et al., https://arxiv.org/abs/1810.08278; rounding: Altschuler et al., https://arxiv.org/abs/1705.09634.
 
     OT_eps = min <C, plan> + eps KL(plan | p q^T)
-    f_i = -eps log sum_j q_j exp((g_j - c_ij) / eps),   g_j in the same way,   plan_ij = p_i q_j exp((f_i + g_j - c_ij) / eps)
+    f_i = -eps log sum_j q_j exp((g_j - c_ij) / eps),   g_j in the same way
+    plan_ij = p_i q_j exp((f_i + g_j - c_ij) / eps)
     S_eps(X, Y) = OT_eps(X, Y) - OT_eps(X, X) / 2 - OT_eps(Y, Y) / 2
 
 What we do differently: eps falls from the range of the costs to its value, each stage starting with an update in the
@@ -79,7 +80,7 @@ class Sinkhorn:
 
 
 def _update(costs: Array, f: Array, p: Array, eps: float) -> tuple[Array, Array]:
-    """g = -eps log sum_i p_i exp((f_i - c_ij) / eps) and the kernel exp((f + g - C) / eps) (n, m)."""
+    """Update g_j = -eps log sum_i p_i exp((f_i - c_ij) / eps) and the kernel exp((f + g - C) / eps) (n, m)."""
     kernel = np.subtract(f[:, None], costs)
     kernel /= eps
     top = kernel.max(0)
@@ -119,7 +120,7 @@ def _stage(
 
 
 def _mirror(costs: Array, f: Array, p: Array, eps: float, tol: float, limit: int) -> tuple[Array, Array, float, int]:
-    """The same for two equal clouds and symmetric costs: f = g, and the mean of old and new converges in a few updates."""
+    """The same for a cloud and itself, where f = g: the mean of old and new converges in a few updates."""
     used = 0
     while True:
         new, kernel = _update(costs, f, p, eps)
@@ -141,7 +142,7 @@ def _stages(costs: Array, eps: float) -> list[float]:
 def _entropic(
     costs: Array, p: Array, q: Array, eps: float, tol: float, max_iter: int, mirror: bool = False
 ) -> tuple[Array, Array, Array, float, float, int]:
-    """Plan, f, g, OT_eps, error, updates for weights with total 1; points without mass get their potential at the end."""
+    """Plan, f, g, OT_eps, error, updates for weights with total 1; points without mass get potentials at the end."""
     keep, kept = p > 0, q > 0
     whole = bool(keep.all() and kept.all())
     part = costs if whole else np.ascontiguousarray(costs[np.ix_(keep, kept)])
@@ -191,8 +192,8 @@ def _solve(
     upper = max(upper, lower)  # equal up to rounding
     if worst > tol:
         warnings.warn(
-            f"sinkhorn stopped after max_iter = {max_iter} updates with a marginal error of {worst:.2g} (tol = {tol:g}); "
-            f"the exact cost lies between {total * lower:g} and {total * upper:g}",
+            f"sinkhorn stopped after max_iter = {max_iter} updates with a marginal error of {worst:.2g} "
+            f"(tol = {tol:g}); the exact cost lies between {total * lower:g} and {total * upper:g}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -205,7 +206,7 @@ def _solve_tensors(
 ) -> list[Tensor]:
     costs = to_array("the costs", between, (2,))
     own = tuple(to_array("the costs", x, (2,)) for x in within)
-    p, q = to_weights(a, b, *costs.shape, normalize, "ab")
+    p, q = to_weights(a, b, costs.shape[0], costs.shape[1], normalize, "ab")
     arrays, numbers, selves = _solve(costs, own or None, p, q, eps, tol, max_iter)  # type: ignore[arg-type]
     made = [torch.from_numpy(np.ascontiguousarray(x)) for x in (*arrays, *selves)]
     return [x.to(between.device) for x in (torch.tensor(numbers, dtype=torch.float64), *made)]
@@ -278,14 +279,14 @@ def sinkhorn(
     a, b = check_weights_pair(weights)
     eps, power, tol = float(eps), float(p), float(tol)
     if not any(isinstance(x, Tensor) for x in (X, Y, a, b)):
-        x, y = to_points("X", X), to_points("Y", Y)
-        check_pair(x, y)
-        a, b = to_weights(a, b, len(x), len(y), normalize, "ab")
-        within = tuple(costs_of(z, z, metric, power) for z in (x, y)) if debias else None
-        arrays, numbers, _ = _solve(costs_of(x, y, metric, power), within, a, b, eps, tol, max_iter)  # type: ignore[arg-type]
-        cost, divergence, lower, upper, error, used = numbers
+        u, v = to_points("X", X), to_points("Y", Y)
+        check_pair(u, v)
+        a, b = to_weights(a, b, len(u), len(v), normalize, "ab")
+        within = (costs_of(u, u, metric, power), costs_of(v, v, metric, power)) if debias else None
+        (plan, f, g), found, _ = _solve(costs_of(u, v, metric, power), within, a, b, eps, tol, max_iter)
+        cost, divergence, lower, upper, error, used = found
         return Sinkhorn(
-            cost, divergence if debias else None, lower, upper, *arrays, error, int(used), error <= tol
+            cost, divergence if debias else None, lower, upper, plan, f, g, error, int(used), error <= tol
         )  # fmt: skip
     if not isinstance(X, Tensor) and not isinstance(Y, Tensor):
         device = next(w.device for w in (a, b) if isinstance(w, Tensor))

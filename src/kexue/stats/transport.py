@@ -2,7 +2,8 @@
 
 Source: 科学空间 6280 (从Wasserstein距离、对偶理论到WGAN).
 
-    min <C, plan>  over plan >= 0 with row sums p and column sums q     =     max <p, f> + <q, g>  over f_i + g_j <= c_ij
+    min <C, plan>  over plan >= 0 with row sums p and column sums q
+    = max <p, f> + <q, g>  over f_i + g_j <= c_ij
 
 POT's network simplex (https://pythonot.github.io) solves the general case; equal weights are an assignment, which has a
 solver of its own (``_assignment.py``). What is added: costs are shifted and scaled, so that their unit does not matter;
@@ -40,7 +41,7 @@ class Transport:
         plan: (n, m) optimal plan.
         f: (n,) row potentials, feasible with g, of mean 0: the gradient of the cost for p, up to a constant.
         g: (m,) column potentials.
-        gap: Proven bound of cost - optimal cost, computed in float64; 0 up to rounding unless the status says otherwise.
+        gap: Proven bound of cost - optimal cost, computed in float64; 0 up to rounding if the status is "optimal".
         status: "optimal", or "max_iter" if the solver stopped early (there is a warning too). "traced" under
             torch.compile, where only the warning can tell.
     """
@@ -168,9 +169,7 @@ def weight_tensor(name: str, w: Any, count: int, device: torch.device, normalize
     return w / w.sum() if normalize and w.is_floating_point() else w
 
 
-def transport(
-    C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, max_iter: int = MAX_ITER
-) -> Transport:
+def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, max_iter: int = MAX_ITER) -> Transport:
     """Cheapest way to move the masses p to the masses q, with the proof that none is cheaper.
 
     Computed in float64 on the CPU (tensors of other devices are copied there and the results back). Memory: about four
@@ -202,7 +201,7 @@ def transport(
     check_int("max_iter", max_iter, 1)
     if not any(isinstance(x, Tensor) for x in (C, p, q)):
         costs = to_array("C", C, (2,))
-        a, b = to_weights(p, q, *costs.shape, normalize)
+        a, b = to_weights(p, q, costs.shape[0], costs.shape[1], normalize)
         plan, f, g, cost, gap, done = solve(costs, a, b, max_iter)
         return Transport(cost, plan, f, g, gap, "optimal" if done else "max_iter")
     dtype, device = working(*(x for x in (C, p, q) if isinstance(x, Tensor)))

@@ -39,13 +39,16 @@ from kexue.stats.transport import solve, transport, weight_tensor
 __all__ = ["wasserstein"]
 
 
+LARGE = 4096  # points on the line from which a compiled kernel pays
+
+
 def _power(x: Array, power: float) -> Array:
     return x if power == 1 else x * x if power == 2 else x**power
 
 
 def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Array, Array, Array, Array]:
     """The monotone plan on the line: sorting orders of both sides, and n + m - 1 pairs (i, j, mass) of ranks."""
-    left, right = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+    left, right = np.argsort(x), np.argsort(y)
     n, m = len(x), len(y)
     if n == m and a[0] == b[0] and (a == a[0]).all() and (b == b[0]).all():
         steps = np.arange(2 * n - 1)  # rank by rank; the pairs between them carry no mass
@@ -61,10 +64,18 @@ def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Array, Array, A
     return left, right, i, j, mass
 
 
+def _ordered(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+    return left[0], right[0], left[1], right[1]
+
+
 def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     """Cost of the monotone plan, with equal weights without building it."""
     if len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all():
         return float(_power(abs(np.sort(x) - np.sort(y)), power).mean() * a.sum())
+    if len(x) + len(y) >= LARGE:
+        from kexue.stats._line_kernel import merge_cost, sort_with
+
+        return float(merge_cost(*_ordered(sort_with(x, a), sort_with(y, b)), power))
     left, right, i, j, mass = line(x, y, a, b)
     return float(mass @ _power(abs(x[left][i] - y[right][j]), power))
 
@@ -190,14 +201,14 @@ def wasserstein(
     a, b = check_weights_pair(weights)
     order = float(p)
     if not any(isinstance(x, Tensor) for x in (X, Y, a, b)):
-        x, y = to_points("X", X), to_points("Y", Y)
-        check_pair(x, y)
-        a, b = to_weights(a, b, len(x), len(y), normalize, "ab")
-        if x.shape[1] == 1 and isinstance(metric, str):
-            cost = line_cost(x[:, 0], y[:, 0], a, b, order if METRICS[metric] else 2 * order)
+        u, v = to_points("X", X), to_points("Y", Y)
+        check_pair(u, v)
+        a, b = to_weights(a, b, len(u), len(v), normalize, "ab")
+        if u.shape[1] == 1 and isinstance(metric, str):
+            total = line_cost(u[:, 0], v[:, 0], a, b, order if METRICS[metric] else 2 * order)
         else:
-            cost = solve(costs_of(x, y, metric, order), a, b)[3]
-        return max(cost, 0.0) ** (1 / order) if order != 1 else cost
+            total = solve(costs_of(u, v, metric, order), a, b)[3]
+        return max(total, 0.0) ** (1 / order) if order != 1 else total
     if not isinstance(X, Tensor) and not isinstance(Y, Tensor):
         device = next(w.device for w in (a, b) if isinstance(w, Tensor))
         X = torch.from_numpy(to_points("X", X)).to(device)
