@@ -9,8 +9,8 @@
    divided by its largest slope between points of the clouds, against the exact one.
 
 Rule, fixed before measuring. Duality holds if |primal - dual| <= 1e-10 max(1, cost) and every violation is <= 1e-10 in
-all problems. Kantorovich-Rubinstein holds if for the distance both agree to 1e-9 and for the square the single potential
-is strictly smaller. Farkas holds if all 200 systems get the right answer. The critic holds if it ends at 85 to 100 % of
+all problems. Kantorovich-Rubinstein holds if for the distance both agree to 1e-9 and for the square the single
+potential is strictly smaller. Farkas holds if all 200 systems get the right answer. The critic holds if it ends at 85 to 100 % of
 the exact W_1 for every seed. "reproduced": all four; "partly": the first three; otherwise "not reproduced".
 """
 
@@ -28,8 +28,8 @@ from kexue.reproduce.runner import Measurement, Verdict
 from kexue.stats import farkas, kr_potential, transport
 
 CLAIM = (
-    "The cheapest transport and the best pair of potentials have the same value (strong duality, by Farkas' lemma); with "
-    "a distance as cost one 1-Lipschitz function is enough, which is what the critic of a WGAN approximates."
+    "The cheapest transport and the best pair of potentials have the same value (strong duality, by Farkas' lemma); "
+    "with a distance as cost one 1-Lipschitz function is enough, which is what the critic of a WGAN approximates."
 )
 KINDS = ("distance", "squared", "arbitrary", "ties", "zero masses")
 
@@ -194,10 +194,10 @@ def _bars(axis: Any) -> None:
     before, after = before / before.sum(), after / after.sum()
     plan = transport(abs(places[:, None] - places), before, after).plan
     shades = [(0.15 + 0.08 * k, 0.35, 0.95 - 0.09 * k) for k in range(len(places))]
-    low, high = np.zeros(len(places)), np.zeros(len(places))
+    low = np.zeros(len(places))
     for j, shade in enumerate(shades):
         axis.bar(places, plan[:, j], 0.8, low, color=shade)
-        low += plan[:, j]
-        axis.bar(places[j], -after[j], 0.8, high[j], color=shade)
+        low = low + plan[:, j]
+        axis.bar(places[j], -after[j], 0.8, color=shade)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(title="above: before, below: after\ncolour: destination", xlabel="place", ylabel="mass")
+    axis.set(title="above: before, below: after\ncolour: destination", xlabel="place", ylabel="mass", ylim=(-0.3, 0.35))
