@@ -74,7 +74,7 @@ def entropic(costs, p, q, eps, updates=20_000):
         old = f
         f = -eps * torch.logsumexp((g - costs) / eps + q.log(), 1)
         g = -eps * torch.logsumexp((f[:, None] - costs) / eps + p.log()[:, None], 0)
-        if float((f - old).abs().max()) < 1e-14:
+        if float((f - old).detach().abs().max()) < 1e-14:
             break
     plan = p[:, None] * q * torch.exp((f[:, None] + g - costs) / eps)
     relative = torch.where(plan > 0, plan * (plan / (p[:, None] * q)).log(), 0.0)

@@ -10,8 +10,9 @@
 
 Rule, fixed before measuring. Duality holds if |primal - dual| <= 1e-10 max(1, cost) and every violation is <= 1e-10 in
 all problems. Kantorovich-Rubinstein holds if for the distance both agree to 1e-9 and for the square the single
-potential is strictly smaller. Farkas holds if all 200 systems get the right answer. The critic holds if it ends at 85 to 100 % of
-the exact W_1 for every seed. "reproduced": all four; "partly": the first three; otherwise "not reproduced".
+potential is strictly smaller. Farkas holds if all 200 systems get the right answer. The critic
+holds if it ends at 85 to 100 % of the exact W_1 for every seed. "reproduced": all four; "partly": the first three;
+otherwise "not reproduced".
 """
 
 from __future__ import annotations

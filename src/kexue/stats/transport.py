@@ -215,9 +215,10 @@ def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, 
     q = weight_tensor("q", q, C.shape[1], device, normalize)
     arguments = C.detach(), p.detach(), q.detach(), max_iter, normalize
     if is_traced():
-        (plan, f, g, cost, gap), status = _transport_op(*arguments), "traced"
+        found, status = _transport_op(*arguments), "traced"
     else:
-        plan, f, g, cost, gap, done = _solve_tensors(*arguments)
+        *found, done = _solve_tensors(*arguments)
         status = "optimal" if done else "max_iter"
-    cost = attach(cost, (C, plan), (p, f), (q, g)).to(dtype)
-    return Transport(cost, plan.to(dtype), f.to(dtype), g.to(dtype), gap, status)
+    matrix, u, v, value, bound = found
+    value = attach(value, (C, matrix), (p, u), (q, v))
+    return Transport(value.to(dtype), matrix.to(dtype), u.to(dtype), v.to(dtype), bound, status)

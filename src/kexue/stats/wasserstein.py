@@ -46,7 +46,7 @@ def _power(x: Array, power: float) -> Array:
     return x if power == 1 else x * x if power == 2 else x**power
 
 
-def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Array, Array, Array, Array, Array]:
+def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Any, Any, Any, Any, Array]:
     """The monotone plan on the line: sorting orders of both sides, and n + m - 1 pairs (i, j, mass) of ranks."""
     left, right = np.argsort(x), np.argsort(y)
     n, m = len(x), len(y)
@@ -80,7 +80,7 @@ def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     return float(mass @ _power(abs(x[left][i] - y[right][j]), power))
 
 
-def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tuple[Array, Array, Array, Array, Array]:
+def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tuple[Any, Any, Array, Array, Array]:
     """Pairs (rows, columns, mass) and potentials f, g; complementary slackness along the merged staircase."""
     left, right, i, j, mass = line(x, y, a, b)
     c = _power(abs(x[left][i] - y[right][j]), power)
