@@ -29,6 +29,8 @@ from kexue.stats.certificate import project
 __all__ = ["Transport", "transport"]
 
 MAX_ITER = 10_000_000
+CAPS = (1e2, 1e4, 1e6)  # in units of the median cost
+EXACT = 1e-9  # gap of an optimal plan, in the same unit or relative to the cost
 SMALL = 32  # points below which POT solves an assignment too: it needs no compiled kernel
 
 
@@ -42,8 +44,8 @@ class Transport:
         f: (n,) row potentials, feasible with g, of mean 0: the gradient of the cost for p, up to a constant.
         g: (m,) column potentials.
         gap: Proven bound of cost - optimal cost, computed in float64; 0 up to rounding if the status is "optimal".
-        status: "optimal", or "max_iter" if the solver stopped early (there is a warning too). "traced" under
-            torch.compile, where only the warning can tell.
+        status: "optimal", or "inexact" if the solver stopped early or its rounding left a gap (there is a warning too).
+            "traced" under torch.compile, where only the warning can tell.
     """
 
     cost: Any
@@ -89,6 +91,27 @@ def _simplex(costs: Array, p: Array, q: Array, max_iter: int) -> tuple[Array, Ar
     return plan if done else _round(plan, p, q), np.asarray(log["u"]), done
 
 
+def _capped(costs: Array, p: Array, q: Array, max_iter: int) -> tuple[Array, Array, bool]:
+    """:func:`_simplex` for costs of which some are many orders above the others.
+
+    Its potentials are sums with the largest cost, so that small costs would drown in rounding. Potentials for capped
+    costs are feasible for the true ones as well: if the plan avoids what was capped, it is optimal.
+    """
+    top = float(costs.max())
+    best: tuple[Array, Array, bool] | None = None
+    least = np.inf
+    for cap in [c for c in CAPS if c < top] + [top]:
+        plan, u, done = _simplex(np.minimum(costs, cap) if cap < top else costs, p, q, max_iter)
+        f, g = project(costs, u)
+        cost = float(np.vdot(plan, costs))
+        gap = cost - float(p @ f + q @ g)
+        if best is None or gap < least:
+            best, least = (plan, f, done), gap
+        if gap <= EXACT * max(1.0, cost):
+            break
+    return best  # type: ignore[return-value]
+
+
 def _assignment(costs: Array) -> tuple[Array, Array]:
     from kexue.stats._assignment import assign
 
@@ -112,7 +135,7 @@ def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[A
     if equal:
         inner, u = _assignment(work)
     else:
-        inner, u, done = _simplex(work, a, b, max_iter)
+        inner, u, done = (_capped if work.max() > CAPS[0] else _simplex)(work, a, b, max_iter)
     inner *= total
     f = np.zeros(len(p))
     f[keep] = u * scale + low
@@ -125,7 +148,14 @@ def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[A
     f, g = f - mean, g + mean
     cost = float(np.vdot(plan, costs))
     gap = max(cost - float(p @ f + q @ g), 0.0)
-    if not done:
+    if done and gap > EXACT * max(abs(cost), scale * total, abs(low) * total):
+        done = False
+        warnings.warn(
+            f"the costs span too many orders of magnitude; the cost {cost:g} may be up to {gap:.3g} too high",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    elif not done:
         warnings.warn(
             f"the solver stopped after max_iter = {max_iter} steps; the cost {cost:g} is at most {gap:.3g} too high",
             RuntimeWarning,
@@ -203,7 +233,7 @@ def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, 
         costs = to_array("C", C, (2,))
         a, b = to_weights(p, q, costs.shape[0], costs.shape[1], normalize)
         plan, f, g, cost, gap, done = solve(costs, a, b, max_iter)
-        return Transport(cost, plan, f, g, gap, "optimal" if done else "max_iter")
+        return Transport(cost, plan, f, g, gap, "optimal" if done else "inexact")
     dtype, device = working(*(x for x in (C, p, q) if isinstance(x, Tensor)))
     if not isinstance(C, Tensor):
         C = torch.from_numpy(to_array("C", C, (2,))).to(device)
@@ -218,7 +248,7 @@ def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, 
         found, status = _transport_op(*arguments), "traced"
     else:
         *found, done = _solve_tensors(*arguments)
-        status = "optimal" if done else "max_iter"
+        status = "optimal" if done else "inexact"
     matrix, u, v, value, bound = found
     value = attach(value, (C, matrix), (p, u), (q, v))
     return Transport(value.to(dtype), matrix.to(dtype), u.to(dtype), v.to(dtype), bound, status)
