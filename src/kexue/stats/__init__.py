@@ -1,6 +1,7 @@
 """Samples that pass gradients on and gradient estimators; normals, points on a circle, optimal transport."""
 
 from kexue.stats.bures import barycenter, ot_map, w2
+from kexue.stats.certificate import Certificate, certificate
 from kexue.stats.common_sector import (
     CircularRangeResult,
     CommonSector,
@@ -11,27 +12,39 @@ from kexue.stats.common_sector import (
     smallest_sector,
 )
 from kexue.stats.divergences import bhattacharyya, hellinger, jeffreys, kl, renyi
+from kexue.stats.farkas import Alternative, farkas
 from kexue.stats.frechet import FrechetAccumulator, frechet_distance
 from kexue.stats.gaussian import Gaussian
 from kexue.stats.gradient_stats import GradientStats, gradient_stats
 from kexue.stats.gumbel import gumbel_max, gumbel_softmax, kl_to_uniform, st_embedding
+from kexue.stats.kr_potential import KRPotential, kr_potential
 from kexue.stats.normal import rsample_normal
 from kexue.stats.score_function import EMABaseline, score_function_loss
+from kexue.stats.sinkhorn import Sinkhorn, sinkhorn
 from kexue.stats.temperature import TemperatureSchedule
+from kexue.stats.transport import Transport, transport
+from kexue.stats.wasserstein import wasserstein
 
 __all__ = [
+    "Alternative",
+    "Certificate",
     "CircularRangeResult",
     "CommonSector",
     "EMABaseline",
     "FrechetAccumulator",
     "Gaussian",
     "GradientStats",
+    "KRPotential",
+    "Sinkhorn",
     "TemperatureSchedule",
+    "Transport",
     "barycenter",
     "bhattacharyya",
+    "certificate",
     "circular_range_test",
     "common_sector",
     "common_sector_probability",
+    "farkas",
     "frechet_distance",
     "gradient_stats",
     "gumbel_max",
@@ -41,11 +54,15 @@ __all__ = [
     "jeffreys",
     "kl",
     "kl_to_uniform",
+    "kr_potential",
     "ot_map",
     "renyi",
     "rsample_normal",
     "score_function_loss",
+    "sinkhorn",
     "smallest_sector",
     "st_embedding",
+    "transport",
     "w2",
+    "wasserstein",
 ]
