@@ -36,6 +36,8 @@ def check_regularisation(shrinkage: Any, ridge: Any) -> None:
 def oas(R: Array, n: float) -> float:
     """Oracle approximating shrinkage (Chen et al. 2010) of a covariance (D, D) of n rows, as in scikit-learn."""
     d = len(R)
+    if d == 0:
+        return 1.0
     square, mean = float((R * R).sum()) / d**2, (float(np.trace(R)) / d) ** 2
     spread = (n + 1) * (square - mean / d)
     return 1.0 if spread <= 0 else min(1.0, (square + mean) / spread)
@@ -93,7 +95,7 @@ def regularise(R: Array, n: float, shrinkage: str | float, ridge: float) -> tupl
 def whitener(R: Array, floor: bool) -> tuple[Array, float]:
     """T (r, A) with T^T T = R^-1, and log det R.
 
-    A singular R gets its pseudo-inverse, or with ``floor`` its eigenvalues raised to the rounding error, and a warning.
+    A singular R gets its pseudo-inverse, or with ``floor`` its eigenvalues raised to FLOOR, and a warning.
     """
     from scipy.linalg import solve_triangular
 
@@ -112,10 +114,12 @@ def whitener(R: Array, floor: bool) -> tuple[Array, float]:
         stacklevel=2,
     )
     values, vectors = np.linalg.eigh(R)
-    least = max(size * np.finfo(float).eps * values[-1], np.finfo(float).tiny)
-    keep = np.ones(size, bool) if floor else values > least
-    values = np.maximum(values[keep], least)
-    return vectors[:, keep].T / np.sqrt(values)[:, None], float(np.log(values).sum())
+    if floor:  # one value for all classes: what is constant in each of them must not decide between them
+        values = np.maximum(values, FLOOR)
+    else:
+        keep = values > max(size * np.finfo(float).eps * values[-1], np.finfo(float).tiny)
+        values, vectors = values[keep], vectors[:, keep]
+    return vectors.T / np.sqrt(values)[:, None], float(np.log(values).sum())
 
 
 def row_blocks(X: Any, width: int) -> Iterator[slice]:

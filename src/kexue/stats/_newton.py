@@ -1,9 +1,10 @@
 """A few Newton steps on the penalised cross-entropy, from the closed form ("polish").
 
-    f(V, b) = sum_i w_i CE(softmax(V x_i + b), y_i) / n + |V|^2 / (2 n),   n = sum_i w_i
+    f(V, b) = sum_i w_i CE(softmax(V x_i + b), y_i) / n + a |V|^2 / (2 n),   n = sum_i w_i
 
-in features of mean 0 and variance 1 within classes; the penalty, that of scikit-learn's LogisticRegression(C=1) on such
-features, keeps the steps finite where classes are separable. The step solves H d = g by conjugate gradients, whose
+in features of mean 0 and variance 1 within classes, with a = 1, or 2 for two classes. This is the penalty of
+scikit-learn's LogisticRegression(C=1) on such features (which has one vector for two classes, twice as long as each of
+ours); it keeps the steps finite where classes are separable. The step solves H d = g by conjugate gradients, whose
 products with H need two passes over the rows each, and no matrix of C D x C D numbers. A step that does not lower f is
 halved until it does.
 """
@@ -26,7 +27,7 @@ HALVINGS = 20
 class _Problem:
     """Cross-entropy in scaled features; parameters are (C, A + 1), the bias last."""
 
-    def __init__(self, X: Any, y: NDArray[np.intp], weight: Array | None, s: Scaled) -> None:
+    def __init__(self, X: Any, y: NDArray[np.intp], weight: Array | None, s: Scaled, classes: int) -> None:
         self.X = X[:, s.active]
         if isinstance(X, np.ndarray):
             self.X = (self.X - s.centre[s.active]) / s.scale
@@ -35,6 +36,7 @@ class _Problem:
             self.unit, self.offset = 1 / s.scale, s.centre[s.active] / s.scale
         self.y, self.weight = y, np.ones(len(y)) if weight is None else weight
         self.n = float(self.weight.sum())
+        self.decay = (2.0 if classes == 2 else 1.0) / self.n
 
     def apply(self, V: Array) -> Array:
         return self.X @ (V[:, :-1] * self.unit).T + (V[:, -1] - V[:, :-1] @ self.offset)
@@ -52,27 +54,27 @@ class _Problem:
         total = P.sum(1)
         loss = np.log(total) - Z[np.arange(len(Z)), self.y]
         P /= total[:, None]
-        return float(self.weight @ loss / self.n + (V[:, :-1] ** 2).sum() / (2 * self.n)), P
+        return float(self.weight @ loss / self.n + 0.5 * self.decay * (V[:, :-1] ** 2).sum()), P
 
     def gradient(self, V: Array, P: Array) -> Array:
         E = P.copy()
         E[np.arange(len(E)), self.y] -= 1
         g = self.adjoint(E * self.weight[:, None])
-        g[:, :-1] += V[:, :-1] / self.n
+        g[:, :-1] += self.decay * V[:, :-1]
         return g
 
     def curvature(self, d: Array, P: Array) -> Array:
         A = self.apply(d)
         A -= (P * A).sum(1, keepdims=True)
         h = self.adjoint(P * A * self.weight[:, None])
-        h[:, :-1] += d[:, :-1] / self.n
+        h[:, :-1] += self.decay * d[:, :-1]
         return h
 
 
 def newton(rule: LinearRule, X: Any, y: NDArray[np.intp], weight: Array | None, m: Moments, steps: int) -> LinearRule:
     """The rule after ``steps`` Newton steps; memory: a copy of X in float64 and four times (N, C)."""
     s = scaled(m)
-    problem = _Problem(X, y, weight, s)
+    problem = _Problem(X, y, weight, s, len(rule.bias))
     V = np.concatenate([rule.weights[:, s.active] * s.scale, rule.bias[:, None]], 1)
     R = correlation(m.pooled(), problem.n, s) + (s.means.T * s.priors) @ s.means
     f, P = problem.value(V)
@@ -81,7 +83,7 @@ def newton(rule: LinearRule, X: Any, y: NDArray[np.intp], weight: Array | None, 
         h = max(
             float(problem.weight @ (P * (1 - P)).mean(1)) / problem.n, 1e-6
         )  # the Hessian is about h R in each class
-        inverse = np.linalg.inv(h * R + np.eye(len(R)) * (h * 1e-8 + 1 / problem.n))
+        inverse = np.linalg.inv(h * R + np.eye(len(R)) * (h * 1e-8 + problem.decay))
         d = _conjugate_gradients(lambda v, P=P: problem.curvature(v, P), g, inverse, h)
         rate = 1.0
         for _ in range(HALVINGS):
