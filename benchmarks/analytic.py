@@ -93,7 +93,7 @@ def peers() -> Table:
         {name: fit(name) for name in models},
         peer="LDA, lsqr",
         packages=("scikit-learn",),
-        repeats=3,
+        repeats=2,
     )
     for row in table.rows:
         row.extra = _accuracy(fitted[row.name])

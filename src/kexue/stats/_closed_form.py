@@ -36,6 +36,18 @@ def check_priors(priors: ArrayLike | None, classes: int) -> Array | None:
     return p / p.sum()
 
 
+def encode(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The classes in order, and the place of each label among them."""
+    if y.dtype.kind in "iu" and len(y):
+        classes = np.unique(y)
+        low, high = int(classes[0]), int(classes[-1])
+        if high - low < 2**16:  # a table: np.unique would sort all labels to find the places
+            table = np.zeros(high - low + 1, np.intp)
+            table[classes - low] = np.arange(len(classes))
+            return classes, table[y - low]
+    return np.unique(y, return_inverse=True)
+
+
 def class_places(y: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
     """Place of each label among the classes."""
     found = np.unique(y)

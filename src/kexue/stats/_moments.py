@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-BLOCK_BYTES = 2**20  # of shifted rows: they stay in the cache between the shift, the sums and the product
+BLOCK_BYTES = 2**21  # of shifted rows: they stay in the cache between the shift, the sums and the product
 DENSE = 0.1  # share of stored numbers above which a sparse matrix is multiplied in dense blocks
 
 
@@ -132,7 +132,7 @@ def moments(
         rows: Rows that take part; None for all.
         per_class: Keep a scatter for each class.
 
-    Memory: one block of rows (1 MiB or 256 rows) beside D x D numbers (C D x D with ``per_class``).
+    Memory: one block of rows (2 MiB or 256 rows) beside D x D numbers (C D x D with ``per_class``).
     """
     if weight is not None and not weight.all():
         rows = np.flatnonzero(weight) if rows is None else rows[weight[rows] > 0]

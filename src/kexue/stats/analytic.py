@@ -29,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.stats._class_rule import LinearRule, check_regularisation, linear_rule, quadratic_rule
-from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places
+from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode
 from kexue.stats._moments import Array, Moments, moments
 from kexue.stats._newton import newton
 
@@ -128,7 +128,7 @@ class AnalyticLogisticRegression(ClosedForm):
         """
         self._check_params()
         X, y, weight = self._data(X, y, sample_weight, reset=True)
-        self.classes_, places = np.unique(y, return_inverse=True)
+        self.classes_, places = encode(y)
         if len(self.classes_) < 2:
             raise ValueError(f"a classifier needs at least 2 classes; got one class: {self.classes_.tolist()}")
         self.moments_ = moments(X, places, len(self.classes_), weight=weight, per_class=self.covariance == "per_class")
@@ -309,7 +309,7 @@ class AnalyticLogisticRegressionCV(ClosedForm):
             check_int("score_rows", self.score_rows, 1)
         grid = self._grid()
         X, y, weight = self._data(X, y, sample_weight, reset=True)
-        self.classes_, places = np.unique(y, return_inverse=True)
+        self.classes_, places = encode(y)
         classes = len(self.classes_)
         if classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes; got one class: {self.classes_.tolist()}")
