@@ -74,6 +74,7 @@ def peers() -> Table:
     fitted: dict[str, object] = {}
     models: dict[str, Callable[[], object]] = {
         "AnalyticLogisticRegression": AnalyticLogisticRegression,
+        "AnalyticLogisticRegression, shrinkage=0": lambda: AnalyticLogisticRegression(shrinkage=0.0),
         "LDA, lsqr": lambda: LinearDiscriminantAnalysis(solver="lsqr"),
         "LDA, svd": LinearDiscriminantAnalysis,
         "LogisticRegression, lbfgs, 100 steps": lambda: LogisticRegression(max_iter=100),

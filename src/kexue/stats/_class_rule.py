@@ -218,6 +218,24 @@ def linear_rule(m: Moments, shrinkage: str | float, ridge: float, priors: Array 
     return LinearRule(weights, bias, s.centre, common, used)
 
 
+def linear_path(m: Moments, grid: Array, ridge: float, priors: Array | None) -> tuple[Array, Array, Array]:
+    """The rules of many shrinkages from one decomposition: weights (S, C, D), biases (S, C), and the centre (D,)."""
+    s = scaled(m)
+    R = correlation(m.pooled(), float(m.counts.sum()), s)
+    R[np.flatnonzero(s.floored), np.flatnonzero(s.floored)] = 1.0
+    values, vectors = np.linalg.eigh(R)
+    turned = s.means @ vectors
+    prior = np.log(s.priors if priors is None else priors)
+    weights, biases = np.zeros((len(grid), *m.means.shape)), np.empty((len(grid), len(prior)))
+    for i, shrinkage in enumerate(grid):
+        shrunk = (1 - shrinkage) * values + shrinkage + ridge
+        keep = shrunk > len(R) * np.finfo(float).eps * shrunk.max(initial=0.0)
+        inverse = np.divide(1.0, shrunk, out=np.zeros_like(shrunk), where=keep)
+        weights[i][:, s.active] = (turned * inverse) @ vectors.T / s.scale
+        biases[i] = prior - 0.5 * (turned * turned) @ inverse
+    return weights, biases, s.centre
+
+
 def quadratic_rule(m: Moments, shrinkage: str | float, ridge: float, priors: Array | None) -> QuadraticRule:
     """The rule for a covariance of each class; shrinkage pulls towards the pooled variances."""
     s = scaled(m)

@@ -10,14 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted, validate_data
 
 from kexue.stats._class_rule import LinearRule, QuadraticRule, linear_rule, quadratic_rule
-from kexue.stats._moments import Array, Moments
+from kexue.stats._moments import Array, Moments, moments
 
 if TYPE_CHECKING:
     from torch import nn
 
+LATER = {"ensure_all_finite": False}  # see ClosedForm._moments
 COVARIANCES = ("shared", "per_class")
 
 
@@ -71,12 +72,26 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
         return tags
 
     def _data(self, X: Any, y: Any, weight: Any, reset: bool) -> tuple[Any, NDArray[Any], Array | None]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], reset=reset)
-        check_classification_targets(y)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], reset=reset, **LATER)
+        if y.dtype.kind not in "iub":  # integers are classes, and looking at them all takes time
+            check_classification_targets(y)
         if weight is None:
             return X, y, None
         weight = _check_sample_weight(weight, X, dtype=np.float64, ensure_non_negative=True)
         return X, y, weight
+
+    def _moments(
+        self, X: Any, places: NDArray[np.intp], weight: Array | None, per_class: bool, rows: Any = None
+    ) -> Moments:
+        """Moments of rows; NaN, infinity and overflow show in them, which saves a pass over X to look for them."""
+        if weight is not None and not weight.all():  # such rows leave no trace
+            assert_all_finite(X, input_name="X")
+        with np.errstate(all="ignore"):
+            m = moments(X, places, len(self.classes_), weight=weight, rows=rows, per_class=per_class)
+        if not np.isfinite(m.scatter.sum() + m.means.sum()):
+            assert_all_finite(X, input_name="X")
+            raise ValueError(f"the squares of X must not exceed {X.dtype}; got values up to {abs(X).max():.3g}")
+        return m
 
     def _solve(self, shrinkage: str | float, strict: bool) -> None:
         """From moments to the rule; a stream that lacks a class waits (``strict`` raises)."""

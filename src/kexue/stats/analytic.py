@@ -19,6 +19,7 @@ whitens with the covariance that divides by N - 1 and goes on with the formula f
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -28,9 +29,9 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.stats._class_rule import LinearRule, check_regularisation, linear_rule, quadratic_rule
+from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_rule
 from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode
-from kexue.stats._moments import Array, Moments, moments
+from kexue.stats._moments import Array, Moments
 from kexue.stats._newton import newton
 
 __all__ = ["AnalyticLogisticRegression", "AnalyticLogisticRegressionCV"]
@@ -131,7 +132,7 @@ class AnalyticLogisticRegression(ClosedForm):
         self.classes_, places = encode(y)
         if len(self.classes_) < 2:
             raise ValueError(f"a classifier needs at least 2 classes; got one class: {self.classes_.tolist()}")
-        self.moments_ = moments(X, places, len(self.classes_), weight=weight, per_class=self.covariance == "per_class")
+        self.moments_ = self._moments(X, places, weight, self.covariance == "per_class")
         self._solve(self.shrinkage, strict=True)
         if self.polish and isinstance(self._rule, LinearRule):
             self._rule = newton(self._rule, X, places, weight, self.moments_, int(self.polish))
@@ -169,7 +170,7 @@ class AnalyticLogisticRegression(ClosedForm):
                 self.classes_ = known
         places = class_places(y, self.classes_)
         per_class = self.covariance == "per_class"
-        part = moments(X, places, len(self.classes_), weight=weight, per_class=per_class)
+        part = self._moments(X, places, weight, per_class)
         if not first and per_class != self.moments_.per_class:
             raise ValueError(f"covariance must stay as it was in the first call; got {self.covariance!r}")
         self.moments_ = part if first else self.moments_ + part
@@ -192,9 +193,7 @@ class AnalyticLogisticRegression(ClosedForm):
         self._check_params()
         X, y, weight = self._data(X, y, sample_weight, reset=False)
         places = class_places(y, self.classes_)
-        self.moments_ = self.moments_ - moments(
-            X, places, len(self.classes_), weight=weight, per_class=self.moments_.per_class
-        )
+        self.moments_ = self.moments_ - self._moments(X, places, weight, self.moments_.per_class)
         self._solve(self.shrinkage, strict=False)
         return self
 
@@ -236,8 +235,8 @@ class AnalyticLogisticRegressionCV(ClosedForm):
     every further value of the shrinkage costs a solve and the scores of the held-out rows, and no further fit.
 
     Args:
-        shrinkages: Values of the shrinkage to try, in [0, 1]; a number stands for that many from 1e-4 to 1, in equal
-            ratios.
+        shrinkages: Values of the shrinkage to try, in [0, 1]; a number stands for 0 and values from 1e-6 to 1 in equal
+            ratios, so many in all.
         cv: Number of stratified folds, or what scikit-learn takes as ``cv``; every row must be held out once.
         covariance, priors, ridge: As in :class:`AnalyticLogisticRegression`.
         scoring: "accuracy", or "log_loss" (its negative, so that higher is better).
@@ -284,7 +283,7 @@ class AnalyticLogisticRegressionCV(ClosedForm):
     def _grid(self) -> Array:
         if np.ndim(self.shrinkages) == 0:
             check_int("shrinkages", self.shrinkages, 1)
-            return np.logspace(-4, 0, int(self.shrinkages))  # type: ignore[arg-type]
+            return np.append(0.0, np.logspace(-6, 0, int(self.shrinkages) - 1))  # type: ignore[arg-type]
         values = list(np.asarray(self.shrinkages).ravel())
         if not values:
             raise ValueError("shrinkages must hold at least one value; got none")
@@ -318,7 +317,7 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         if len(held_out) < 2 or not np.array_equal(np.sort(np.concatenate(held_out)), np.arange(len(y))):
             raise ValueError("cv must hold out every row once, in at least 2 folds; got folds that miss or repeat rows")
         per_class = self.covariance == "per_class"
-        parts = [moments(X, places, classes, weight=weight, rows=test, per_class=per_class) for test in held_out]
+        parts = [self._moments(X, places, weight, per_class, test) for test in held_out]
         self.moments_ = parts[0]
         for part in parts[1:]:
             self.moments_ = self.moments_ + part
@@ -350,17 +349,28 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         train = train.take(present)
         if priors is not None:
             priors = priors[present] / priors[present].sum()
-        solve: Any = quadratic_rule if train.per_class else linear_rule
         out = np.empty(len(grid))
-        for i, shrinkage in enumerate(grid):
-            with warnings.catch_warnings():  # what is wrong with a value shows in its score
-                warnings.simplefilter("ignore", UserWarning)
-                scores = solve(train, float(shrinkage), float(self.ridge), priors).scores(X)
+        for i, scores in enumerate(self._path(train, grid, X, priors)):
             if self.scoring == "accuracy":
                 out[i] = np.average(present[scores.argmax(1)] == y, weights=weight)
                 continue
-            full = np.full((len(y), len(train.rows) + (len(self.classes_) - len(present))), -np.inf)
+            full = np.full((len(y), len(self.classes_)), -np.inf)
             full[:, present] = scores - scores.max(1, keepdims=True)
             mine = full[np.arange(len(y)), y] - np.log(np.exp(full).sum(1))
             out[i] = np.average(np.maximum(mine, np.log(np.finfo(float).eps)), weights=weight)  # as sklearn's log_loss
         return out
+
+    def _path(self, train: Moments, grid: Array, X: Any, priors: Array | None) -> Iterator[Array]:
+        """Scores of the rows of X under each shrinkage."""
+        ridge = float(self.ridge)
+        if not train.per_class:
+            weights, biases, centre = linear_path(train, grid, ridge, priors)
+            dense = X - centre if isinstance(X, np.ndarray) else None
+            for w, b in zip(weights, biases, strict=True):
+                yield dense @ w.T + b if dense is not None else X @ w.T + (b - w @ centre)
+            return
+        for shrinkage in grid:
+            with warnings.catch_warnings():  # what is wrong with a value shows in its score
+                warnings.simplefilter("ignore", UserWarning)
+                rule = quadratic_rule(train, float(shrinkage), ridge, priors)
+            yield rule.scores(X)
