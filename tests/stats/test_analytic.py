@@ -324,6 +324,19 @@ def test_folds_by_subtraction_equal_fits_of_their_own():
         assert per_class.scores_[1, j] == pytest.approx(np.log(p).mean())
 
 
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(12, 60), classes=st.integers(2, 4), folds=st.integers(2, 3), seed=st.integers(0, 99))
+def test_folds_are_scikit_learns(n, classes, folds, seed):
+    from sklearn.model_selection import StratifiedKFold
+
+    from kexue.stats._folds import held_out
+
+    y = np.random.default_rng(seed).permutation(np.arange(n) % classes)
+    expected = [test for _, test in StratifiedKFold(folds).split(y, y)]
+    for mine, theirs in zip(held_out(folds, None, y, y), expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_cross_validation_with_weights_sparse_rows_and_a_rare_class():
     X, y = data(n=91)
     y = np.where(np.arange(91) == 90, 7, y)

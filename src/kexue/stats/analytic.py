@@ -24,13 +24,13 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.model_selection import check_cv
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_rule
 from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode
+from kexue.stats._folds import held_out
 from kexue.stats._moments import Array, Moments
 from kexue.stats._newton import newton
 
@@ -313,16 +313,14 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         if classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes; got one class: {self.classes_.tolist()}")
         priors = check_priors(self.priors, classes)
-        held_out = [test for _, test in check_cv(self.cv, y, classifier=True).split(X, y)]
-        if len(held_out) < 2 or not np.array_equal(np.sort(np.concatenate(held_out)), np.arange(len(y))):
-            raise ValueError("cv must hold out every row once, in at least 2 folds; got folds that miss or repeat rows")
+        folds = held_out(self.cv, X, y, places)
         per_class = self.covariance == "per_class"
-        parts = [self._moments(X, places, weight, per_class, test) for test in held_out]
+        parts = [self._moments(X, places, weight, per_class, test) for test in folds]
         self.moments_ = parts[0]
         for part in parts[1:]:
             self.moments_ = self.moments_ + part
         self.shrinkages_, self.scores_ = grid, np.empty((len(grid), len(parts)))
-        for fold, (part, test) in enumerate(zip(parts, held_out, strict=True)):
+        for fold, (part, test) in enumerate(zip(parts, folds, strict=True)):
             if weight is not None:
                 test = test[weight[test] > 0]
             if self.score_rows is not None and len(test) > self.score_rows:
@@ -365,9 +363,17 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         ridge = float(self.ridge)
         if not train.per_class:
             weights, biases, centre = linear_path(train, grid, ridge, priors)
-            dense = X - centre if isinstance(X, np.ndarray) else None
-            for w, b in zip(weights, biases, strict=True):
-                yield dense @ w.T + b if dense is not None else X @ w.T + (b - w @ centre)
+            if isinstance(X, np.ndarray):
+                X = X - centre
+            else:
+                biases = biases - weights @ centre
+            classes = biases.shape[1]
+            step = max(1, 256 // classes)  # several shrinkages in one product: narrow ones are slow
+            for start in range(0, len(grid), step):
+                some = weights[start : start + step]
+                scores = X @ some.reshape(-1, X.shape[1]).T
+                for i, bias in enumerate(biases[start : start + step]):
+                    yield scores[:, i * classes : (i + 1) * classes] + bias
             return
         for shrinkage in grid:
             with warnings.catch_warnings():  # what is wrong with a value shows in its score
