@@ -160,12 +160,11 @@ class _Stream:
         self.shift = np.zeros(out.means.shape, dtype)
         self.seen = np.zeros(len(out.counts), bool)
         self.buffer = np.empty((0, out.means.shape[1]), dtype)
+        self.indicator: Any = None
         self.product = np.empty(out.scatter.shape[-2:], dtype)
 
     def add(self, x: NDArray[Any], y: NDArray[np.intp], weight: Array | None) -> None:
         """Take in rows (n, D) with their classes and weights above 0."""
-        from scipy.sparse import csc_array
-
         out, classes = self.out, len(self.out.counts)
         if out.per_class:  # rows of one class side by side
             order = np.argsort(y, kind="stable")
@@ -181,9 +180,7 @@ class _Stream:
         root = np.ones(len(x), b.dtype) if weight is None else np.sqrt(weight).astype(b.dtype)
         if weight is not None:
             b *= root[:, None]
-        # a column of the indicator matrix has one number, so that this adds each row once to the sum of its class
-        indicator = csc_array((root, y.astype(np.int32), np.arange(len(x) + 1, dtype=np.int32)), (classes, len(x)))
-        out.means += indicator @ b
+        out.means += self._indicator(root, y.astype(np.int32), classes) @ b
         out.rows += rows
         out.counts += rows if weight is None else np.bincount(y, weight, classes)
         if not out.per_class:
@@ -193,6 +190,16 @@ class _Stream:
         for k in np.flatnonzero(rows):
             part = b[ends[k] - rows[k] : ends[k]]
             out.scatter[k] += np.dot(part.T, part, out=self.product)
+
+    def _indicator(self, root: NDArray[Any], y: NDArray[np.int32], classes: int) -> Any:
+        """(C, n), one number in a column: its product with rows adds each row once, to the sum of its class."""
+        from scipy.sparse import csc_array
+
+        if self.indicator is None or self.indicator.shape[1] != len(y):
+            self.indicator = csc_array((root, y, np.arange(len(y) + 1, dtype=np.int32)), (classes, len(y)))
+        else:  # most blocks have one length, and making the matrix costs as much as its product
+            self.indicator.data, self.indicator.indices = root, y
+        return self.indicator
 
     def _place(self, x: NDArray[Any], y: NDArray[np.intp], rows: NDArray[np.intp]) -> None:
         """Choose the shift of the classes that appear for the first time."""
