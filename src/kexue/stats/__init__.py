@@ -1,5 +1,14 @@
-"""Samples that pass gradients on and gradient estimators; normals, points on a circle, optimal transport."""
+"""Gaussians, points on a circle, optimal transport, classifiers in closed form, gradients through samples.
 
+The estimators of scikit-learn's kind are loaded when first used, as they bring scikit-learn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kexue.stats.analytic_head import analytic_head_
 from kexue.stats.bures import barycenter, ot_map, w2
 from kexue.stats.certificate import Certificate, certificate
 from kexue.stats.common_sector import (
@@ -25,8 +34,13 @@ from kexue.stats.temperature import TemperatureSchedule
 from kexue.stats.transport import Transport, transport
 from kexue.stats.wasserstein import wasserstein
 
+if TYPE_CHECKING:
+    from kexue.stats.analytic import AnalyticLogisticRegression, AnalyticLogisticRegressionCV
+
 __all__ = [
     "Alternative",
+    "AnalyticLogisticRegression",
+    "AnalyticLogisticRegressionCV",
     "Certificate",
     "CircularRangeResult",
     "CommonSector",
@@ -38,6 +52,7 @@ __all__ = [
     "Sinkhorn",
     "TemperatureSchedule",
     "Transport",
+    "analytic_head_",
     "barycenter",
     "bhattacharyya",
     "certificate",
@@ -66,3 +81,15 @@ __all__ = [
     "w2",
     "wasserstein",
 ]
+
+_MODULES = {"AnalyticLogisticRegression": "analytic", "AnalyticLogisticRegressionCV": "analytic"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"kexue.stats.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
