@@ -88,6 +88,7 @@ def test_blocks_of_examples_give_the_same(shared, monkeypatch):
     u, mask = draw(7, 6, 4), some(7, 6)
     whole = cap(u, mask, return_coupling=True)
     monkeypatch.setattr(_capsule_kernel, "BLOCK", 250)
+    monkeypatch.setattr(_capsule_kernel, "DENSE_BLOCK", 250)
     blocks = cap(u, mask, return_coupling=True)
     compare(blocks, whole, (u, cap.weight))
 

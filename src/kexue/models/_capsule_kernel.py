@@ -29,7 +29,8 @@ from kexue._tensors import compute_dtype, once_differentiable
 LOG2E = 1.4426950408889634
 SQUASH_EPS = 1e-7  # added to the squared norm, as in the article's code
 NORM_EPS = 1e-12
-BLOCK = 2**18  # numbers of a block of examples: votes, or coefficients of all iterations; 1 MiB in float32
+BLOCK = 2**20  # numbers of a block of examples, 4 MiB in float32: it stays in the cache
+DENSE_BLOCK = 2**21  # with a matrix for every input, more examples make better use of each one that is read
 
 
 def lengths(s: Tensor, eps: float, dim: int = -1) -> Tensor:
@@ -73,16 +74,23 @@ class _VoteKeys:
         """(b, k, m, n) -> weighted sums (b, k, m, o)."""
         return torch.bmm(c.flatten(0, 1), self.votes).unflatten(0, (-1, self.capsules))
 
+    def pull(self, db: Tensor, c: Tensor) -> Tensor:
+        """Sums weighted by db (b, k, n), (b, k, o); c, the coefficients of the same iteration, will be needed too."""
+        return self.sums(db[:, :, None]).squeeze(2)
+
     def votes_gradient(self, c: Tensor, vectors: Tensor, first: Tensor) -> Tensor:
-        """(b, k, m, n), (b, k, m, o), (b, k, o) -> (b * k, n, o)."""
-        return torch.baddbmm(first.flatten(0, 1)[:, None], c.flatten(0, 1).mT, vectors.flatten(0, 1))
+        """(b, k, m, n), (b, k, m, o), (b, k, o) -> (b * k, n, o), in place of the votes."""
+        c = torch.cat([c, c.new_ones(*c.shape[:2], 1, c.shape[3])], 2).flatten(0, 1)
+        vectors = torch.cat([vectors, first[:, :, None]], 2).flatten(0, 1)
+        return self.votes.baddbmm_(c.mT, vectors, beta=0)
 
 
 class _GivenKeys(_VoteKeys):
     """Votes given as (b, n, k, o)."""
 
     def __init__(self, x: Tensor) -> None:
-        super().__init__(x.transpose(1, 2).contiguous().flatten(0, 1), x.shape[2])
+        votes = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).copy_(x.transpose(1, 2))
+        super().__init__(votes.flatten(0, 1), x.shape[2])
 
     def gradient(self, c: Tensor, vectors: Tensor, first: Tensor, weight_grad: Tensor | None) -> Tensor:
         return self.votes_gradient(c, vectors, first).unflatten(0, (-1, self.capsules)).transpose(1, 2)
@@ -93,15 +101,14 @@ class _DenseKeys(_VoteKeys):
 
     def __init__(self, x: Tensor, weight: Tensor, capsules: int) -> None:
         self.x, self.weight = x.transpose(0, 1), weight
-        votes = torch.bmm(self.x, weight)  # (n, b, k * o)
-        super().__init__(votes.view(len(votes), -1, weight.shape[2] // capsules).transpose(0, 1), capsules)
+        self.memory = torch.bmm(self.x, weight)  # (n, b, k * o), which `votes` is a view of
+        super().__init__(self.memory.view(len(weight), -1, weight.shape[2] // capsules).transpose(0, 1), capsules)
 
     def gradient(self, c: Tensor, vectors: Tensor, first: Tensor, weight_grad: Tensor | None) -> Tensor:
-        votes = self.votes_gradient(c, vectors, first).transpose(0, 1)
-        votes = votes.reshape(len(self.x), self.x.shape[1], self.weight.shape[2])
+        self.votes_gradient(c, vectors, first)
         if weight_grad is not None:
-            weight_grad.baddbmm_(self.x.mT, votes)
-        return torch.bmm(votes, self.weight.mT).transpose(0, 1)
+            weight_grad.baddbmm_(self.x.mT, self.memory)
+        return torch.bmm(self.memory, self.weight.mT).transpose(0, 1)
 
 
 class _SharedKeys:
@@ -109,6 +116,8 @@ class _SharedKeys:
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.x, self.weight = x, weight
+        self.sum = x.sum(1)[:, None, None].expand(-1, len(weight), 1, -1)
+        self.collected: list[Tensor] = []
 
     def _mapped(self, vectors: Tensor, weight: Tensor) -> Tensor:
         """(b, k, m, p) through (k, p, q) -> (b, k, m, q)."""
@@ -117,8 +126,7 @@ class _SharedKeys:
         return out.view(k, b, m, weight.shape[2]).transpose(0, 1)
 
     def total(self) -> Tensor:
-        k = len(self.weight)
-        return self._mapped(self.x.sum(1)[:, None, None].expand(-1, k, 1, -1), self.weight).squeeze(2)
+        return self._mapped(self.sum, self.weight).squeeze(2)
 
     def _collected(self, c: Tensor) -> Tensor:
         """(b, k, m, n) -> weighted sums of the inputs (b, k, m, i)."""
@@ -131,10 +139,15 @@ class _SharedKeys:
     def sums(self, c: Tensor) -> Tensor:
         return self._mapped(self._collected(c), self.weight)
 
+    def pull(self, db: Tensor, c: Tensor) -> Tensor:
+        both = self._collected(torch.stack([c, db], 2))
+        self.collected.append(both)  # the gradient of the weight needs them again
+        return self._mapped(both[:, :, 1:], self.weight).squeeze(2)
+
     def gradient(self, c: Tensor, vectors: Tensor, first: Tensor, weight_grad: Tensor | None) -> Tensor:
         b, k, m = c.shape[:3]
         if weight_grad is not None:  # sum over i of u_i (x) dv_ij, the uniform iteration last
-            inputs = torch.cat([self._collected(c), self.x.sum(1)[:, None, None].expand(-1, k, 1, -1)], 2)
+            inputs = torch.cat([*(self.collected or [self._collected(c)]), self.sum], 2)
             outputs = torch.cat([vectors, first[:, :, None]], 2).transpose(0, 1).reshape(k, b * (m + 1), -1)
             weight_grad.baddbmm_(inputs.transpose(0, 1).reshape(k, b * (m + 1), -1).mT, outputs)
         grad = torch.bmm(c.flatten(1, 2).mT, self._mapped(vectors, self.weight.mT).flatten(1, 2))
@@ -162,10 +175,12 @@ class _Blocks:
         if self.shared and self.weight is not None:
             self.weight = self.weight.unflatten(1, (capsules, -1)).transpose(0, 1).contiguous()
         per_example = inputs * (x.shape[2] + 2 * capsules if self.shared else capsules * self.width)
-        self.rows = max(1, BLOCK // max(per_example, 1))
+        rows = max(1, (DENSE_BLOCK if weight is not None and not self.shared else BLOCK) // max(per_example, 1))
+        blocks = -(-self.batch // rows)
+        self.rows = -(-self.batch // max(blocks, 1))  # of equal size
 
     def __iter__(self) -> Any:
-        for start in range(0, self.batch, self.rows):
+        for start in range(0, self.batch, max(self.rows, 1)):
             block = slice(start, start + self.rows)
             x = self.x[block].to(self.dtype)
             if self.mask is not None:
@@ -255,7 +270,7 @@ def route_backward(
             db = (dc - (c * dc).sum(1, keepdim=True)).mul_(c).mul_(scale)
             kept.append(db)
             vectors.append(direction)
-            back = keys.sums(db[:, :, None]).squeeze(2)
+            back = keys.pull(db, c)
             carried = carried + back if rule == "hinton" else back
             ds = _through_direction(carried, states[t - 1, block], rule)
         first = torch.zeros_like(ds) if detach and routings > 1 else ds / k
