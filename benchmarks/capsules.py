@@ -23,7 +23,7 @@ VOTES = "votes built"
 
 
 def guo(u: Tensor, weight: Tensor) -> Tensor:
-    """u (B, n, i), weight (k, n, o, i): one small product for each pair, coefficients without gradient."""
+    """Inputs (B, n, i), weight (k, n, o, i): one small product for each pair, coefficients without gradient."""
     votes = torch.matmul(weight, u[:, None, :, :, None]).squeeze(-1)  # (B, k, n, o)
     fixed = votes.detach()
     logits = u.new_zeros(votes.shape[:3])
@@ -35,7 +35,7 @@ def guo(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def gram(u: Tensor, weight: Tensor) -> Tensor:
-    """u (B, n, i), weight (k, n, i, o): logits repeated over the width."""
+    """Inputs (B, n, i), weight (k, n, i, o): logits repeated over the width."""
     votes = u[None, :, :, None, :] @ weight[:, None]  # (k, B, n, 1, o)
     logits = torch.zeros_like(votes)
     for t in range(ROUTINGS):
@@ -46,7 +46,7 @@ def gram(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def with_votes(u: Tensor, weight: Tensor) -> Tensor:
-    """u (B, n, i), weight (i, k * o): the article's rule on votes (B, n, k, o)."""
+    """Inputs (B, n, i), weight (i, k * o): the article's rule on votes (B, n, k, o)."""
     votes = (u @ weight).unflatten(-1, (CAPSULES, -1))
     v = votes.sum(1) / CAPSULES
     for _ in range(ROUTINGS - 1):
