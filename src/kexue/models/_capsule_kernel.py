@@ -30,7 +30,7 @@ LOG2E = 1.4426950408889634
 SQUASH_EPS = 1e-7  # added to the squared norm, as in the article's code
 NORM_EPS = 1e-12
 BLOCK = 2**20  # numbers of a block of examples, 4 MiB in float32: it stays in the cache
-DENSE_BLOCK = 2**21  # with a matrix for every input, more examples make better use of each one that is read
+DENSE_BLOCK = 2**23  # with a matrix for every input, more examples make better use of each one that is read
 
 
 def lengths(s: Tensor, eps: float, dim: int = -1) -> Tensor:
