@@ -195,13 +195,13 @@ def measure(quick: bool, seed: int) -> Measurement:
             return
         picture, digits, couplings, scores = _couplings(shown, data[2], data[3], seed)
         axis = figure.add_subplot(grid[0, 1])
-        axis.imshow(picture, cmap="gray_r")
+        axis.imshow(picture.numpy(), cmap="gray_r")
         axis.set_axis_off()
         axis.set_title("picture", fontsize=8)
         for row, digit in enumerate(digits.tolist()):
             for column, c in enumerate(couplings):
                 axis = figure.add_subplot(grid[row, 2 + column])
-                axis.imshow(c[:, digit].view(10, 4), cmap="viridis", vmin=0, vmax=1)
+                axis.imshow(c[:, digit].view(10, 4).numpy(), cmap="viridis", vmin=0, vmax=1)
                 axis.set_axis_off()
                 axis.set_title(f"{digit}: sum {column + 1}", fontsize=8)
         axis = figure.add_subplot(grid[1, 1])
