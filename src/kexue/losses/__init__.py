@@ -1,6 +1,7 @@
 """Losses that stay right at extreme logits, in low precision and at large class counts."""
 
 from kexue.losses._common import lse0
+from kexue.losses.capsule_margin import capsule_margin_loss
 from kexue.losses.class_diameter import ClassDiameter, MarginSchedule, class_diameter, ranking_certificate
 from kexue.losses.combination import combination_cross_entropy
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
@@ -40,6 +41,7 @@ __all__ = [
     "ZLPRLoss",
     "ZLPRTrainerMixin",
     "auto_scale",
+    "capsule_margin_loss",
     "class_diameter",
     "combination_cross_entropy",
     "compute_loss_func",

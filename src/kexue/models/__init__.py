@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kexue.models.bag_encoder import BagEncoder, RowAdam
     from kexue.models.bridges import from_bert, from_gpt2
     from kexue.models.byol import BYOL
+    from kexue.models.capsule import Capsule, CapsulePooler, capsule_routing, squash
     from kexue.models.char_gru import CharGRUEncoder
     from kexue.models.collapse import CollapseMeter, CollapseReport
     from kexue.models.extension import extend_positions, tie_positions
@@ -53,6 +54,8 @@ __all__ = [
     "BYOL",
     "BagEncoder",
     "Candidate",
+    "Capsule",
+    "CapsulePooler",
     "CharGRUEncoder",
     "CollapseMeter",
     "CollapseReport",
@@ -82,6 +85,7 @@ __all__ = [
     "ScheduledResidual",
     "SimSiam",
     "Suggestion",
+    "capsule_routing",
     "column_mask_equivalent",
     "correct_mask_embedding",
     "deepnorm_constants",
@@ -106,6 +110,7 @@ __all__ = [
     "probe",
     "simsiam_loss",
     "skip_gain",
+    "squash",
     "tie_positions",
     "truncated_normal_",
     "uncorrect_mask_embedding",
@@ -118,6 +123,8 @@ _MODULES = {
     "BYOL": "byol",
     "BagEncoder": "bag_encoder",
     "Candidate": "suggestions",
+    "Capsule": "capsule",
+    "CapsulePooler": "capsule",
     "CharGRUEncoder": "char_gru",
     "CollapseMeter": "collapse",
     "CollapseReport": "collapse",
@@ -147,6 +154,7 @@ _MODULES = {
     "ScheduledResidual": "parameterization",
     "SimSiam": "simsiam",
     "Suggestion": "suggestions",
+    "capsule_routing": "capsule",
     "column_mask_equivalent": "token_dropping",
     "correct_mask_embedding": "mask_embedding",
     "deepnorm_constants": "schemes",
@@ -171,6 +179,7 @@ _MODULES = {
     "probe": "probing",
     "simsiam_loss": "simsiam",
     "skip_gain": "skip_path",
+    "squash": "capsule",
     "tie_positions": "extension",
     "truncated_normal_": "initialization",
     "uncorrect_mask_embedding": "mask_embedding",
