@@ -31,6 +31,7 @@ from kexue.cli.common import (
     print_json,
     print_table,
 )
+from kexue.cli.drift import drift
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.similarity import similarity_app
@@ -46,7 +47,7 @@ app = typer.Typer(
 app.add_typer(words_app, name="words")
 app.add_typer(similarity_app, name="similarity")
 app.command()(grow)
-for command in (pretrain, score, suggest, generate):
+for command in (drift, pretrain, score, suggest, generate):
     app.command()(command)
 
 

@@ -23,6 +23,7 @@ from kexue.stats.common_sector import (
 from kexue.stats.divergences import bhattacharyya, hellinger, jeffreys, kl, renyi
 from kexue.stats.farkas import Alternative, farkas
 from kexue.stats.frechet import FrechetAccumulator, frechet_distance
+from kexue.stats.frechet_contributions import frechet_contributions
 from kexue.stats.gaussian import Gaussian
 from kexue.stats.gradient_stats import GradientStats, gradient_stats
 from kexue.stats.gumbel import gumbel_max, gumbel_softmax, kl_to_uniform, st_embedding
@@ -60,6 +61,7 @@ __all__ = [
     "common_sector",
     "common_sector_probability",
     "farkas",
+    "frechet_contributions",
     "frechet_distance",
     "gradient_stats",
     "gumbel_max",
