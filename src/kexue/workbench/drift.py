@@ -33,8 +33,8 @@ from kexue.workbench.manifest import NAME
 from kexue.workbench.parts import DOCUMENTS
 from kexue.workbench.workspace import Workspace
 
-TOPICS = 64  # most directions in which texts are compared without an encoder
-PER_TOPIC = 4  # documents of the smaller side for each of them: a covariance of more directions would be noise
+TOPICS = 32  # most directions in which texts are compared without an encoder
+PER_TOPIC = 8  # documents of the smaller side for each of them: a covariance of more directions would be noise
 OUTSIDE = 3.0  # weight of the coordinate that says how much of a text lies in none of the topics: one against many
 FITTED = 20_000  # documents of a side that topics are learned from
 BLOCK = 1024  # documents that become vectors at a time
