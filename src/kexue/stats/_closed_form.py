@@ -40,12 +40,12 @@ def check_priors(priors: ArrayLike | None, classes: int) -> Array | None:
 def encode(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """The classes in order, and the place of each label among them."""
     if y.dtype.kind in "iu" and len(y):
-        classes = np.unique(y)
-        low, high = int(classes[0]), int(classes[-1])
-        if high - low < 2**16:  # a table: np.unique would sort all labels to find the places
-            table = np.zeros(high - low + 1, np.intp)
-            table[classes - low] = np.arange(len(classes))
-            return classes, table[y - low]
+        low, high = int(y.min()), int(y.max())
+        if high - low < 2**16:  # counts and a table: np.unique would sort or hash all labels
+            steps = ((y if y.dtype.itemsize == 8 else y.astype(np.int64)) - low).astype(np.intp, copy=False)
+            present = np.bincount(steps) > 0
+            classes = np.flatnonzero(present).astype(y.dtype if y.dtype.itemsize == 8 else np.int64) + low
+            return classes.astype(y.dtype), (np.cumsum(present) - 1)[steps]
     return np.unique(y, return_inverse=True)
 
 
@@ -88,9 +88,10 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
             assert_all_finite(X, input_name="X")
         with np.errstate(all="ignore"):
             m = moments(X, places, len(self.classes_), weight=weight, rows=rows, per_class=per_class)
-        if not np.isfinite(m.scatter.sum() + m.means.sum()):
+            fine = np.isfinite(m.scatter.sum() + m.means.sum())
+        if not fine:
             assert_all_finite(X, input_name="X")
-            raise ValueError(f"the squares of X must not exceed {X.dtype}; got values up to {abs(X).max():.3g}")
+            raise ValueError(f"the squares of X must not exceed float64; got values up to {abs(X).max():.3g}")
         return m
 
     def _solve(self, shrinkage: str | float, strict: bool) -> None:

@@ -18,8 +18,6 @@ whitens with the covariance that divides by N - 1 and goes on with the formula f
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -28,7 +26,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_rule
+from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_path, row_blocks
 from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode
 from kexue.stats._folds import held_out
 from kexue.stats._moments import Array, Moments
@@ -55,9 +53,9 @@ class AnalyticLogisticRegression(ClosedForm):
         covariance: "shared" gives linear scores; "per_class" gives each class its covariance and quadratic scores.
         priors: Probability of each class for the intercepts, (C,), in the order of ``classes_``; None takes the
             frequencies.
-        polish: Newton steps on the cross-entropy after the closed form (with the penalty of LogisticRegression(C=1) on
-            scaled features), 0 to 10; with "shared" only. 1 to 3 repair data that are far from normal. They need all
-            rows at once: ``partial_fit``, ``merge`` and ``forget`` exist for 0 only.
+        polish: Newton steps on the cross-entropy after the closed form, whose logits get a temperature first (with the
+            penalty of LogisticRegression(C=1) on scaled features), 0 to 10; with "shared" only. 1 to 3 repair data
+            that are far from normal. They need all rows at once: ``partial_fit``, ``merge`` and ``forget`` exist for 0 only.
         ridge: Added to the diagonal, relative to the mean variance, which the scaling of each feature by its deviation
             within classes makes 1; not negative.
 
@@ -347,36 +345,24 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         train = train.take(present)
         if priors is not None:
             priors = priors[present] / priors[present].sum()
-        out = np.empty(len(grid))
-        for i, scores in enumerate(self._path(train, grid, X, priors)):
-            if self.scoring == "accuracy":
-                out[i] = np.average(present[scores.argmax(1)] == y, weights=weight)
-                continue
-            full = np.full((len(y), len(self.classes_)), -np.inf)
-            full[:, present] = scores - scores.max(1, keepdims=True)
-            mine = full[np.arange(len(y)), y] - np.log(np.exp(full).sum(1))
-            out[i] = np.average(np.maximum(mine, np.log(np.finfo(float).eps)), weights=weight)  # as sklearn's log_loss
-        return out
+        path = (quadratic_path if train.per_class else linear_path)(train, grid, float(self.ridge), priors)
+        total = np.zeros(len(grid))
+        for rows in row_blocks(X, len(grid) * len(present)):
+            total += self._goodness(path(X[rows]), present, y[rows]) @ weight[rows]
+        return total / weight.sum()
 
-    def _path(self, train: Moments, grid: Array, X: Any, priors: Array | None) -> Iterator[Array]:
-        """Scores of the rows of X under each shrinkage."""
-        ridge = float(self.ridge)
-        if not train.per_class:
-            weights, biases, centre = linear_path(train, grid, ridge, priors)
-            if isinstance(X, np.ndarray):
-                X = X - centre
-            else:
-                biases = biases - weights @ centre
-            classes = biases.shape[1]
-            step = max(1, 256 // classes)  # several shrinkages in one product: narrow ones are slow
-            for start in range(0, len(grid), step):
-                some = weights[start : start + step]
-                scores = X @ some.reshape(-1, X.shape[1]).T
-                for i, bias in enumerate(biases[start : start + step]):
-                    yield scores[:, i * classes : (i + 1) * classes] + bias
-            return
-        for shrinkage in grid:
-            with warnings.catch_warnings():  # what is wrong with a value shows in its score
-                warnings.simplefilter("ignore", UserWarning)
-                rule = quadratic_rule(train, float(shrinkage), ridge, priors)
-            yield rule.scores(X)
+    def _goodness(self, scores: Array, present: NDArray[np.intp], y: NDArray[np.intp]) -> Array:
+        """Of each prediction (S, n), from the scores (S, C', n) of the classes ``present``."""
+        best = scores.max(1)
+        accuracy = self.scoring == "accuracy"
+        if accuracy and np.count_nonzero(scores == best[:, None]) > best.size:  # equals: as predict, the first
+            return np.asarray(present[scores.argmax(1)] == y, np.float64)
+        places = np.searchsorted(present, y)
+        places[places == len(present)] = 0
+        mine = scores[:, places, np.arange(len(y))]
+        mine[:, present[places] != y] = -np.inf
+        if accuracy:
+            return np.asarray(mine == best, np.float64)
+        scores -= best[:, None]
+        mine -= best + np.log(np.exp(scores).sum(1))
+        return np.maximum(mine, np.log(np.finfo(float).eps))  # as sklearn's log_loss
