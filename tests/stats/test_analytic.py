@@ -463,6 +463,15 @@ def test_bad_data_are_named():
         model.merge(fresh(covariance="per_class").fit(X, y))
     with pytest.raises(TypeError, match="got int"):
         model.merge(3)
+    with pytest.raises(TypeError, match=r"labels like \[0, 1, 2\]; got \['a', 'b', 'c'\]"):
+        model.merge(fresh().fit(X, np.array(["a", "b", "c"])[y]))
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="too far from the others"):
+        model.partial_fit(1e200 * X[:1], y[:1])
+    model.set_params(priors=[0.5, 0.5])
+    for method in (model.partial_fit, model.forget):
+        with pytest.raises(ValueError, match="3 classes"):
+            method(X[:9], y[:9])
+    assert model.moments_.rows.sum() == len(y)
     same(model, fresh().fit(X, y))  # nothing of what failed was kept
     with pytest.raises(AttributeError):
         fresh(polish=1).partial_fit  # noqa: B018

@@ -18,7 +18,7 @@ from kexue.stats._moments import Array, Moments, moments
 if TYPE_CHECKING:
     from torch import nn
 
-LATER = {"ensure_all_finite": False}  # see ClosedForm._moments
+LATER = {"ensure_all_finite": False}  # see finite_moments
 COVARIANCES = ("shared", "per_class")
 
 
@@ -58,6 +58,21 @@ def class_places(y: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
     return np.searchsorted(classes, y)
 
 
+def finite_moments(
+    X: Any, places: NDArray[np.intp], classes: int, weight: Array | None, per_class: bool, rows: Any = None
+) -> Moments:
+    """Moments of rows; NaN, infinity and overflow show in them, which saves a pass over X to look for them."""
+    if weight is not None and not weight.all():  # such rows leave no trace
+        assert_all_finite(X, input_name="X")
+    with np.errstate(all="ignore"):
+        m = moments(X, places, classes, weight=weight, rows=rows, per_class=per_class)
+        fine = np.isfinite(m.scatter.sum() + m.means.sum())
+    if not fine:
+        assert_all_finite(X, input_name="X")
+        raise ValueError(f"the squares of X must not exceed float64; got values up to {abs(X).max():.3g}")
+    return m
+
+
 class ClosedForm(ClassifierMixin, BaseEstimator):
     """A classifier whose state is moments; subclasses have the parameters ``priors`` and ``ridge``."""
 
@@ -79,20 +94,6 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
             return X, y, None
         weight = _check_sample_weight(weight, X, dtype=np.float64, ensure_non_negative=True)
         return X, y, weight
-
-    def _moments(
-        self, X: Any, places: NDArray[np.intp], weight: Array | None, per_class: bool, rows: Any = None
-    ) -> Moments:
-        """Moments of rows; NaN, infinity and overflow show in them, which saves a pass over X to look for them."""
-        if weight is not None and not weight.all():  # such rows leave no trace
-            assert_all_finite(X, input_name="X")
-        with np.errstate(all="ignore"):
-            m = moments(X, places, len(self.classes_), weight=weight, rows=rows, per_class=per_class)
-            fine = np.isfinite(m.scatter.sum() + m.means.sum())
-        if not fine:
-            assert_all_finite(X, input_name="X")
-            raise ValueError(f"the squares of X must not exceed float64; got values up to {abs(X).max():.3g}")
-        return m
 
     def _solve(self, shrinkage: str | float, strict: bool) -> None:
         """From moments to the rule; a stream that lacks a class waits (``strict`` raises)."""
