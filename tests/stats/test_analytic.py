@@ -161,6 +161,16 @@ def test_weights_are_repetitions_and_zero_is_absence(polish):
     same(weighted, repeated, 1e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factor", [1e-100, 1e-35, 1e35])
+def test_only_ratios_of_weights_matter(dtype, factor):
+    X, y = data(dtype=dtype, offset=5.0)
+    w = np.random.default_rng(2).random(len(y))
+    expected = AnalyticLogisticRegression(shrinkage=0.1).fit(X, y, w).predict_proba(X)
+    got = AnalyticLogisticRegression(shrinkage=0.1).fit(X, y, factor * w).predict_proba(X)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("density", [0.02, 0.5])
 @pytest.mark.parametrize("settings", [{}, {"covariance": "per_class"}, {"polish": 2}])
 def test_sparse_equals_dense(density, settings):

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 BLOCK_BYTES = 2**21  # of shifted rows: they stay in the cache between the shift, the sums and the product
-PLACING = 32  # rows of a class whose mean is its shift
 DENSE = 0.1  # share of stored numbers above which a sparse matrix is multiplied in dense blocks
 
 
@@ -194,14 +193,21 @@ class _Stream:
             order = np.argsort(y, kind="stable")
             x, y, weight = x[order], y[order], None if weight is None else weight[order]
         rows = np.bincount(y, minlength=classes)
-        if (self.seen < (rows > 0)).any():
-            self._place(x, y, rows)
-        np.take(self.shift, y, 0, out=b, mode="clip")
-        np.subtract(x, b, out=b)
-        root = np.ones(len(x), b.dtype) if weight is None else np.sqrt(weight).astype(b.dtype)
+        root = np.ones(n, b.dtype) if weight is None else np.sqrt(weight).astype(b.dtype)
+        indicator = self._indicator(root, y.astype(np.int32), classes)
+        new = np.flatnonzero((rows > 0) & ~self.seen)
+        if len(new):  # their shift: a first row, and then the mean
+            first = np.empty(classes, np.intp)
+            first[y[::-1]] = np.arange(n)[::-1]
+            self.shift[new] = x[first[new]]
+            self.seen[new] = True
+            gap = indicator @ self._shifted(x, y, b)
+            total = np.maximum(np.bincount(y, root, classes), np.finfo(b.dtype).tiny)  # roots may be too small
+            self.shift[new] += gap[new] / total[new, None].astype(b.dtype)
+        self._shifted(x, y, b)
         if weight is not None:
             b *= root[:, None]
-        out.means += self._indicator(root, y.astype(np.int32), classes) @ b
+        out.means += indicator @ b
         out.rows += rows
         out.counts += rows if weight is None else np.bincount(y, weight, classes)
         if not out.per_class:
@@ -222,12 +228,10 @@ class _Stream:
             self.indicator.data, self.indicator.indices = root, y
         return self.indicator
 
-    def _place(self, x: NDArray[Any], y: NDArray[np.intp], rows: NDArray[np.intp]) -> None:
-        """Choose the shift of the classes that appear for the first time."""
-        for k in np.flatnonzero((rows > 0) & ~self.seen):
-            mine = x[np.flatnonzero(y == k)[:PLACING]]  # a shift within the spread is near enough
-            self.shift[k] = mine[0] + (mine - mine[0]).mean(0)
-        self.seen |= rows > 0
+    def _shifted(self, x: NDArray[Any], y: NDArray[np.intp], b: NDArray[Any]) -> NDArray[Any]:
+        """Rows minus the shifts of their classes, in b."""
+        np.take(self.shift, y, 0, out=b, mode="clip")
+        return np.subtract(x, b, out=b)
 
     def finish(self) -> Moments:
         """From sums about the shift to means, and to the scatter about the means."""
