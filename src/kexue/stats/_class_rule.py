@@ -113,7 +113,7 @@ def whitener(R: Array, floor: bool) -> tuple[Array, float]:
         L = np.linalg.cholesky(R)
         pivots = np.diag(L)
         if size == 0 or pivots.min() ** 2 > size * np.finfo(float).eps * pivots.max() ** 2:
-            inverse = dtrtri(L, lower=1)[0] if size else L
+            inverse: Array = np.asarray(dtrtri(L, lower=1)[0] if size else L)
             return inverse, 2 * float(np.log(pivots).sum())
     except np.linalg.LinAlgError:
         pass

@@ -66,6 +66,8 @@ def analytic_head_(
     if head.bias is None:
         raise ValueError("head must have a bias; got an nn.Linear with bias=False")
     check_float("features", features)
+    if features.layout != torch.strided:
+        raise TypeError(f"features must be dense; got a tensor of layout {features.layout}")
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         raise TypeError(f"labels must be a tensor of integers; got {getattr(labels, 'dtype', type(labels).__name__)}")
     if features.dim() < 2 or features.shape[-1] != head.in_features or features.shape[:-1] != labels.shape:
