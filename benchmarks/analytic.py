@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -17,7 +18,7 @@ from benchmarks.harness import Table, compare
 from kexue.stats import AnalyticLogisticRegression, AnalyticLogisticRegressionCV
 
 SECTION = "Closed-form logistic regression"
-ROWS, WIDTH, CLASSES, PEER_ROWS = 1_000_000, 100, 10, 100_000
+ROWS, WIDTH, CLASSES, PEER_ROWS, SEARCH_ROWS = 1_000_000, 100, 10, 100_000, 10_000
 
 
 @lru_cache(1)
@@ -54,6 +55,7 @@ def million() -> Table:
         "AnalyticLogisticRegressionCV, 5 folds, 20 values": fit(
             "AnalyticLogisticRegressionCV, 5 folds, 20 values", AnalyticLogisticRegressionCV
         ),
+        "LDA, lsqr": fit("LDA, lsqr", lambda: LinearDiscriminantAnalysis(solver="lsqr")),
     }
     table = compare(
         "A million rows",
@@ -101,6 +103,37 @@ def peers() -> Table:
     return table
 
 
+def search() -> Table:
+    x, y = ill_conditioned()
+    x, y = x[:SEARCH_ROWS], y[:SEARCH_ROWS]
+    grid = np.append(0.0, np.logspace(-6, 0, 19))
+    lda = GridSearchCV(LinearDiscriminantAnalysis(solver="lsqr"), {"shrinkage": grid}, cv=5)
+    qda = GridSearchCV(QuadraticDiscriminantAnalysis(), {"reg_param": grid}, cv=5)
+    contenders: dict[str, Callable[[], object]] = {
+        "AnalyticLogisticRegressionCV": lambda: AnalyticLogisticRegressionCV(grid).fit(x, y),
+        "the same, per_class": lambda: AnalyticLogisticRegressionCV(grid, covariance="per_class").fit(x, y),
+        "GridSearchCV, LDA, lsqr": lambda: lda.fit(x, y),
+        "GridSearchCV, QDA": lambda: qda.fit(x, y),
+    }
+
+    def quietly(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                work()
+
+        return run
+
+    return compare(
+        "A search for the shrinkage",
+        f"{SEARCH_ROWS} of these rows, 20 values, 5 folds.",
+        {name: quietly(work) for name, work in contenders.items()},
+        peer="GridSearchCV, LDA, lsqr",
+        packages=("scikit-learn",),
+        repeats=2,
+    )
+
+
 def small() -> list[Table]:
     tables = []
     for name, load in (("digits", load_digits), ("breast cancer", load_breast_cancer), ("wine", load_wine)):
@@ -126,4 +159,4 @@ def small() -> list[Table]:
 
 
 def run() -> list[Table]:
-    return [million(), peers(), *small()]
+    return [million(), peers(), search(), *small()]

@@ -87,6 +87,8 @@ def test_to_linear_is_the_decision_function(classes):
         ({"features": np.zeros((90, 5))}, TypeError, "ndarray"),
         ({"features": torch.zeros(90, 5, dtype=torch.long)}, TypeError, "int64"),
         ({"features": torch.full((90, 5), torch.inf)}, ValueError, "inf"),
+        ({"features": 1e200 * torch.eye(90, 5).double()}, ValueError, r"float64; got values up to 1e\+200"),
+        ({"features": torch.zeros(90, 5).to_sparse()}, TypeError, "dense; got a tensor of layout torch.sparse_coo"),
         ({"labels": torch.zeros(90)}, TypeError, "float32"),
         ({"labels": torch.zeros(90, dtype=torch.bool)}, TypeError, "bool"),
         ({"labels": torch.zeros(80, dtype=torch.long)}, ValueError, r"\(80,\)"),

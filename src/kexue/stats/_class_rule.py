@@ -9,7 +9,7 @@ differs from it by the same number for all classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from kexue._checks import check_choice, check_real
 from kexue.stats._moments import Array, Moments
 
 FLOOR = 1e-12  # smallest variance within classes, relative to the total variance of the feature
+FAR = 1e140  # deviations from the mean
 BLOCK = 2**16  # numbers of a block of rows that are scored
 
 
@@ -63,6 +64,14 @@ class Scaled:
     means: Array
     floored: Any
 
+    def units(self, x: Array) -> Array:
+        """Rows (n, D) in these units, (n, A); beyond FAR they come nearer, since their squares would overflow."""
+        x = (x[:, self.active] - self.centre[self.active]) / self.scale
+        far = np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0))
+        if far.max(initial=0.0) > FAR:
+            x /= np.maximum(far / FAR, 1.0)[:, None]
+        return x
+
 
 def scaled(m: Moments) -> Scaled:
     """See :class:`Scaled`."""
@@ -97,14 +106,15 @@ def whitener(R: Array, floor: bool) -> tuple[Array, float]:
 
     A singular R gets its pseudo-inverse, or with ``floor`` its eigenvalues raised to FLOOR, and a warning.
     """
-    from scipy.linalg import solve_triangular
+    from scipy.linalg.lapack import dtrtri
 
     size = len(R)
     try:
         L = np.linalg.cholesky(R)
         pivots = np.diag(L)
         if size == 0 or pivots.min() ** 2 > size * np.finfo(float).eps * pivots.max() ** 2:
-            return solve_triangular(L, np.eye(size), lower=True), 2 * float(np.log(pivots).sum())
+            inverse: Array = np.asarray(dtrtri(L, lower=1)[0] if size else L)
+            return inverse, 2 * float(np.log(pivots).sum())
     except np.linalg.LinAlgError:
         pass
     warnings.warn(
@@ -123,7 +133,7 @@ def whitener(R: Array, floor: bool) -> tuple[Array, float]:
 
 
 def row_blocks(X: Any, width: int) -> Iterator[slice]:
-    """Slices of rows with about BLOCK numbers."""
+    """Slices of rows with about BLOCK numbers, when a row has ``width``."""
     step = max(64, BLOCK // max(1, width))
     for start in range(0, X.shape[0], step):
         yield slice(start, start + step)
@@ -189,7 +199,7 @@ class QuadraticRule:
         out = np.empty((X.shape[0], len(self.bias)))
         for rows in row_blocks(X, X.shape[1]):
             x = X[rows] if isinstance(X, np.ndarray) else X[rows].toarray()
-            x = (x[:, s.active] - s.centre[s.active]) / s.scale
+            x = s.units(x)
             for k, T in enumerate(self.whiteners):
                 white = (x - self.means[k]) @ T.T
                 out[rows, k] = -0.5 * (white * white).sum(1)
@@ -218,8 +228,8 @@ def linear_rule(m: Moments, shrinkage: str | float, ridge: float, priors: Array 
     return LinearRule(weights, bias, s.centre, common, used)
 
 
-def linear_path(m: Moments, grid: Array, ridge: float, priors: Array | None) -> tuple[Array, Array, Array]:
-    """The rules of many shrinkages from one decomposition: weights (S, C, D), biases (S, C), and the centre (D,)."""
+def linear_path(m: Moments, grid: Array, ridge: float, priors: Array | None) -> Callable[[Any], Array]:
+    """The rules of many shrinkages from one decomposition, as a function from rows (n, D) to scores (S, C, n)."""
     s = scaled(m)
     R = correlation(m.pooled(), float(m.counts.sum()), s)
     R[np.flatnonzero(s.floored), np.flatnonzero(s.floored)] = 1.0
@@ -233,7 +243,16 @@ def linear_path(m: Moments, grid: Array, ridge: float, priors: Array | None) -> 
         inverse = np.divide(1.0, shrunk, out=np.zeros_like(shrunk), where=keep)
         weights[i][:, s.active] = (turned * inverse) @ vectors.T / s.scale
         biases[i] = prior - 0.5 * (turned * turned) @ inverse
-    return weights, biases, s.centre
+    flat, offset = weights.reshape(-1, m.means.shape[1]), weights @ s.centre
+
+    def scores(X: Any) -> Array:
+        dense = isinstance(X, np.ndarray)
+        out = flat @ (X - s.centre).T if dense else (X @ flat.T).T  # one product for all shrinkages
+        out = out.reshape(*biases.shape, -1)
+        out += (biases if dense else biases - offset)[:, :, None]
+        return out
+
+    return scores
 
 
 def quadratic_rule(m: Moments, shrinkage: str | float, ridge: float, priors: Array | None) -> QuadraticRule:
@@ -247,3 +266,27 @@ def quadratic_rule(m: Moments, shrinkage: str | float, ridge: float, priors: Arr
         whiteners.append(T)
         bias[k] -= 0.5 * logdet
     return QuadraticRule(bias, s.means, whiteners, s, used)
+
+
+def quadratic_path(m: Moments, grid: Array, ridge: float, priors: Array | None) -> Callable[[Any], Array]:
+    """:func:`linear_path` for a covariance of each class: one decomposition of each."""
+    s = scaled(m)
+    biases = np.tile(np.log(s.priors if priors is None else priors), (len(grid), 1))
+    turns, inverses = [], []
+    for k, n in enumerate(m.counts):
+        values, vectors = np.linalg.eigh(correlation(m.scatter[k], n, s))
+        shrunk = np.maximum((1 - grid[:, None]) * values + grid[:, None] + ridge, FLOOR)
+        turns.append(vectors)
+        inverses.append(-0.5 / shrunk)
+        biases[:, k] -= 0.5 * np.log(shrunk).sum(1)
+
+    def scores(X: Any) -> Array:
+        x = s.units(X if isinstance(X, np.ndarray) else X.toarray())
+        out = np.empty((*biases.shape, len(x)))
+        for k, (turn, inverse) in enumerate(zip(turns, inverses, strict=True)):
+            white = (x - s.means[k]) @ turn
+            out[:, k] = inverse @ (white * white).T
+        out += biases[:, :, None]
+        return out
+
+    return scores

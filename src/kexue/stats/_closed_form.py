@@ -18,7 +18,7 @@ from kexue.stats._moments import Array, Moments, moments
 if TYPE_CHECKING:
     from torch import nn
 
-LATER = {"ensure_all_finite": False}  # see ClosedForm._moments
+LATER = {"ensure_all_finite": False}  # see finite_moments
 COVARIANCES = ("shared", "per_class")
 
 
@@ -40,12 +40,12 @@ def check_priors(priors: ArrayLike | None, classes: int) -> Array | None:
 def encode(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """The classes in order, and the place of each label among them."""
     if y.dtype.kind in "iu" and len(y):
-        classes = np.unique(y)
-        low, high = int(classes[0]), int(classes[-1])
-        if high - low < 2**16:  # a table: np.unique would sort all labels to find the places
-            table = np.zeros(high - low + 1, np.intp)
-            table[classes - low] = np.arange(len(classes))
-            return classes, table[y - low]
+        low, high = int(y.min()), int(y.max())
+        if high - low < 2**16:  # counts and a table: np.unique would sort or hash all labels
+            steps = ((y if y.dtype.itemsize == 8 else y.astype(np.int64)) - low).astype(np.intp, copy=False)
+            present = np.bincount(steps) > 0
+            classes = np.flatnonzero(present).astype(y.dtype if y.dtype.itemsize == 8 else np.int64) + low
+            return classes.astype(y.dtype), (np.cumsum(present) - 1)[steps]
     return np.unique(y, return_inverse=True)
 
 
@@ -56,6 +56,21 @@ def class_places(y: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
     if len(foreign):
         raise ValueError(f"labels must be among the classes {classes.tolist()}; got {foreign.tolist()}")
     return np.searchsorted(classes, y)
+
+
+def finite_moments(
+    X: Any, places: NDArray[np.intp], classes: int, weight: Array | None, per_class: bool, rows: Any = None
+) -> Moments:
+    """Moments of rows; NaN, infinity and overflow show in them, which saves a pass over X to look for them."""
+    if weight is not None and not weight.all():  # such rows leave no trace
+        assert_all_finite(X, input_name="X")
+    with np.errstate(all="ignore"):
+        m = moments(X, places, classes, weight=weight, rows=rows, per_class=per_class)
+        fine = np.isfinite(m.scatter.sum() + m.means.sum())
+    if not fine:
+        assert_all_finite(X, input_name="X")
+        raise ValueError(f"the squares of X must not exceed float64; got values up to {abs(X).max():.3g}")
+    return m
 
 
 class ClosedForm(ClassifierMixin, BaseEstimator):
@@ -79,19 +94,6 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
             return X, y, None
         weight = _check_sample_weight(weight, X, dtype=np.float64, ensure_non_negative=True)
         return X, y, weight
-
-    def _moments(
-        self, X: Any, places: NDArray[np.intp], weight: Array | None, per_class: bool, rows: Any = None
-    ) -> Moments:
-        """Moments of rows; NaN, infinity and overflow show in them, which saves a pass over X to look for them."""
-        if weight is not None and not weight.all():  # such rows leave no trace
-            assert_all_finite(X, input_name="X")
-        with np.errstate(all="ignore"):
-            m = moments(X, places, len(self.classes_), weight=weight, rows=rows, per_class=per_class)
-        if not np.isfinite(m.scatter.sum() + m.means.sum()):
-            assert_all_finite(X, input_name="X")
-            raise ValueError(f"the squares of X must not exceed {X.dtype}; got values up to {abs(X).max():.3g}")
-        return m
 
     def _solve(self, shrinkage: str | float, strict: bool) -> None:
         """From moments to the rule; a stream that lacks a class waits (``strict`` raises)."""

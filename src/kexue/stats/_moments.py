@@ -132,24 +132,38 @@ def moments(
         rows: Rows that take part; None for all.
         per_class: Keep a scatter for each class.
 
-    Memory: one block of rows (2 MiB or 256 rows) beside D x D numbers (C D x D with ``per_class``).
+    Memory: a block or two of rows (2 MiB or 256 rows each) beside D x D numbers (C D x D with ``per_class``).
     """
     if weight is not None and not weight.all():
         rows = np.flatnonzero(weight) if rows is None else rows[weight[rows] > 0]
     n, width = (X.shape[0] if rows is None else len(rows)), X.shape[1]
-    out = Moments.zeros(classes, width, per_class)
     if n == 0:
-        return out
+        return Moments.zeros(classes, width, per_class)
     sparse = not isinstance(X, np.ndarray)
     if sparse and X.nnz < DENSE * X.shape[0] * width:
-        return _sparse_moments(X, y, weight, rows, out)
-    stream = _Stream(out, X.dtype)
-    step = max(256, BLOCK_BYTES // (width * X.dtype.itemsize))
-    for start in range(0, n, step):
-        take: Any = slice(start, start + step) if rows is None else rows[start : start + step]
-        block = X[take].toarray() if sparse else X[take]
-        stream.add(block, y[take], None if weight is None else weight[take])
-    return stream.finish()
+        return _sparse_moments(X, y, weight, rows, Moments.zeros(classes, width, per_class))
+
+    def one_pass(dtype: Any) -> Moments:
+        stream = _Stream(Moments.zeros(classes, width, per_class), dtype)
+        step = max(256, BLOCK_BYTES // (width * stream.shift.itemsize))
+        for start in range(0, n, step):
+            take: Any = slice(start, start + step) if rows is None else rows[start : start + step]
+            stream.add(X, take, y[take], None if weight is None else weight[take])
+        return stream.finish()
+
+    if sparse or X.dtype != np.float32:
+        return one_pass(np.float64)
+    out = one_pass(np.float32)
+    return one_pass(np.float64) if _out_of_range(out, X) else out
+
+
+def _out_of_range(m: Moments, X: NDArray[Any]) -> bool:
+    """Whether squares overflowed in float32, or came too near to its smallest number in a feature that varies."""
+    squares = np.diag(m.pooled())
+    if not np.isfinite(squares.sum()):
+        return True
+    small = X[:, squares < 1e-30 * m.counts.sum()]
+    return bool((small != small[:1]).any())
 
 
 class _Stream:
@@ -159,28 +173,41 @@ class _Stream:
         self.out = out
         self.shift = np.zeros(out.means.shape, dtype)
         self.seen = np.zeros(len(out.counts), bool)
-        self.buffer = np.empty((0, out.means.shape[1]), dtype)
+        self.buffers = [np.empty((0, out.means.shape[1]), dtype) for _ in range(2)]
         self.indicator: Any = None
         self.product = np.empty(out.scatter.shape[-2:], dtype)
 
-    def add(self, x: NDArray[Any], y: NDArray[np.intp], weight: Array | None) -> None:
-        """Take in rows (n, D) with their classes and weights above 0."""
-        out, classes = self.out, len(self.out.counts)
+    def add(self, X: Any, take: Any, y: NDArray[np.intp], weight: Array | None) -> None:
+        """Take in the rows ``take`` of X, with their classes and weights above 0."""
+        out, classes, n = self.out, len(self.out.counts), len(y)
+        if len(self.buffers[0]) < n:
+            self.buffers = [np.empty((n, X.shape[1]), self.shift.dtype) for _ in range(2)]
+        b, rest = (buffer[:n] for buffer in self.buffers)
+        if not isinstance(X, np.ndarray):
+            x = X[take].toarray()
+        elif isinstance(take, slice):
+            x = X[take]
+        else:  # into memory that is in the cache already
+            x = np.take(X, take, 0, out=rest, mode="clip") if X.dtype == rest.dtype else X[take]
         if out.per_class:  # rows of one class side by side
             order = np.argsort(y, kind="stable")
             x, y, weight = x[order], y[order], None if weight is None else weight[order]
         rows = np.bincount(y, minlength=classes)
-        if (self.seen < (rows > 0)).any():
-            self._place(x, y, rows)
-        if len(self.buffer) < len(x):
-            self.buffer = np.empty(x.shape, self.shift.dtype)
-        b = self.buffer[: len(x)]
-        np.take(self.shift, y, 0, out=b, mode="clip")
-        np.subtract(x, b, out=b)
-        root = np.ones(len(x), b.dtype) if weight is None else np.sqrt(weight).astype(b.dtype)
+        root = np.ones(n, b.dtype) if weight is None else np.sqrt(weight).astype(b.dtype)
+        indicator = self._indicator(root, y.astype(np.int32), classes)
+        new = np.flatnonzero((rows > 0) & ~self.seen)
+        if len(new):  # their shift: a first row, and then the mean
+            first = np.empty(classes, np.intp)
+            first[y[::-1]] = np.arange(n)[::-1]
+            self.shift[new] = x[first[new]]
+            self.seen[new] = True
+            gap = indicator @ self._shifted(x, y, b)
+            total = np.maximum(np.bincount(y, root, classes), np.finfo(b.dtype).tiny)  # roots may be too small
+            self.shift[new] += gap[new] / total[new, None].astype(b.dtype)
+        self._shifted(x, y, b)
         if weight is not None:
             b *= root[:, None]
-        out.means += self._indicator(root, y.astype(np.int32), classes) @ b
+        out.means += indicator @ b
         out.rows += rows
         out.counts += rows if weight is None else np.bincount(y, weight, classes)
         if not out.per_class:
@@ -201,12 +228,10 @@ class _Stream:
             self.indicator.data, self.indicator.indices = root, y
         return self.indicator
 
-    def _place(self, x: NDArray[Any], y: NDArray[np.intp], rows: NDArray[np.intp]) -> None:
-        """Choose the shift of the classes that appear for the first time."""
-        for k in np.flatnonzero((rows > 0) & ~self.seen):
-            mine = x[y == k]
-            self.shift[k] = mine[0] + (mine - mine[0]).mean(0)
-        self.seen |= rows > 0
+    def _shifted(self, x: NDArray[Any], y: NDArray[np.intp], b: NDArray[Any]) -> NDArray[Any]:
+        """Rows minus the shifts of their classes, in b."""
+        np.take(self.shift, y, 0, out=b, mode="clip")
+        return np.subtract(x, b, out=b)
 
     def finish(self) -> Moments:
         """From sums about the shift to means, and to the scatter about the means."""

@@ -18,8 +18,6 @@ whitens with the covariance that divides by N - 1 and goes on with the formula f
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -28,8 +26,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_choice, check_int, check_real
-from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_rule
-from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode
+from kexue.stats._class_rule import LinearRule, check_regularisation, linear_path, quadratic_path, row_blocks
+from kexue.stats._closed_form import COVARIANCES, ClosedForm, check_priors, class_places, encode, finite_moments
 from kexue.stats._folds import held_out
 from kexue.stats._moments import Array, Moments
 from kexue.stats._newton import newton
@@ -55,9 +53,10 @@ class AnalyticLogisticRegression(ClosedForm):
         covariance: "shared" gives linear scores; "per_class" gives each class its covariance and quadratic scores.
         priors: Probability of each class for the intercepts, (C,), in the order of ``classes_``; None takes the
             frequencies.
-        polish: Newton steps on the cross-entropy after the closed form (with the penalty of LogisticRegression(C=1) on
-            scaled features), 0 to 10; with "shared" only. 1 to 3 repair data that are far from normal. They need all
-            rows at once: ``partial_fit``, ``merge`` and ``forget`` exist for 0 only.
+        polish: Newton steps on the cross-entropy after the closed form, whose logits get a temperature first (with the
+            penalty of LogisticRegression(C=1) on scaled features), 0 to 10; with "shared" only. 1 to 3 repair data
+            that are far from normal. They need all rows at once: ``partial_fit``, ``merge`` and ``forget`` exist for
+            0 only.
         ridge: Added to the diagonal, relative to the mean variance, which the scaling of each feature by its deviation
             within classes makes 1; not negative.
 
@@ -132,7 +131,7 @@ class AnalyticLogisticRegression(ClosedForm):
         self.classes_, places = encode(y)
         if len(self.classes_) < 2:
             raise ValueError(f"a classifier needs at least 2 classes; got one class: {self.classes_.tolist()}")
-        self.moments_ = self._moments(X, places, weight, self.covariance == "per_class")
+        self.moments_ = finite_moments(X, places, len(self.classes_), weight, self.covariance == "per_class")
         self._solve(self.shrinkage, strict=True)
         if self.polish and isinstance(self._rule, LinearRule):
             self._rule = newton(self._rule, X, places, weight, self.moments_, int(self.polish))
@@ -165,17 +164,13 @@ class AnalyticLogisticRegression(ClosedForm):
                 raise ValueError(f"classes must have at least 2 labels; got one class: {known.tolist()}")
             if not first and not np.array_equal(known, self.classes_):
                 raise ValueError(f"classes must stay {self.classes_.tolist()}; got {known.tolist()}")
-            if first:
-                places = class_places(y, known)
-                self.classes_ = known
-        places = class_places(y, self.classes_)
+        else:
+            known = self.classes_
         per_class = self.covariance == "per_class"
-        part = self._moments(X, places, weight, per_class)
         if not first and per_class != self.moments_.per_class:
             raise ValueError(f"covariance must stay as it was in the first call; got {self.covariance!r}")
-        self.moments_ = part if first else self.moments_ + part
-        self._solve(self.shrinkage, strict=False)
-        return self
+        part = finite_moments(X, class_places(y, known), len(known), weight, per_class)
+        return self._update(part if first else self.moments_ + part, known)
 
     @available_if(_streams)
     def forget(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
@@ -192,10 +187,9 @@ class AnalyticLogisticRegression(ClosedForm):
         check_is_fitted(self, "moments_")
         self._check_params()
         X, y, weight = self._data(X, y, sample_weight, reset=False)
-        places = class_places(y, self.classes_)
-        self.moments_ = self.moments_ - self._moments(X, places, weight, self.moments_.per_class)
-        self._solve(self.shrinkage, strict=False)
-        return self
+        known = self.classes_
+        gone = finite_moments(X, class_places(y, known), len(known), weight, self.moments_.per_class)
+        return self._update(self.moments_ - gone, known)
 
     @available_if(_streams)
     def merge(self, other: AnalyticLogisticRegression) -> Self:
@@ -205,7 +199,7 @@ class AnalyticLogisticRegression(ClosedForm):
             other: A fitted model with the same features and ``covariance``; its classes are added. It stays as it is.
 
         Raises:
-            TypeError: ``other`` is another kind of object.
+            TypeError: ``other`` is another kind of object, or one has text as labels and the other numbers.
             ValueError: Other features or another ``covariance``.
         """
         check_is_fitted(self, "moments_")
@@ -220,10 +214,18 @@ class AnalyticLogisticRegression(ClosedForm):
             raise ValueError(f"other must have the features {mine.tolist()}; got {theirs.tolist()}")
         if self.moments_.per_class != other.moments_.per_class:
             raise ValueError(f"other must have covariance={self.covariance!r}; got {other.covariance!r}")
+        if (self.classes_.dtype.kind in "OSU") != (other.classes_.dtype.kind in "OSU"):
+            raise TypeError(f"other must have labels like {self.classes_.tolist()}; got {other.classes_.tolist()}")
         classes = np.union1d(self.classes_, other.classes_)
         parts = [m.moments_.expand(np.searchsorted(classes, m.classes_), len(classes)) for m in (self, other)]
+        return self._update(parts[0] + parts[1], classes)
+
+    def _update(self, moments: Moments, classes: NDArray[Any]) -> Self:
+        """Take over a new state, unless something is wrong with it."""
         check_priors(self.priors, len(classes))
-        self.classes_, self.moments_ = classes, parts[0] + parts[1]
+        if not np.isfinite(moments.scatter).all():
+            raise ValueError("the squares of X must not exceed float64; got rows that lie too far from the others")
+        self.classes_, self.moments_ = classes, moments
         self._solve(self.shrinkage, strict=False)
         return self
 
@@ -315,7 +317,7 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         priors = check_priors(self.priors, classes)
         folds = held_out(self.cv, X, y, places)
         per_class = self.covariance == "per_class"
-        parts = [self._moments(X, places, weight, per_class, test) for test in folds]
+        parts = [finite_moments(X, places, classes, weight, per_class, test) for test in folds]
         self.moments_ = parts[0]
         for part in parts[1:]:
             self.moments_ = self.moments_ + part
@@ -347,36 +349,24 @@ class AnalyticLogisticRegressionCV(ClosedForm):
         train = train.take(present)
         if priors is not None:
             priors = priors[present] / priors[present].sum()
-        out = np.empty(len(grid))
-        for i, scores in enumerate(self._path(train, grid, X, priors)):
-            if self.scoring == "accuracy":
-                out[i] = np.average(present[scores.argmax(1)] == y, weights=weight)
-                continue
-            full = np.full((len(y), len(self.classes_)), -np.inf)
-            full[:, present] = scores - scores.max(1, keepdims=True)
-            mine = full[np.arange(len(y)), y] - np.log(np.exp(full).sum(1))
-            out[i] = np.average(np.maximum(mine, np.log(np.finfo(float).eps)), weights=weight)  # as sklearn's log_loss
-        return out
+        path = (quadratic_path if train.per_class else linear_path)(train, grid, float(self.ridge), priors)
+        total = np.zeros(len(grid))
+        for rows in row_blocks(X, len(grid) * len(present)):
+            total += self._goodness(path(X[rows]), present, y[rows]) @ weight[rows]
+        return total / weight.sum()
 
-    def _path(self, train: Moments, grid: Array, X: Any, priors: Array | None) -> Iterator[Array]:
-        """Scores of the rows of X under each shrinkage."""
-        ridge = float(self.ridge)
-        if not train.per_class:
-            weights, biases, centre = linear_path(train, grid, ridge, priors)
-            if isinstance(X, np.ndarray):
-                X = X - centre
-            else:
-                biases = biases - weights @ centre
-            classes = biases.shape[1]
-            step = max(1, 256 // classes)  # several shrinkages in one product: narrow ones are slow
-            for start in range(0, len(grid), step):
-                some = weights[start : start + step]
-                scores = X @ some.reshape(-1, X.shape[1]).T
-                for i, bias in enumerate(biases[start : start + step]):
-                    yield scores[:, i * classes : (i + 1) * classes] + bias
-            return
-        for shrinkage in grid:
-            with warnings.catch_warnings():  # what is wrong with a value shows in its score
-                warnings.simplefilter("ignore", UserWarning)
-                rule = quadratic_rule(train, float(shrinkage), ridge, priors)
-            yield rule.scores(X)
+    def _goodness(self, scores: Array, present: NDArray[np.intp], y: NDArray[np.intp]) -> Array:
+        """Of each prediction (S, n), from the scores (S, C', n) of the classes ``present``."""
+        best = scores.max(1)
+        accuracy = self.scoring == "accuracy"
+        if accuracy and np.count_nonzero(scores == best[:, None]) > best.size:  # equals: as predict, the first
+            return np.asarray(present[scores.argmax(1)] == y, np.float64)
+        places = np.searchsorted(present, y)
+        places[places == len(present)] = 0
+        mine = scores[:, places, np.arange(len(y))]
+        mine[:, present[places] != y] = -np.inf
+        if accuracy:
+            return np.asarray(mine == best, np.float64)
+        scores -= best[:, None]
+        mine -= best + np.log(np.exp(scores).sum(1))
+        return np.maximum(mine, np.log(np.finfo(float).eps))  # as sklearn's log_loss

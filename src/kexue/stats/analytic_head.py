@@ -66,6 +66,8 @@ def analytic_head_(
     if head.bias is None:
         raise ValueError("head must have a bias; got an nn.Linear with bias=False")
     check_float("features", features)
+    if features.layout != torch.strided:
+        raise TypeError(f"features must be dense; got a tensor of layout {features.layout}")
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         raise TypeError(f"labels must be a tensor of integers; got {getattr(labels, 'dtype', type(labels).__name__)}")
     if features.dim() < 2 or features.shape[-1] != head.in_features or features.shape[:-1] != labels.shape:
@@ -87,7 +89,12 @@ def analytic_head_(
         raise ValueError(f"every class needs a row; got none of {missing.tolist()}")
     if not np.isfinite(x.sum(dtype=np.float64)) and not np.isfinite(x).all():
         raise ValueError(f"features must be finite; got {x[~np.isfinite(x)][0]}")
-    rule = linear_rule(moments(x, y, classes), shrinkage, float(ridge), None)
+    with np.errstate(all="ignore"):
+        kept = moments(x, y, classes)
+        fine = np.isfinite(kept.scatter.sum() + kept.means.sum())
+    if not fine:
+        raise ValueError(f"the squares of features must not exceed float64; got values up to {abs(x).max():.3g}")
+    rule = linear_rule(kept, shrinkage, float(ridge), None)
     weight, bias = rule.weights, rule.bias - rule.weights @ rule.centre
     if head.out_features == 1:
         weight, bias = rule.article()
