@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.stats import _sector_kernel as kernel
+from kexue.stats import _sector_table as sector_table
 from kexue.stats import common_sector, common_sector_probability, halfspace_probability
 from reference import common_sector as reference
 
@@ -91,15 +92,18 @@ def test_logarithms_reach_beyond_the_range_of_floats():
     assert d.sf(a) == 0.0
 
 
-@pytest.mark.parametrize("n", [90, 300, 800])
-def test_the_two_formulas_for_the_upper_tail_agree(n, monkeypatch):
-    x = (math.log(n) - 1.5) / n
-    scratch, size = np.empty((2, 504)), float(n)
-    sh, sl = kernel._quotient(1.0, 0.0, x, 0.0)
-    contour = kernel._contour(size, x, 0.0, sh, sl, False)
-    value, log = kernel._recursion(n, x, 0.0, sh, sl, scratch)
-    assert abs(contour - log) < 1e-13
-    assert value == pytest.approx(math.exp(log), rel=1e-12)
+@pytest.mark.parametrize("n", [64, 90, 300, 800, 4000])
+def test_three_formulas_for_the_upper_tail_agree(n):
+    for offset in (-2.0, -1.0, 0.0):
+        x = (math.log(n) + offset) / n
+        th, tl = kernel._quotient(1.0, 0.0, x, 0.0)
+        got = kernel._smooth(float(n), x, 0.0, th, tl, False, *sector_table.tables()[1:], False)
+        mantissa, exponent = sector_table.recursion(n, th)
+        # The recursion takes the rounded 1/x; d log Q / d log t is at most that of the tail, about n x e^(-offset).
+        slope = n * x * math.exp(-offset)
+        assert got == pytest.approx(math.ldexp(mantissa, exponent), rel=4e-14 + 2e-16 * slope, abs=0)
+        if n > 64:
+            assert got == pytest.approx(math.exp(kernel._contour(float(n), x, 0.0, th, tl, False)), rel=1e-13, abs=0)
 
 
 @given(n=st.integers(2, 10**9), u=st.floats(0.0, 1.0), v=st.floats(0.0, 1.0))

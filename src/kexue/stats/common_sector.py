@@ -43,11 +43,10 @@ DRAWN = 2**12  # up to so many points a sample is made of exponential numbers, b
 DRAWN_AT_ONCE = 2**20
 
 
-def _period(period: Any) -> tuple[float, float]:
-    """The length of the circle as a pair high + low; for radians it is 2 pi, which is no float64 number."""
+def _period(period: Any) -> float:
+    """The length of the circle, checked."""
     check_real("period", period, above=0.0)
-    period = float(period)
-    return period, TAU_LOW if period == math.tau else 0.0
+    return float(period)
 
 
 def _counts(n: Any) -> np.ndarray:
@@ -72,14 +71,22 @@ def _reals(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def _evaluate(n: np.ndarray, theta: np.ndarray, period: Any, kind: str) -> Any:
+def _circle(period: float) -> tuple[float, float, float]:
+    """The period as (high + low) scale^2, high near 1 and scale a power of 2: products of its size do not overflow."""
+    scale = 2.0 ** (math.frexp(period)[1] // 2)
+    high = period / scale / scale
+    return high, TAU_LOW / scale / scale if period == math.tau else 0.0, scale  # 2 pi is no float64 number
+
+
+def _evaluate(n: np.ndarray, theta: np.ndarray, period: float, kind: str) -> Any:
     """What ``kind`` (a constant of the kernel) says, broadcast over n and theta; a scalar for scalars."""
     from kexue.stats import _sector_kernel as kernel  # numba: not for everybody who imports the room
+    from kexue.stats._sector_table import tables
 
-    high, low = _period(period)
-    n, theta = np.broadcast_arrays(n, theta)
-    out = np.empty(n.shape)
-    kernel.evaluate(n.ravel(), theta.ravel(), high, low, getattr(kernel, kind), out.reshape(-1))
+    if n.ndim:
+        n, theta = np.broadcast_arrays(n, theta)
+    out = np.empty(theta.shape)
+    kernel.evaluate(n.ravel(), theta.ravel(), *_circle(period), getattr(kernel, kind), tables(), out.reshape(-1))
     return out[()]
 
 
@@ -154,7 +161,7 @@ def common_sector_probability(n: Any, theta: Any, *, period: float = math.tau) -
         >>> common_sector_probability([2, 3, 4], 180, period=360)
         array([1.  , 0.75, 0.5 ])
     """
-    high, _ = _period(period)
+    high = _period(period)
     if not isinstance(n, Tensor) and not isinstance(theta, Tensor):
         return _evaluate(_counts(n), np.maximum(_reals("theta", theta), 0.0), high, "CDF")
     if not isinstance(theta, Tensor):
@@ -186,7 +193,7 @@ class CommonSector:
         if n > MOST:
             raise ValueError(f"n must be from 1 to 2**53; got {n}")
         self.n = int(n)
-        self.period = _period(period)[0]
+        self.period = _period(period)
 
     def __repr__(self) -> str:
         circle = "" if self.period == math.tau else f", period={self.period:g}"
@@ -229,13 +236,13 @@ class CommonSector:
 
     def _quantile(self, q: Any, upper: bool) -> Any:
         from kexue.stats import _sector_kernel as kernel
+        from kexue.stats._sector_table import tables
 
         q = _reals("q", q)
         if q.size and not (q.min() >= 0.0 and q.max() <= 1.0):
             raise ValueError(f"q must lie in [0, 1]; got values from {q.min()} to {q.max()}")
         out = np.empty(q.shape)
-        high, low = _period(self.period)
-        kernel.quantile(np.full(q.size, self.n), q.ravel(), high, low, upper, out.reshape(-1))
+        kernel.quantile(self.n, q.ravel(), *_circle(self.period), upper, tables(), out.reshape(-1))
         return out[()]
 
     def _harmonic(self) -> tuple[float, float]:
@@ -371,7 +378,7 @@ def smallest_sector(angles: Any, *, period: float = math.tau) -> tuple[Any, Any]
         >>> float(start), float(width)
         (350.0, 40.0)
     """
-    high, _ = _period(period)
+    high = _period(period)
     x = _as_tensor(angles)
     start, width = _sector(x, high)
     if isinstance(angles, Tensor):
@@ -406,7 +413,7 @@ def circular_range_test(angles: Any, *, period: float = math.tau) -> CircularRan
         >>> float(result.statistic), round(float(result.pvalue), 5)
         (4.75, 0.00767)
     """
-    high, _ = _period(period)
+    high = _period(period)
     x = _as_tensor(angles)
     _, width = _sector(x, high)
     if isinstance(angles, Tensor):
