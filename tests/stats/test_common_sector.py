@@ -43,13 +43,37 @@ def test_both_tails_and_the_density_equal_exact_rationals(n):
                 assert reference.relative_error(got, exact) < TOLERANCE, (n, a, got)
 
 
-@pytest.mark.parametrize("a", [0.51, 0.9931, 0.9945])
+@pytest.mark.parametrize("a", [0.51, 0.9931, 0.9945, 0.9962, 0.998, 0.9985])
 def test_a_thousand_points_keep_13_digits_on_both_tails(a):
+    a = float(np.float32(a))  # few digits: faster rational numbers
     d, p = common_sector(1000, period=1), reference.probability(1000, a)
     assert reference.relative_error(d.cdf(a), p) < TOLERANCE
     if float(1 - p) > 1e-300:
         assert reference.relative_error(d.sf(a), 1 - p) < TOLERANCE
     assert log_error(d.logcdf(a) if a < 0.9931 else d.logsf(a), reference.log(p if a < 0.9931 else 1 - p)) < TOLERANCE
+
+
+def test_the_upper_tail_keeps_its_digits_between_the_nodes_of_the_tables():
+    random = np.random.default_rng(0)
+    for n in random.integers(64, 260, 60):
+        x = np.float32(random.uniform(1.2, math.log(n)) / n)  # few digits: fast rational numbers
+        d, q = common_sector(int(n), period=1), 1 - reference.probability(int(n), 1 - float(x))
+        if float(q) > 1e-300:
+            assert reference.relative_error(d.sf(1 - float(x)), q) < 4e-14
+        assert log_error(d.logsf(1 - float(x)), reference.log(q)) < 4e-14
+
+
+@pytest.mark.parametrize("period", [1.7e308, 1e-300, 3e-308])
+def test_circles_of_any_size(period):
+    for n in (2, 5, 100):
+        d, unit = common_sector(n, period), common_sector(n, 1)
+        for a in (0.25, 0.5625, 0.96875):
+            for name in ("cdf", "sf", "logcdf", "logsf"):
+                assert getattr(d, name)(a * period) == pytest.approx(getattr(unit, name)(a), rel=1e-13, abs=0)
+            if period > 1:
+                assert d.pdf(a * period) == pytest.approx(unit.pdf(a) / period, rel=1e-13, abs=1e-320)
+            assert d.logpdf(a * period) == pytest.approx(unit.logpdf(a) - math.log(period), rel=1e-13)
+        assert d.ppf(0.3) == pytest.approx(unit.ppf(0.3) * period, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize("n", [1001, 10**5, 10**9, 2**53])
@@ -219,6 +243,7 @@ def test_samples_follow_the_distribution(n):
         (lambda: common_sector_probability(2.5, 1.0), TypeError, "n must be an integer .*2.5"),
         (lambda: common_sector_probability(True, 1.0), TypeError, "n must be an integer"),
         (lambda: common_sector_probability(2**60, 1.0), ValueError, "got 1152921504606846976"),
+        (lambda: common_sector_probability([2, 10**20], 1.0), ValueError, "got 100000000000000000000"),
         (lambda: common_sector_probability(3, [1.0, math.nan]), ValueError, "theta must not be NaN; got 1 NaN"),
         (lambda: common_sector_probability(3, "1"), TypeError, "theta must be real numbers; got '1'"),
         (lambda: common_sector_probability(3, 1j), TypeError, "theta must be real"),
@@ -230,7 +255,7 @@ def test_samples_follow_the_distribution(n):
         (lambda: common_sector(2**54), ValueError, r"2\*\*53"),
         (lambda: common_sector(3).cdf(math.nan), ValueError, "NaN"),
         (lambda: halfspace_probability(0, 2), ValueError, "got 0"),
-        (lambda: halfspace_probability(3, 0), ValueError, "d must be at least 1; got 0"),
+        (lambda: halfspace_probability(3, 0), ValueError, "d must be from 1 to .*; got 0"),
         (lambda: halfspace_probability(3, 1.5), TypeError, "d must be an integer"),
     ],
 )

@@ -68,7 +68,8 @@ def _power(h, low, m):  # type: ignore[no-untyped-def]
     if h <= 0.0:
         return (1.0, 1.0) if m == 0 else (0.0, 1.0)
     half = float(math.floor(0.5 * m))  # a float: numba would raise to an integer power by repeated multiplication
-    return h**half * math.exp(m * (low / h)), h ** (m - half)
+    first, shift = h**half, m * (low / h)
+    return first * (1.0 + shift if abs(shift) < 1e-9 else math.exp(shift)), first if m == 2.0 * half else first * h
 
 
 @_njit

@@ -49,19 +49,29 @@ def _period(period: Any) -> float:
     return float(period)
 
 
-def _counts(n: Any) -> np.ndarray:
-    """Numbers of points as int64, of any shape, checked."""
-    array = np.asarray(n)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"n must be an integer or an array of integers; got {n!r} of dtype {array.dtype}")
-    if array.size and (int(array.min()) < 1 or int(array.max()) > MOST):
+def _integers(name: str, value: Any, most: int = 2**63 - 1) -> np.ndarray:
+    """Integers from 1 to ``most`` as int64, of any shape."""
+    array = np.asarray(value)
+    whole = array.dtype.kind in "iu" or (array.dtype == object and all(type(v) is int for v in array.flat))
+    if array.size and not whole:
+        raise TypeError(f"{name} must be an integer or an array of integers; got {value!r} of dtype {array.dtype}")
+    if array.size and (array.min() < 1 or array.max() > most):
         bad = array.min() if array.min() < 1 else array.max()
-        raise ValueError(f"n must be from 1 to 2**53; got {bad}")
+        raise ValueError(f"{name} must be from 1 to {most}; got {bad}")
     return array.astype(np.int64)
+
+
+def _counts(n: Any) -> np.ndarray:
+    """Numbers of points, checked."""
+    return _integers("n", n, MOST)
 
 
 def _reals(name: str, value: Any) -> np.ndarray:
     """Real numbers as float64, of any shape; NaN is rejected."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} must be without gradient here (common_sector_probability has one); got {value!r}")
+        value = value.cpu().numpy() if value.dtype != torch.bfloat16 else value.cpu().float().numpy()
     array = np.asarray(value)
     if array.dtype.kind not in "iuf" and array.size:
         raise TypeError(f"{name} must be real numbers; got {value!r} of dtype {array.dtype}")
@@ -174,7 +184,10 @@ def common_sector_probability(n: Any, theta: Any, *, period: float = math.tau) -
         n = torch.as_tensor(n, device=theta.device)
     if n.is_floating_point() or n.is_complex() or n.dtype == torch.bool:
         raise TypeError(f"n must be an integer or a tensor of integers; got dtype {n.dtype}")
-    n, theta = torch.broadcast_tensors(n, theta)
+    try:
+        n, theta = torch.broadcast_tensors(n, theta)
+    except RuntimeError:
+        raise ValueError(f"n and theta must broadcast; got {tuple(n.shape)} and {tuple(theta.shape)}") from None
     return _Probability.apply(theta, n, high)
 
 
@@ -446,7 +459,7 @@ def halfspace_probability(n: Any, d: Any) -> Any:
         >>> float(halfspace_probability(4, 2)), float(halfspace_probability(4, 3))
         (0.5, 0.875)
     """
-    points, dims = np.broadcast_arrays(_counts(n), _dimensions(d))
+    points, dims = np.broadcast_arrays(_counts(n), _integers("d", d))
     out = np.empty(points.shape)
     flat = out.reshape(-1)
     for i, (count, dim) in enumerate(zip(points.ravel().tolist(), dims.ravel().tolist(), strict=True)):
@@ -459,12 +472,3 @@ def halfspace_probability(n: Any, d: Any) -> Any:
 
             flat[i] = betainc(count - dim, dim, 0.5)
     return out[()]
-
-
-def _dimensions(d: Any) -> np.ndarray:
-    array = np.asarray(d)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"d must be an integer or an array of integers; got {d!r} of dtype {array.dtype}")
-    if array.size and int(array.min()) < 1:
-        raise ValueError(f"d must be at least 1; got {array.min()}")
-    return array.astype(np.int64)
