@@ -10,7 +10,7 @@ With t = 1/x (or n - 1/x, since the density f_n of the sum of n uniform numbers 
   pairs of numbers that are added, since n multiplies its error. c comes from f_n's recursion in positive terms at a few
   n; both are polynomials in r on intervals of 1/64, and c one in 1/n.
 
-Against exact rational numbers the relative error of 1 - P stays below 3e-14 to n = 4000; the tests say so to n = 1000.
+The relative error of 1 - P stays below 3e-14, as found with exact rational numbers (n <= 1000) and 60 digits (beyond).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from kexue.words._numba import compiled
 
-SMOOTH_MIN, SMOOTH_MAX = 64, 4000
+SMOOTH_MIN, SMOOTH_MAX = 64, 2**15
 INTERVALS = 32  # of r, on (0, 1/2); in the first one H is 0 to 1e-24
 TERMS = 14  # of a polynomial in r
 NODES = np.array([64, 66, 72, 84, 108, 160, 320])  # n of the recursion; about Chebyshev's points in 1/n
