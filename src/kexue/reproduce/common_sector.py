@@ -9,8 +9,8 @@ Rule, fixed before measuring. "reproduced": all |z| < 4, four points in a half h
 exactly, and both tails agree with the exact rationals to 1e-13. "partly": only the Monte Carlo part holds; otherwise
 "not reproduced".
 
-One clause was added after the first measurement: where the exact number is below 1e-300 its absolute error counts, since
-it is no float64 number. It concerns 1 - P of 50 points at .98 and of 100 at .99 (n - 1 parts of n, but for rounding).
+One clause was added after the first measurement: where the exact number is below 1e-300 its absolute error counts, as
+float64 cannot hold it. It concerns 1 - P of 50 points at .98 and of 100 at .99, which would be 0 but for rounding.
 """
 
 from __future__ import annotations

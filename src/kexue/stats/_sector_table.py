@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, localcontext
-from functools import lru_cache
 
 import numpy as np
 
@@ -123,7 +122,6 @@ def _polynomial(u: list[Decimal], values: list[Decimal]) -> list[Decimal]:
     return c
 
 
-@lru_cache(maxsize=1)
 def tables() -> Tables:
     """``pieces``; ``rate``: an interval's constant as a pair, then its terms; ``correction`` (interval, term, n)."""
     pieces = np.empty(offset(SMOOTH_MIN))

@@ -18,6 +18,7 @@ Angles are radians; ``period`` says otherwise: 360 for degrees, 24 for hours of 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,15 +89,22 @@ def _circle(period: float) -> tuple[float, float, float]:
     return high, TAU_LOW / scale / scale if period == math.tau else 0.0, scale  # 2 pi is no float64 number
 
 
-def _evaluate(n: np.ndarray, theta: np.ndarray, period: float, kind: str) -> Any:
-    """What ``kind`` (a constant of the kernel) says, broadcast over n and theta; a scalar for scalars."""
-    from kexue.stats import _sector_kernel as kernel  # numba: not for everybody who imports the room
+@lru_cache(maxsize=1)
+def _compiled() -> tuple[Any, Any]:
+    """The kernels and their tables; here, since not everybody who imports the room needs numba."""
+    from kexue.stats import _sector_kernel
     from kexue.stats._sector_table import tables
 
+    return _sector_kernel, tables()
+
+
+def _evaluate(n: np.ndarray, theta: np.ndarray, period: float, kind: str) -> Any:
+    """What ``kind`` (a constant of the kernel) says, broadcast over n and theta; a scalar for scalars."""
+    kernel, tables = _compiled()
     if n.ndim:
         n, theta = np.broadcast_arrays(n, theta)
     out = np.empty(theta.shape)
-    kernel.evaluate(n.ravel(), theta.ravel(), *_circle(period), getattr(kernel, kind), tables(), out.reshape(-1))
+    kernel.evaluate(n.ravel(), theta.ravel(), *_circle(period), getattr(kernel, kind), tables, out.reshape(-1))
     return out[()]
 
 
@@ -248,14 +256,12 @@ class CommonSector:
         return self._quantile(q, True)
 
     def _quantile(self, q: Any, upper: bool) -> Any:
-        from kexue.stats import _sector_kernel as kernel
-        from kexue.stats._sector_table import tables
-
+        kernel, tables = _compiled()
         q = _reals("q", q)
         if q.size and not (q.min() >= 0.0 and q.max() <= 1.0):
             raise ValueError(f"q must lie in [0, 1]; got values from {q.min()} to {q.max()}")
         out = np.empty(q.shape)
-        kernel.quantile(self.n, q.ravel(), *_circle(self.period), upper, tables(), out.reshape(-1))
+        kernel.quantile(self.n, q.ravel(), *_circle(self.period), upper, tables, out.reshape(-1))
         return out[()]
 
     def _harmonic(self) -> tuple[float, float]:
@@ -323,8 +329,8 @@ def common_sector(n: int, period: float = math.tau) -> CommonSector:
 
     Returns:
         :class:`CommonSector` with ``cdf, sf, logcdf, logsf, pdf, logpdf, ppf, isf, mean, var, std, median, support,
-        rvs``. Relative errors of both tails are about 1e-14, for 10^9 points below 1e-11 where the tail is no smaller
-        than 1e-300. In float64 an angle near the full circle is itself rounded, to 1e-16 of it: ``sf(isf(q))``
+        rvs``. Relative errors of both tails are below 4e-14 up to 2^15 points, for 10^9 points below 1e-11, where the
+        tail is no smaller than 1e-300. In float64 an angle near the full circle is itself rounded, to 1e-16 of it: ``sf(isf(q))``
         returns q only to about 1e-16 n.
 
     Raises:
