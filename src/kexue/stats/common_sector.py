@@ -330,8 +330,8 @@ def common_sector(n: int, period: float = math.tau) -> CommonSector:
     Returns:
         :class:`CommonSector` with ``cdf, sf, logcdf, logsf, pdf, logpdf, ppf, isf, mean, var, std, median, support,
         rvs``. Relative errors of both tails are below 4e-14 up to 2^15 points, for 10^9 points below 1e-11, where the
-        tail is no smaller than 1e-300. In float64 an angle near the full circle is itself rounded, to 1e-16 of it: ``sf(isf(q))``
-        returns q only to about 1e-16 n.
+        tail is no smaller than 1e-300. In float64 an angle near the full circle is itself rounded, to 1e-16 of it:
+        ``sf(isf(q))`` returns q only to about 1e-16 n.
 
     Raises:
         TypeError: n is no integer.
