@@ -86,9 +86,9 @@ def measure(quick: bool, seed: int) -> Measurement:
     for n in SIZES:
         d, worst = common_sector(n, period=1), [0.0] * 4
         for a in FRACTIONS:
-            p, plain = _exact(n, a), _plain(n, a)
-            pairs = ((d.cdf(a), p), (d.sf(a), 1 - p), (plain, p), (1.0 - plain, 1 - p))
-            worst = [max(w, _error(got, exact)) for w, (got, exact) in zip(worst, pairs, strict=True)]
+            exact, plain = _exact(n, a), _plain(n, a)
+            pairs = ((d.cdf(a), exact), (d.sf(a), 1 - exact), (plain, exact), (1.0 - plain, 1 - exact))
+            worst = [max(w, _error(*pair)) for w, pair in zip(worst, pairs, strict=True)]
         for name, value in zip(names, worst, strict=True):
             errors[name].append(value)
     identity = all(_exact(n, Fraction(m, 7), cut=False) == 1 for n in (2, 5, 9, 30) for m in range(1, 7))
