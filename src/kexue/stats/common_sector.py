@@ -52,6 +52,8 @@ def _period(period: Any) -> float:
 
 def _integers(name: str, value: Any, most: int = 2**63 - 1) -> np.ndarray:
     """Integers from 1 to ``most`` as int64, of any shape."""
+    if type(value) is int and 1 <= value <= most:  # a shortcut: half of the time of a call with one number
+        return np.array(value, dtype=np.int64)
     array = np.asarray(value)
     whole = array.dtype.kind in "iu" or (array.dtype == object and all(type(v) is int for v in array.flat))
     if array.size and not whole:
@@ -69,6 +71,8 @@ def _counts(n: Any) -> np.ndarray:
 
 def _reals(name: str, value: Any) -> np.ndarray:
     """Real numbers as float64, of any shape; NaN is rejected."""
+    if isinstance(value, float) and value == value:  # the same shortcut
+        return np.array(value)
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise TypeError(f"{name} must be without gradient here (common_sector_probability has one); got {value!r}")
