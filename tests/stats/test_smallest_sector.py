@@ -130,12 +130,20 @@ def test_bad_angles_are_named(function, angles, error, message):
         (2.5, torch.tensor([1.0]), TypeError, "n must be an integer"),
         (True, torch.tensor([1.0]), TypeError, "n must be an integer"),
         (2, torch.tensor([math.nan]), ValueError, "theta must not be NaN"),
+        (torch.tensor([2, 3]), torch.ones(4, 3), ValueError, r"broadcast; got \(2,\) and \(4, 3\)"),
         (2, torch.tensor([True]), TypeError, "theta must be real"),
     ],
 )
 def test_bad_tensors_are_named(n, theta, error, message):
     with pytest.raises(error, match=message):
         common_sector_probability(n, theta)
+
+
+def test_the_distribution_takes_tensors_only_without_gradient():
+    theta = torch.tensor([4.0, 5.0])
+    np.testing.assert_array_equal(common_sector(9).cdf(theta.bfloat16()), common_sector(9).cdf(theta.numpy()))
+    with pytest.raises(TypeError, match="theta must be without gradient"):
+        common_sector(9).cdf(theta.requires_grad_())
 
 
 def test_inputs_are_not_changed():

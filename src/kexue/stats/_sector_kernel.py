@@ -1,11 +1,12 @@
-"""Compiled evaluation of the common sector's distribution: three formulas, each where it loses no digits.
+"""Compiled evaluation of the common sector's distribution: four formulas, each where it loses no digits.
 
 With a = theta / period and x = 1 - a, P = P(all n points in the sector) and Q = 1 - P:
 
 - ``_series``: P as the alternating sum, where lambda = n a^(n-1) < 0.7 (its condition number is at most e^lambda);
-- ``_recursion``: Q = (n-1)! x^(n-1) f_n(1/x) with the density f_n of the sum of n uniform numbers, by its recursion in
-  positive terms, for n < 64 and, up to n = 1000, where Q is tiny;
-- ``_contour``: the same f_n otherwise, from its moment generating function on the vertical line through the saddle.
+- elsewhere Q = (n-1)! x^(n-1) f_n(1/x) with the density f_n of the sum of n uniform numbers: for n < 64 ``_piece``, its
+  polynomials with positive coefficients; to n = 2^15 ``_smooth``, an interpolated large-deviation expansion (both from
+  ``_sector_table.py``);
+- ``_contour``: beyond, the same f_n from its moment generating function on the vertical line through the saddle.
   Its exponent n (ln(nx) - 1 + K(-b) + b/(nx)) is a difference of large numbers; with eps = b / (e^b - 1) it equals
   n (log1p(-e^-b) - log1p(-eps) - eps), which has full relative precision also for n = 1e9.
 
@@ -17,14 +18,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
+from kexue.stats._sector_table import SMOOTH_MAX, SMOOTH_MIN, offset
 from kexue.words._numba import compiled
 
-CONTOUR_MIN, RECURSION_MAX = 64, 1000
-CONTOUR_LOG = -25.0  # the relative error of the contour's Q grows with |log Q|; below, the recursion where it can
 SERIES_BELOW = 0.7
-RESCALE = 32  # steps of the recursion, each a factor of at most 2 * RECURSION_MAX, that float64 holds
 SPLIT = 134217729.0  # 2^27 + 1 (Dekker)
 LN2 = math.log(2.0)
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -33,6 +30,7 @@ HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 CDF, SF, LOGCDF, LOGSF, PDF, LOGPDF = range(6)
 
 _njit = compiled(nogil=True, error_model="numpy")
+_expansion = compiled(nogil=True, error_model="numpy", fastmath={"contract"})  # fused multiply-adds: no pairs here
 
 
 @_njit
@@ -70,7 +68,8 @@ def _power(h, low, m):  # type: ignore[no-untyped-def]
     if h <= 0.0:
         return (1.0, 1.0) if m == 0 else (0.0, 1.0)
     half = float(math.floor(0.5 * m))  # a float: numba would raise to an integer power by repeated multiplication
-    return h**half * math.exp(m * (low / h)), h ** (m - half)
+    first, shift = h**half, m * (low / h)
+    return first * (1.0 + shift if abs(shift) < 1e-9 else math.exp(shift)), first if m == 2.0 * half else first * h
 
 
 @_njit
@@ -89,8 +88,8 @@ def _fractions(theta, ph, pl):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def _series(n, ah, al, xh):  # type: ignore[no-untyped-def]
-    """P and log P by the alternating sum, relative to its first term n a^(n-1)."""
+def _series(n, ah, al, xh, logs):  # type: ignore[no-untyped-def]
+    """P, or with ``logs`` log P, by the alternating sum, relative to its first term n a^(n-1)."""
     total, term, k = 0.0, 1.0, 2.0
     while k <= n:
         y = xh / (1.0 - (k - 1.0) * xh)  # (1 - kx) / (1 - (k-1)x) = 1 - y
@@ -101,43 +100,75 @@ def _series(n, ah, al, xh):  # type: ignore[no-untyped-def]
         if abs(term) < 1e-18:
             break
         k += 1.0
+    if logs:
+        return math.log(n) + (n - 1.0) * _log(ah, al) + math.log1p(total)
     first, second = _power(ah, al, n - 1.0)
-    return n * first * second * (1.0 + total), math.log(n) + (n - 1.0) * _log(ah, al) + math.log1p(total)
+    return n * first * second * (1.0 + total)
 
 
 @_njit
-def _recursion(n, xh, xl, th, tl, scratch):  # type: ignore[no-untyped-def]
-    """Q and log Q by the recursion of (m-1)! f_m on the grid t, t-1, ..., where 0 < t <= n/2 is 1/x or n - 1/x."""
-    last = math.floor(th)
-    g, grid = scratch[0, : last + 2], scratch[1, : last + 1]
-    g[:] = 0.0
-    g[last] = 1.0
-    for j in range(last + 1):
-        grid[j] = th - j
-    exponent, below, here = 0, 0.0, 0.0
-    for m in range(2, n + 1):
-        if m == n:
-            here, below = g[0], g[1]  # f_(n-1) at t and t - 1: the derivative of f_n
-        # Zero where t - j >= m; of no influence on the result where j > n - m.
-        begin, end, step = max(0, last - m + 1), min(last, n - m) + 1, float(m)
-        t, v = grid[begin:end], g[begin : end + 1]  # views with indices from 0, which the compiler can vectorise
-        for j in range(t.size):
-            v[j] = t[j] * v[j] + (step - t[j]) * v[j + 1]
-        if m % RESCALE == 0 and m < n:
-            shift = math.frexp(g[: last + 1].max())[1]
-            exponent += shift
-            for j in range(last + 1):
-                g[j] = math.ldexp(g[j], -shift)
-    value = g[0] + tl * (n - 1.0) * (here - below)
-    scale = math.frexp(xh)[1]  # powers of 2 apart, so that x^(n-1) neither overflows nor underflows
-    first, second = _power(math.ldexp(xh, -scale), math.ldexp(xl, -scale), n - 1.0)
-    value, up = math.frexp(value)
-    first, more = math.frexp(first)
-    value *= first * second
-    exponent += up + more + scale * (n - 1)
-    value, up = math.frexp(value)
-    exponent += up
-    return math.ldexp(value, max(exponent, -2000)), math.log(value) + exponent * LN2
+def _piece(n, xh, xl, th, tl, pieces, logs):  # type: ignore[no-untyped-def]
+    """Q or log Q for n < SMOOTH_MIN: the polynomial of u = t - floor(t), 0 < t <= n/2 is 1/x or n - 1/x."""
+    k = math.floor(th)
+    start = offset(n) + k * n
+    u, rest = (th - k) + tl, (1.0 - (th - k)) - tl
+    value = 0.0
+    if u <= 0.5:
+        v = u / rest
+        for j in range(start + n - 1, start - 1, -1):
+            value = value * v + pieces[j]
+        bh, bl = _sum(1.0, k - th)
+        bl -= tl
+    else:
+        v = rest / u
+        for j in range(start, start + n):
+            value = value * v + pieces[j]
+        bh, bl = th - k, tl
+    ph, pl = _product(bh, xh)
+    pl += bh * xl + bl * xh
+    if logs:
+        return math.log(value) + (n - 1.0) * _log(ph, pl)
+    first, second = _power(ph, pl, n - 1.0)
+    return value * first * second
+
+
+@_expansion
+def _polynomials(u, w, rate, correction):  # type: ignore[no-untyped-def]
+    """The interval's rate without its constant, and the correction, at u and w = SMOOTH_MIN / n."""
+    last = correction.shape[0] - 1
+    phi, shift = rate[last + 1], 0.0
+    for i in range(last, -1, -1):
+        inner = correction[i, -1]
+        for k in range(correction.shape[1] - 2, -1, -1):
+            inner = inner * w + correction[i, k]
+        shift = shift * u + inner
+        if i > 0 and i < last:
+            phi = phi * u + rate[i + 1]
+    return phi * u, shift
+
+
+@_njit
+def _smooth(n, xh, xl, th, tl, reflected, rate, correction, logs):  # type: ignore[no-untyped-def]
+    """Q or log Q for SMOOTH_MIN <= n <= SMOOTH_MAX by the tables of r = t / n."""
+    rh, rl = _quotient(th, tl, n, 0.0)
+    interval = min(int(64.0 * rh), rate.shape[0] - 1)
+    u = 128.0 * ((rh - (interval + 0.5) / 64.0) + rl)
+    phi, shift = _polynomials(u, SMOOTH_MIN / n, rate[interval], correction[interval])
+    high, low = _product(n, rate[interval, 0])
+    low += n * (rate[interval, 1] + phi) + shift
+    if logs:
+        log = high + low
+        if reflected:
+            ph, pl = _product(th, xh)  # (t x)^(n-1), t x = n x - 1
+            log += (n - 1.0) * _log(ph, pl + th * xl + tl * xh)
+        return log
+    high, low = _sum(high, low)
+    value = math.exp(high) * (1.0 + low)
+    if reflected:
+        ph, pl = _product(th, xh)
+        first, second = _power(ph, pl + th * xl + tl * xh, n - 1.0)
+        value = value * first * second
+    return value
 
 
 @_njit
@@ -178,7 +209,7 @@ def _contour(n, xh, xl, th, tl, reflected):  # type: ignore[no-untyped-def]
         eps = b * q / rest
         rate = math.log1p(-q) - math.log1p(-eps) - eps
     spread = 4.0 * q / rest**2
-    step = 0.5 / math.sqrt(n * slope)  # 0.7 would do for a normal density, but not for n = 65
+    step = 0.7 / math.sqrt(n * slope)  # the sum of a normal density is exact to 1e-17 up to there
     total = 0.5
     for k in range(1, 4000):
         tau = k * step
@@ -200,84 +231,92 @@ def _contour(n, xh, xl, th, tl, reflected):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def _tail(n, ah, al, xh, xl, scratch):  # type: ignore[no-untyped-def]
-    """(is_p, value, log value): P where it is the smaller one or easy, else Q; n >= 2, 0 < a < 1."""
+def _tail(n, ah, al, xh, xl, tables, log_p, log_q):  # type: ignore[no-untyped-def]
+    """(True, P) where that is the smaller one or easy, else (False, Q); as logarithms if wanted; n >= 2, 0 < a < 1."""
+    pieces, rate, correction = tables
     size = float(n)
     wh, wl = _product(size, xh)
     wh, wl = _sum(wh, wl + size * xl)
     uh, ul = _sum(wh, -1.0)
     uh, ul = _sum(uh, ul + wl)  # n x - 1
     if uh <= 0.0:  # one of n gaps is at least 1/n
-        return False, 0.0, -math.inf
+        return False, -math.inf if log_q else 0.0
     if math.log(size) + (size - 1.0) * math.log(ah) < math.log(SERIES_BELOW):
-        value, log = _series(size, ah, al, xh)
-        return True, value, log
+        return True, _series(size, ah, al, xh, log_p)
     if uh <= xh:  # n - 1 <= 1/x <= n
+        if log_q:
+            return False, (size - 1.0) * _log(uh, ul)
         first, second = _power(uh, ul, size - 1.0)
-        return False, first * second, (size - 1.0) * _log(uh, ul)
-    sh, sl = _quotient(1.0, 0.0, xh, xl)
-    reflected = 2.0 * sh > size  # f_n(t) = f_n(n - t): the shorter side
+        return False, first * second
+    reflected = wh < 2.0  # f_n(t) = f_n(n - t): the shorter side
     if reflected:
-        sh, sl = _quotient(uh, ul, xh, xl)
-    if n >= CONTOUR_MIN:
-        log = _contour(size, xh, xl, sh, sl, reflected)
-        if log > CONTOUR_LOG or n > RECURSION_MAX:
-            return False, math.exp(log), log
-    value, log = _recursion(n, xh, xl, sh, sl, scratch)
-    return False, value, log
+        th, tl = _quotient(uh, ul, xh, xl)
+    else:
+        th, tl = _quotient(1.0, 0.0, xh, xl)
+    if n < SMOOTH_MIN:
+        return False, _piece(n, xh, xl, th, tl, pieces, log_q)
+    if n <= SMOOTH_MAX:
+        return False, _smooth(size, xh, xl, th, tl, reflected, rate, correction, log_q)
+    log = _contour(size, xh, xl, th, tl, reflected)
+    return False, log if log_q else math.exp(log)
 
 
 @_njit
-def _density(n, ah, al, xh, xl, scratch):  # type: ignore[no-untyped-def]
-    """dP/da and its logarithm: n (n-1) a^(n-2) Q_(n-1)(x/a)."""
-    if n == 1:
-        return 0.0, -math.inf
+def _density(n, ah, al, xh, xl, tables, logs):  # type: ignore[no-untyped-def]
+    """dP/da or its logarithm: n (n-1) a^(n-2) Q_(n-1)(x/a)."""
     size = float(n)
-    covered, log = 1.0, 0.0
+    covered = 0.0 if logs else 1.0
     yh, yl = _quotient(xh, xl, ah, al)
+    if n == 1 or (n == 2 and yh < 1.0):
+        return -math.inf if logs else 0.0
     if yh < 1.0:
-        if n == 2:
-            return 0.0, -math.inf
         bh, bl = _sum(1.0, -yh)
         bh, bl = _sum(bh, bl - yl)
         if bh > 0.0:
-            is_p, covered, log = _tail(n - 1, bh, bl, yh, yl, scratch)
+            is_p, covered = _tail(n - 1, bh, bl, yh, yl, tables, False, logs)
             if is_p:
-                covered, log = 1.0 - covered, math.log1p(-covered)
+                covered = math.log1p(-covered) if logs else 1.0 - covered
+    if logs:
+        return covered + math.log(size) + math.log(size - 1.0) + (size - 2.0) * _log(ah, al)
     first, second = _power(ah, al, size - 2.0)
-    log += math.log(size) + math.log(size - 1.0) + (size - 2.0) * _log(ah, al)
-    return size * (size - 1.0) * first * covered * second, log
+    return size * (size - 1.0) * first * covered * second
 
 
 @_njit
-def evaluate(n, theta, ph, pl, kind, out):  # type: ignore[no-untyped-def]
-    """Fill ``out`` with what ``kind`` says for each pair of ``n`` and ``theta``; the period is ph + pl."""
-    scratch = np.empty((2, RECURSION_MAX // 2 + 4))
+def evaluate(n, theta, ph, pl, scale, kind, tables, out):  # type: ignore[no-untyped-def]
+    """Fill ``out`` with what ``kind`` says for each theta and its n or the only n; period = (ph + pl) scale^2."""
+    logs = kind in (LOGCDF, LOGSF, LOGPDF)
+    count = n[0] if n.size else 1
     for i in range(out.size):
+        if n.size > 1:
+            count = n[i]
+        angle = max(theta[i] / scale / scale, 0.0)
+        is_p, value = True, 0.0
+        if angle < ph:
+            ah, al, xh, xl = _fractions(angle, ph, pl)
         if kind >= PDF:
-            value, log = 0.0, -math.inf
-            if theta[i] == 0.0 and n[i] == 2:
-                value, log = 2.0, LN2
-            elif 0.0 < theta[i] < ph:
-                ah, al, xh, xl = _fractions(theta[i], ph, pl)
-                value, log = _density(n[i], ah, al, xh, xl, scratch)
-            out[i] = value / ph if kind == PDF else log - math.log(ph)
+            if angle < ph and ah > 0.0:
+                value = _density(count, ah, al, xh, xl, tables, logs)
+            elif theta[i] == 0.0 and count == 2:
+                value = LN2 if logs else 2.0
+            elif logs:
+                value = -math.inf
+            out[i] = value - math.log(ph) - 2.0 * math.log(scale) if logs else value / ph / scale / scale
             continue
-        is_p, value, log = True, 0.0, -math.inf
-        if theta[i] >= ph or (n[i] == 1 and theta[i] >= 0.0):
+        if angle >= ph or (count == 1 and theta[i] >= 0.0):
             is_p = False
-        elif theta[i] > 0.0:
-            ah, al, xh, xl = _fractions(theta[i], ph, pl)
-            if ah > 0.0:
-                is_p, value, log = _tail(n[i], ah, al, xh, xl, scratch)
-        if kind in (CDF, SF):
-            out[i] = value if is_p == (kind == CDF) else 1.0 - value
-        else:
-            out[i] = log if is_p == (kind == LOGCDF) else math.log1p(-value)
+            value = -math.inf if kind == LOGSF else 0.0
+        elif ah > 0.0:
+            is_p, value = _tail(count, ah, al, xh, xl, tables, kind == LOGCDF, kind == LOGSF)
+        elif kind == LOGCDF:
+            value = -math.inf
+        if is_p != (kind in (CDF, LOGCDF)):
+            value = math.log1p(-value) if logs else 1.0 - value
+        out[i] = value
 
 
 @_njit
-def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
+def _gap(n, want, is_p, tables):  # type: ignore[no-untyped-def]
     """The x with log P (is_p) or log Q equal to ``want``, by Newton's method between bounds; n >= 3."""
     size = float(n)
     # P <= n a^(n-1) and P(x = 1/n) = 1.
@@ -294,10 +333,10 @@ def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
     x = min(max(x, low), high)
     for _ in range(200):
         ah, al = _sum(1.0, -x)
-        found_p, value, log = _tail(n, ah, al, x, 0.0, scratch)
-        slope, _log_slope = _density(n, ah, al, x, 0.0, scratch)
+        found_p, log = _tail(n, ah, al, x, 0.0, tables, is_p, not is_p)
+        slope = _density(n, ah, al, x, 0.0, tables, True)
         if found_p != is_p:
-            value, log = 1.0 - value, math.log1p(-value)
+            log = math.log1p(-log)
         error = log - want
         if error == 0.0:
             break
@@ -305,8 +344,8 @@ def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
             low = x
         else:
             high = x
-        move = error * value / slope if is_p else -error * value / slope
-        new = x + move
+        move = error * math.exp(log - slope)
+        new = x + move if is_p else x - move
         if not low < new < high:  # also where a tail has underflown
             new = 0.5 * (low + high)
         if abs(new - x) <= 2e-16 * x or new in (low, high):
@@ -317,17 +356,16 @@ def _gap(n, want, is_p, scratch):  # type: ignore[no-untyped-def]
 
 
 @_njit
-def quantile(n, q, ph, pl, upper, out):  # type: ignore[no-untyped-def]
+def quantile(n, q, ph, pl, scale, upper, tables, out):  # type: ignore[no-untyped-def]
     """Fill ``out`` with theta at which P (``upper`` False) or Q (True) is ``q``, 0 <= q <= 1."""
-    scratch = np.empty((2, RECURSION_MAX // 2 + 4))
+    size = float(n)
     for i in range(out.size):
-        size = float(n[i])
         zero, one = (q[i] == 1.0, q[i] == 0.0) if upper else (q[i] == 0.0, q[i] == 1.0)
-        if n[i] == 1 or zero:
+        if n == 1 or zero:
             out[i] = 0.0
             continue
         if one:
-            out[i] = ph - ph / size
+            out[i] = (ph - ph / size) * scale * scale
             continue
         is_p = (q[i] < 0.5) != upper
         want = math.log(q[i])
@@ -337,9 +375,9 @@ def quantile(n, q, ph, pl, upper, out):  # type: ignore[no-untyped-def]
         log_p = want if is_p else math.log(-math.expm1(want))
         log_a = (log_p - math.log(size)) / (size - 1.0)
         if log_a <= -LN2:  # a <= 1/2: one term
-            out[i] = ph * math.exp(log_a)
-        elif n[i] == 2:
-            out[i] = 0.5 * ph
+            angle = ph * math.exp(log_a)
+        elif n == 2:
+            angle = 0.5 * ph
         else:
-            x = _gap(n[i], want, is_p, scratch)
-            out[i] = (ph - ph * x) + pl
+            angle = (ph - ph * _gap(n, want, is_p, tables)) + pl
+        out[i] = angle * scale * scale
