@@ -80,7 +80,7 @@ def test_auction_that_is_cut_short_still_ends_in_the_optimum():
     costs = np.random.default_rng(0).random((60, 60))
     rows, columns = linear_sum_assignment(costs)
     for smallest in (1.0, 0.1, 1e-6):  # no auction at all, a coarse one, a fine one
-        column, v = assign(costs, 5.0, smallest)
+        column, v = assign(costs, 1.0, 5.0, smallest)
         assert sorted(column) == list(range(60))
         assert costs[np.arange(60), column].sum() == pytest.approx(costs[rows, columns].sum(), abs=1e-12)
         assert ((costs - v).min(1).sum() + v.sum()) == pytest.approx(costs[rows, columns].sum(), abs=1e-12)
@@ -266,16 +266,42 @@ def test_certificate_measures_what_is_wrong_with_a_plan():
             certificate(costs, *bad, p, q)
 
 
-def test_certificate_works_by_blocks(monkeypatch):
+@pytest.mark.parametrize("kind", ["optimal", "dense", "raw"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_compiled_passes_over_large_costs_give_the_same_certificate(monkeypatch, kind, zeros):
     import sys
 
-    costs, p, q = problem(23, 11)
+    costs, p, q = problem(70, 83, zeros=zeros)
     best = transport(costs, p, q)
-    whole = certificate(costs, best.plan, best.f, best.g, p, q)
-    monkeypatch.setattr(sys.modules["kexue.stats.certificate"], "BLOCK", 50)
-    blocks = certificate(costs, best.plan, best.f, best.g, p, q)
-    np.testing.assert_array_equal(blocks.f, whole.f)
-    np.testing.assert_array_equal(blocks.g, whole.g)
+    plan = np.outer(p, q) if kind == "dense" else best.plan
+    f = np.random.default_rng(1).normal(size=70) if kind == "raw" else best.f
+    small = certificate(costs, plan, f, best.g, p, q)
+    monkeypatch.setattr(sys.modules["kexue.stats.certificate"], "LARGE", 0)
+    large = certificate(costs, plan, f, best.g, p, q)
+    assert large.feasible == small.feasible == (kind != "raw")
+    for name in ("primal", "dual", "gap", "marginal_error"):
+        assert getattr(large, name) == pytest.approx(getattr(small, name), abs=1e-13)
+    np.testing.assert_allclose(large.f, small.f, atol=1e-13)
+    np.testing.assert_array_equal(large.g, small.g)
+    for name, broken in (("C", (costs, plan)), ("plan", (costs, plan))):
+        bad = [x.copy() for x in broken]
+        bad[name == "plan"][3, 80] = np.inf
+        with pytest.raises(ValueError, match=rf"{name} must be finite; got inf at \(3, 80\)"):
+            certificate(*bad, f, best.g, p, q)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("far", [1e-20, 1.0, 1e20, 1e40])
+def test_certificate_is_a_bound_for_potentials_of_any_size(size, far):
+    costs, p, q = problem(8, 6, seed=4, zeros=True)
+    best = transport(size * costs, p, q)
+    f = far * np.random.default_rng(2).normal(size=8)
+    for potentials in (f, f + 5 * far, np.full(8, far)):
+        found = certificate(size * costs, best.plan, potentials, best.g, p, q)
+        assert (found.f[:, None] + found.g - size * costs).max() <= 1e-13 * size
+        assert found.dual <= best.cost * (1 + 1e-12)
+        assert found.gap >= 0
+    assert certificate(size * costs, best.plan, best.f, best.g, p, q).gap >= 0  # not below by rounding
 
 
 @settings(max_examples=40, deadline=None)
