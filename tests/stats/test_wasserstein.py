@@ -60,15 +60,33 @@ def test_many_points_on_the_line_take_a_kernel_with_the_same_result(p):
     assert float(tensor) ** p == pytest.approx(expected, rel=1e-11)
 
 
-def test_radix_sort_sorts_stably():
-    from kexue.stats._line_kernel import sort_with
+def test_sorts_are_stable_for_even_and_crowded_numbers():
+    from kexue.stats._line_kernel import sort, sort_with
 
     g = np.random.default_rng(0)
-    for x in (np.array([0.0, -0.0, 1e-310, -1e308, 1e308, -1.5]), np.ones(5), np.floor(9 * g.normal(size=999))):
+    crowded = np.array([0.0, -0.0, 1e-310, -1e308, 1e308, -1.5]), np.ones(5), np.floor(9 * g.normal(size=999))
+    even = g.normal(size=999), g.permutation(50) / 1e310, np.round(g.random(999), 2), np.array([2.0, 1.0]), np.ones(1)
+    for x in (*crowded, *even):
         order = np.argsort(x, kind="stable")
         values, places = sort_with(x, np.arange(len(x)))
         np.testing.assert_array_equal(values, x[order])
         np.testing.assert_array_equal(places, order)
+        np.testing.assert_array_equal(sort(x), x[order])
+        np.testing.assert_array_equal(sort_with(x, x)[1], x[order])
+
+
+def test_many_points_of_equal_mass_on_the_line():
+    g = np.random.default_rng(1)
+    x, y = g.normal(size=3000), g.standard_cauchy(3000)
+    expected = abs(np.sort(x) - np.sort(y)).mean()
+    assert wasserstein(x, y) == pytest.approx(expected, rel=1e-12)
+    points = torch.from_numpy(x).requires_grad_()
+    out = wasserstein(points, torch.from_numpy(y))
+    out.backward()
+    assert float(out) == pytest.approx(expected, rel=1e-12)
+    signs = np.empty(3000)
+    signs[np.argsort(x)] = np.sign(np.sort(x) - np.sort(y))
+    np.testing.assert_allclose(points.grad, signs / 3000, atol=1e-15)
 
 
 @settings(max_examples=30, deadline=None)

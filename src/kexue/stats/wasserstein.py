@@ -46,9 +46,17 @@ def _power(x: Array, power: float) -> Array:
     return x if power == 1 else x * x if power == 2 else x**power
 
 
+def _order(x: Array) -> Any:
+    if len(x) < LARGE:
+        return np.argsort(x)
+    from kexue.stats._line_kernel import sort_with
+
+    return sort_with(x, np.arange(len(x)))[1]
+
+
 def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Any, Any, Any, Any, Array]:
     """The monotone plan on the line: sorting orders of both sides, and n + m - 1 pairs (i, j, mass) of ranks."""
-    left, right = np.argsort(x), np.argsort(y)
+    left, right = _order(x), _order(y)
     n, m = len(x), len(y)
     if n == m and a[0] == b[0] and (a == a[0]).all() and (b == b[0]).all():
         steps = np.arange(2 * n - 1)  # rank by rank; the pairs between them carry no mass
@@ -70,14 +78,16 @@ def _ordered(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
 
 def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     """Cost of the monotone plan, with equal weights without building it."""
+    large = len(x) + len(y) >= LARGE
+    if large:
+        from kexue.stats._line_kernel import merge_cost, sort, sort_with
     if len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all():
-        return float(_power(abs(np.sort(x) - np.sort(y)), power).mean() * a.sum())
-    if len(x) + len(y) >= LARGE:
-        from kexue.stats._line_kernel import merge_cost, sort_with
-
+        left, right = (sort(x), sort(y)) if large else (np.sort(x), np.sort(y))
+        return float(_power(abs(left - right), power).mean() * a.sum())
+    if large:
         return float(merge_cost(*_ordered(sort_with(x, a), sort_with(y, b)), power))
-    left, right, i, j, mass = line(x, y, a, b)
-    return float(mass @ _power(abs(x[left][i] - y[right][j]), power))
+    first, second, i, j, mass = line(x, y, a, b)
+    return float(mass @ _power(abs(x[first][i] - y[second][j]), power))
 
 
 def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tuple[Any, Any, Array, Array, Array]:
