@@ -83,7 +83,7 @@ def test_many_points_of_equal_mass_on_the_line():
     points = torch.from_numpy(x).requires_grad_()
     out = wasserstein(points, torch.from_numpy(y))
     out.backward()
-    assert float(out) == pytest.approx(expected, rel=1e-12)
+    assert float(out.detach()) == pytest.approx(expected, rel=1e-12)
     signs = np.empty(3000)
     signs[np.argsort(x)] = np.sign(np.sort(x) - np.sort(y))
     np.testing.assert_allclose(points.grad, signs / 3000, atol=1e-15)
@@ -157,8 +157,34 @@ def test_points_far_away_and_tiny_ones():
     assert float(out.detach()) == pytest.approx(2.5e30, rel=1e-6)
     assert torch.isfinite(x.grad).all()
     assert wasserstein([1e12, 1e12 + 1], [1e12 + 2, 1e12 + 3]) == 2
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock", "chebyshev", "sqeuclidean"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_powers_of_tiny_and_huge_distances_stay_in_range(metric, width):
+    x, y, a, b = clouds(7, 5, width)
+    twice = metric == "sqeuclidean"
+    for p in (1, 2, 30):
+        plain = wasserstein(x, y, p, metric, (a, b))
+        for size in (1e-150, 1e150) if twice else (1e-300, 1e-200, 1e200, 1e300):
+            unit = size**2 if twice else size
+            assert wasserstein(size * x, size * y, p, metric, (a, b)) / unit == pytest.approx(plain, rel=1e-9)
+            points = torch.from_numpy(size * x).requires_grad_()
+            found = wasserstein(points, size * y, p, metric, (a, b))
+            assert float(found.detach()) / unit == pytest.approx(plain, rel=1e-9)
+            (grad,) = torch.autograd.grad(found, points)
+            (expected,) = torch.autograd.grad(wasserstein(points / size, y, p, metric, (a, b)), points)
+            torch.testing.assert_close(grad / unit, expected, rtol=1e-8, atol=0)
+
+
+def test_distances_beyond_float64_are_refused():
+    for pair in (([1.7e308], [-1.7e308]), ([[1.7e308, 0.0]], [[-1.7e308, 1.0]])):
+        with pytest.raises(ValueError, match="overflow"):
+            wasserstein(*pair)
+        with pytest.raises(ValueError, match="overflow"):
+            wasserstein(*(torch.tensor(v, dtype=torch.float64) for v in pair))
     with pytest.raises(ValueError, match="overflow"):
-        wasserstein([[1e300, 0.0]], [[-1e300, 1.0]], 2)
+        wasserstein([1e200], [-1e200], metric="sqeuclidean")
 
 
 def test_totals_other_than_1_scale_the_cost_not_the_distance():

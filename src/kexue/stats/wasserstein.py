@@ -40,10 +40,31 @@ __all__ = ["wasserstein"]
 
 
 LARGE = 4096  # points on the line from which a compiled kernel pays
+ROOM = 400  # powers of two that the largest cost may be away from 1
 
 
 def _power(x: Array, power: float) -> Array:
     return x if power == 1 else x * x if power == 2 else x**power
+
+
+def _unit(x: Tensor, y: Tensor, power: float) -> Tensor:
+    """What to divide points by, a power of two and mostly 1, so that powers of their distances stay in range."""
+    lowest, highest = torch.minimum(x.amin(0), y.amin(0)), torch.maximum(x.amax(0), y.amax(0))
+    size = (highest / 2 - lowest / 2).amax().log2()
+    unit = size.round().clamp(-1000, 1000).exp2()
+    return torch.where((size.abs() * power <= ROOM) | ~size.isfinite(), 1.0, unit)
+
+
+def _scaled(x: Tensor, value: Tensor, slope: Any) -> Tensor:
+    """x times ``value`` whose gradient is that of x times ``slope``: a product of both could leave the range."""
+    return x.detach() * value + (x - x.detach()) * slope
+
+
+def _root(cost: Tensor, order: float) -> Tensor:
+    if order == 1:
+        return cost
+    positive = cost > 0
+    return torch.where(positive, torch.where(positive, cost, 1.0) ** (1 / order), 0.0)
 
 
 def _order(x: Array) -> Any:
@@ -214,11 +235,22 @@ def wasserstein(
         u, v = to_points("X", X), to_points("Y", Y)
         check_pair(u, v)
         a, b = to_weights(a, b, len(u), len(v), normalize, "ab")
-        if u.shape[1] == 1 and isinstance(metric, str):
-            total = line_cost(u[:, 0], v[:, 0], a, b, order if METRICS[metric] else 2 * order)
+        if callable(metric):
+            total, unit = solve(costs_of(u, v, metric, order), a, b)[3], 1.0
         else:
-            total = solve(costs_of(u, v, metric, order), a, b)[3]
-        return max(total, 0.0) ** (1 / order) if order != 1 else total
+            power = order if METRICS[metric] else 2 * order
+            unit = float(_unit(torch.from_numpy(u), torch.from_numpy(v), power))
+            if unit != 1:
+                u, v = u / unit, v / unit
+            if u.shape[1] == 1:
+                total = line_cost(u[:, 0], v[:, 0], a, b, power)
+            else:
+                total = solve(costs_of(u, v, metric, order), a, b)[3]
+        value = max(total, 0.0) ** (1 / order) if order != 1 else total
+        value = value * unit * (unit if metric == "sqeuclidean" else 1.0)  # the square of the unit may leave the range
+        if not np.isfinite(value):
+            raise ValueError(f"the distance overflows float64; got {value}")
+        return value
     if not isinstance(X, Tensor) and not isinstance(Y, Tensor):
         device = next(w.device for w in (a, b) if isinstance(w, Tensor))
         X = torch.from_numpy(to_points("X", X)).to(device)
@@ -226,13 +258,19 @@ def wasserstein(
     a = weight_tensor("a", a, len(x), x.device, normalize)
     b = weight_tensor("b", b, len(y), x.device, normalize)
     if callable(metric):
-        cost = transport(tensor_costs(x, y, metric, order), a, b).cost
-    else:
-        arguments = x.detach(), y.detach(), a.detach(), b.detach(), metric, order
-        rows, columns, mass, f, g = (_wasserstein_op if is_traced() else _solve_tensors)(*arguments)
-        cost = (mass * paired_costs(x[rows], y[columns], metric, order)).sum()
-        cost = attach(cost, (a, f), (b, g))
-    if order != 1:
-        positive = cost > 0
-        cost = torch.where(positive, torch.where(positive, cost, 1.0) ** (1 / order), 0.0)
-    return cost.to(dtype)
+        return _root(transport(tensor_costs(x, y, metric, order), a, b).cost, order).to(dtype)
+    # with D(x) = unit^k D(x / unit) the gradient for x is that for x / unit, times the unit if k = 2
+    unit = _unit(x.detach(), y.detach(), order if METRICS[metric] else 2 * order)
+    whole = unit if METRICS[metric] else (unit * unit).clamp(max=1e300)
+    arguments = x.detach() / unit, y.detach() / unit, a.detach(), b.detach(), metric, order
+    rows, columns, mass, f, g = (_wasserstein_op if is_traced() else _solve_tensors)(*arguments)
+    x, y = (_scaled(z, 1 / unit, 1.0 if METRICS[metric] else unit) for z in (x, y))
+    cost = (mass * paired_costs(x[rows], y[columns], metric, order)).sum()
+    cost = attach(cost, (a, f * whole), (b, g * whole))
+    value = _root(cost, order)
+    value = _scaled(value, unit, 1.0)
+    if not METRICS[metric]:
+        value = _scaled(value, unit, 1.0)
+    if not is_traced() and not torch.isfinite(value.detach()):
+        raise ValueError(f"the distance overflows float64; got {float(value.detach())}")
+    return value.to(dtype)
