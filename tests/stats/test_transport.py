@@ -325,6 +325,11 @@ def test_farkas_separates_and_rejects_bad_input():
     assert (np.array([[1.0, 2.0], [0.0, 1.0]]).T @ found.y).max() <= 1e-12
     assert found.y @ [1.0, -1.0] > 0
     np.testing.assert_allclose(farkas([[1e9, 0.0], [0.0, 1e-9]], [1e9, 1e-9]).x, [1.0, 1.0])
+    np.testing.assert_allclose(farkas([[1e-30]], [1e30]).x, [1e60])
+    np.testing.assert_allclose(farkas([[1e30]], [1e-30]).x, [1e-60])
+    assert farkas([[1e-30, 2.0]], [-1e-30]).x is None
+    assert farkas(np.zeros((2, 3)), [0.0, 1.0]).x is None
+    np.testing.assert_array_equal(farkas(np.zeros((2, 3)), [0.0, 0.0]).x, np.zeros(3))
     with pytest.raises(ValueError, match=r"\(2,\); got \(3,\)"):
         farkas(np.eye(2), np.ones(3))
     with pytest.raises(ValueError, match="finite"):

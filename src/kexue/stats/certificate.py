@@ -74,7 +74,7 @@ def project(costs: Array, f: Array, keep: Any = None) -> tuple[Array, Array]:
 
 
 def _cut(costs: Array, f: Array, keep: Any) -> tuple[Array, float]:
-    """f with the same c-transform but for a shift, and that shift: f far above the costs would drown their digits."""
+    """Return f with the same c-transform but for a shift, and the shift: f far above the costs drowns their digits."""
     top = int(np.where(keep, f, -np.inf).argmax())
     shift = float(f[top])
     if float(abs(f[keep]).max()) <= 4 * float(abs(costs[top]).max()):

@@ -56,7 +56,7 @@ def _unit(x: Tensor, y: Tensor, power: float) -> Tensor:
 
 
 def _scaled(x: Tensor, value: Tensor, slope: Any) -> Tensor:
-    """x times ``value`` whose gradient is that of x times ``slope``: a product of both could leave the range."""
+    """Return x times ``value`` whose gradient is that of x times ``slope``: a product of both could leave the range."""
     return x.detach() * value + (x - x.detach()) * slope
 
 
@@ -125,7 +125,7 @@ def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tupl
 
 def _solution(X: Array, Y: Array, a: Array, b: Array, metric: str, power: float) -> tuple[Array, ...]:
     if X.shape[1] == 1:
-        return _line_solution(X[:, 0], Y[:, 0], a, b, power * (1 if METRICS[metric] else 2))
+        return _line_solution(X.ravel(), Y.ravel(), a, b, power * (1 if METRICS[metric] else 2))
     plan, f, g, _, _, _ = solve(costs_of(X, Y, metric, power), a, b)
     rows, columns = np.nonzero(plan)
     room = len(a) + len(b) - 1
@@ -243,7 +243,7 @@ def wasserstein(
             if unit != 1:
                 u, v = u / unit, v / unit
             if u.shape[1] == 1:
-                total = line_cost(u[:, 0], v[:, 0], a, b, power)
+                total = line_cost(u.ravel(), v.ravel(), a, b, power)
             else:
                 total = solve(costs_of(u, v, metric, order), a, b)[3]
         value = max(total, 0.0) ** (1 / order) if order != 1 else total
