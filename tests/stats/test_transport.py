@@ -189,16 +189,6 @@ def test_a_solver_that_stops_early_says_so_with_the_gap():
     assert 0 < found.cost - best.cost <= found.gap
 
 
-@pytest.mark.slow
-def test_compiles_as_one_graph():
-    torch.compiler.reset()
-    costs, p, q = (torch.from_numpy(x).requires_grad_() for x in problem(6, 4, seed=2))
-    compiled = torch.compile(lambda *x: transport(*x).cost, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(costs, p, q), transport(costs, p, q).cost
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out, (costs, p, q)), torch.autograd.grad(expected, (costs, p, q)))
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

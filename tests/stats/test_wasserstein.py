@@ -170,7 +170,11 @@ def test_powers_of_tiny_and_huge_distances_stay_in_range(metric, width):
             unit = size**2 if twice else size
             assert wasserstein(size * x, size * y, p, metric, (a, b)) / unit == pytest.approx(plain, rel=1e-9)
             points = torch.from_numpy(size * x).requires_grad_()
-            found = wasserstein(points, size * y, p, metric, (a, b))
+            masses = torch.from_numpy(a).requires_grad_()
+            found = wasserstein(points, size * y, p, metric, (masses, b))
+            (slope,) = torch.autograd.grad(found, masses, retain_graph=True)
+            (same,) = torch.autograd.grad(wasserstein(x, y, p, metric, (masses, b)), masses)
+            torch.testing.assert_close(slope / unit, same, rtol=1e-8, atol=1e-12)
             assert float(found.detach()) / unit == pytest.approx(plain, rel=1e-9)
             (grad,) = torch.autograd.grad(found, points)
             (expected,) = torch.autograd.grad(wasserstein(points / size, y, p, metric, (a, b)), points)

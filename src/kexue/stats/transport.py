@@ -139,13 +139,13 @@ def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[A
         inner *= total
         u, v = u * scale + low, None
         cost = float(np.vdot(inner, part))
+    f: Array = np.zeros(len(p))
+    plan: Array = inner
     if whole and v is not None:  # each row is at its best column: one transform makes up for rounding
-        plan, g = inner, v
+        g = v
         f = row_transform(costs, g)
     else:
-        f = np.zeros(len(p))
         f[keep] = u
-        plan = inner
         if not whole:
             plan = np.zeros(costs.shape)
             plan[np.ix_(keep, kept)] = inner

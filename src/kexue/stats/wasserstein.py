@@ -40,6 +40,7 @@ __all__ = ["wasserstein"]
 
 
 LARGE = 4096  # points on the line from which a compiled kernel pays
+LIMIT = torch.finfo(torch.float64).max
 ROOM = 400  # powers of two that the largest cost may be away from 1
 
 
@@ -99,14 +100,15 @@ def _ordered(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
 
 def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     """Cost of the monotone plan, with equal weights without building it."""
-    large = len(x) + len(y) >= LARGE
-    if large:
-        from kexue.stats._line_kernel import merge_cost, sort, sort_with
-    if len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all():
-        left, right = (sort(x), sort(y)) if large else (np.sort(x), np.sort(y))
-        return float(_power(abs(left - right), power).mean() * a.sum())
-    if large:
+    matched = len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all()
+    if len(x) + len(y) >= LARGE:
+        from kexue.stats._line_kernel import matched_cost, merge_cost, sort, sort_with
+
+        if matched:
+            return float(matched_cost(sort(x), sort(y), power) * a.sum())
         return float(merge_cost(*_ordered(sort_with(x, a), sort_with(y, b)), power))
+    if matched:
+        return float(_power(abs(np.sort(x) - np.sort(y)), power).mean() * a.sum())
     first, second, i, j, mass = line(x, y, a, b)
     return float(mass @ _power(abs(x[first][i] - y[second][j]), power))
 
@@ -259,18 +261,18 @@ def wasserstein(
     b = weight_tensor("b", b, len(y), x.device, normalize)
     if callable(metric):
         return _root(transport(tensor_costs(x, y, metric, order), a, b).cost, order).to(dtype)
-    # with D(x) = unit^k D(x / unit) the gradient for x is that for x / unit, times the unit if k = 2
-    unit = _unit(x.detach(), y.detach(), order if METRICS[metric] else 2 * order)
-    whole = unit if METRICS[metric] else (unit * unit).clamp(max=1e300)
-    arguments = x.detach() / unit, y.detach() / unit, a.detach(), b.detach(), metric, order
+    # D(x) = step^k D(x / step), so that the gradient for x is that for x / step, times the step if k = 2
+    step = _unit(x.detach(), y.detach(), order if METRICS[metric] else 2 * order)
+    whole = step if METRICS[metric] else (step * step).clamp(max=LIMIT)
+    arguments = x.detach() / step, y.detach() / step, a.detach(), b.detach(), metric, order
     rows, columns, mass, f, g = (_wasserstein_op if is_traced() else _solve_tensors)(*arguments)
-    x, y = (_scaled(z, 1 / unit, 1.0 if METRICS[metric] else unit) for z in (x, y))
+    x, y = (_scaled(z, 1 / step, 1.0 if METRICS[metric] else step) for z in (x, y))
     cost = (mass * paired_costs(x[rows], y[columns], metric, order)).sum()
-    cost = attach(cost, (a, f * whole), (b, g * whole))
+    cost = attach(cost, *((w, (h * whole).clamp(-LIMIT, LIMIT)) for w, h in ((a, f), (b, g))))
     value = _root(cost, order)
-    value = _scaled(value, unit, 1.0)
+    value = _scaled(value, step, 1.0)
     if not METRICS[metric]:
-        value = _scaled(value, unit, 1.0)
+        value = _scaled(value, step, 1.0)
     if not is_traced() and not torch.isfinite(value.detach()):
         raise ValueError(f"the distance overflows float64; got {float(value.detach())}")
     return value.to(dtype)
