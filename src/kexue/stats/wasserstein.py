@@ -50,7 +50,8 @@ def _power(x: Array, power: float) -> Array:
 
 def _unit(x: Tensor, y: Tensor, power: float) -> Tensor:
     """What to divide points by, a power of two and mostly 1, so that powers of their distances stay in range."""
-    lowest, highest = torch.minimum(x.amin(0), y.amin(0)), torch.maximum(x.amax(0), y.amax(0))
+    (a, b), (c, d) = (z.aminmax() if z.shape[1] == 1 else z.aminmax(dim=0) for z in (x, y))
+    lowest, highest = torch.minimum(a, c), torch.maximum(b, d)
     size = (highest / 2 - lowest / 2).amax().log2()
     unit = size.round().clamp(-1000, 1000).exp2()
     return torch.where((size.abs() * power <= ROOM) | ~size.isfinite(), 1.0, unit)
