@@ -20,7 +20,7 @@ def expected(x, y, a, b, eps, p):
 
 
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("eps", [0.2, 1.0, 10.0])
+@pytest.mark.parametrize("eps", [0.4, 1.0, 10.0])
 def test_cost_plan_and_divergence_are_those_of_the_formula(eps, p):
     x, y, a, b = clouds(7, 5)
     found = sinkhorn(x, y, eps, p, weights=(a, b), tol=1e-13, max_iter=100_000)

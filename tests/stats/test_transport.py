@@ -31,7 +31,7 @@ def check(found, costs, p, q, tolerance=1e-10):
     assert abs(found.f.mean()) <= 1e-12 * scale
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from(["plain", "ties", "signs", "zeros"])
 )
@@ -294,7 +294,7 @@ def test_certificate_is_a_bound_for_potentials_of_any_size(size, far):
     assert certificate(size * costs, best.plan, best.f, best.g, p, q).gap >= 0  # not below by rounding
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 10**6))
 def test_farkas_finds_exactly_one_of_the_two(m, n, seed):
     g = np.random.default_rng(seed)

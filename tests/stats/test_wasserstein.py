@@ -26,7 +26,7 @@ def test_value_is_that_of_the_linear_programme(metric, p, width):
     assert float(tensor) == pytest.approx(cost ** (1 / p), rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(-3, 3), min_size=1, max_size=8),
     st.lists(st.integers(-3, 3), min_size=1, max_size=8),

@@ -207,8 +207,8 @@ def weight_tensor(name: str, w: Any, count: int, device: torch.device, normalize
 def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, max_iter: int = MAX_ITER) -> Transport:
     """Cheapest way to move the masses p to the masses q, with the proof that none is cheaper.
 
-    Computed in float64 on the CPU (tensors of other devices are copied there and the results back). Memory: C in float64
-    and up to two more matrices of its size, beside what POT allocates.
+    Computed in float64 on the CPU (tensors of other devices are copied there and the results back). Memory: C in
+    float64 and up to two more matrices of its size, beside what POT allocates.
 
     Args:
         C: (n, m) finite costs, of any sign and unit; array or tensor.
