@@ -20,7 +20,7 @@ def expected(x, y, a, b, eps, p):
 
 
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("eps", [0.2, 1.0, 10.0])
+@pytest.mark.parametrize("eps", [0.4, 1.0, 10.0])
 def test_cost_plan_and_divergence_are_those_of_the_formula(eps, p):
     x, y, a, b = clouds(7, 5)
     found = sinkhorn(x, y, eps, p, weights=(a, b), tol=1e-13, max_iter=100_000)
@@ -89,6 +89,49 @@ def test_divergence_of_equal_clouds_is_0_and_positive_otherwise():
     moved = torch.from_numpy(x).requires_grad_()
     sinkhorn(moved, x, 0.2, tol=1e-12, max_iter=50_000).divergence.backward()
     assert float(moved.grad.abs().max()) < 1e-8  # the entropic cost alone would pull the points together
+
+
+@pytest.mark.parametrize("eps", [1e-9, 1e-3, 0.05, 10.0])
+@pytest.mark.parametrize("metric", ["euclidean", "chebyshev"])
+def test_divergence_of_a_cloud_in_another_order_is_0(metric, eps):
+    x, _, a, _ = clouds(25, 25)
+    order = np.random.default_rng(3).permutation(25)
+    found = sinkhorn(x, x[order], eps, metric=metric, weights=(a, a[order]), tol=1e-9, max_iter=300)
+    assert abs(found.divergence) <= 1e-8
+    assert found.converged  # a cold start would take thousands of updates
+
+
+def test_problem_of_a_cloud_and_itself_has_two_potentials_if_the_cost_is_not_symmetric():
+    x, y, a, b = (torch.from_numpy(v) for v in clouds(5, 4))
+    metric = lambda u, v: torch.relu((u - v).sum()) + 0.1  # noqa: E731
+
+    def run(points, masses):
+        weights = masses.softmax(0), b
+        return sinkhorn(points, y, 0.5, metric=metric, weights=weights, tol=1e-12, max_iter=10_000).divergence
+
+    logits = a.log().requires_grad_()
+    sets = (x, a, y, b), (x, a, x, a), (y, b, y, b)
+    between, *own = (
+        float(reference.entropic(torch.tensor([[float(metric(s, t)) for t in v] for s in u]).double(), p, q, 0.5)[0])
+        for u, p, v, q in sets
+    )
+    assert float(run(x, logits).detach()) == pytest.approx(between - sum(own) / 2, abs=1e-7)
+    assert torch.autograd.gradcheck(run, (x.clone().requires_grad_(), logits), fast_mode=True)
+    assert float(sinkhorn(x, x, 0.5, metric=metric, weights=(a, a)).divergence) == pytest.approx(0, abs=1e-6)
+
+
+def test_over_relaxation_is_the_best_one_for_the_rate():
+    from kexue.stats.sinkhorn import MOST, _relaxation
+
+    for rho in (0.3, 0.9, 0.99):
+        best = 2 / (1 + (1 - rho) ** 0.5)
+        assert _relaxation(1.0, rho) == pytest.approx(best)
+        omega = (1 + best) / 2  # its rate is the root of (rate + omega - 1)^2 = rate omega^2 rho
+        half = rho * omega**2 / 2 + 1 - omega
+        assert _relaxation(omega, half + (half**2 - (omega - 1) ** 2) ** 0.5) == pytest.approx(best)
+    assert _relaxation(1.8, 0.5) == 1.8  # faster than its own limit: the estimate says nothing
+    assert _relaxation(1.8, 1.2) == 1.0  # the error grows
+    assert _relaxation(1.0, 1 - 1e-12) == MOST
 
 
 def test_points_without_mass_change_nothing():

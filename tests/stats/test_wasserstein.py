@@ -26,7 +26,7 @@ def test_value_is_that_of_the_linear_programme(metric, p, width):
     assert float(tensor) == pytest.approx(cost ** (1 / p), rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(-3, 3), min_size=1, max_size=8),
     st.lists(st.integers(-3, 3), min_size=1, max_size=8),
@@ -60,15 +60,33 @@ def test_many_points_on_the_line_take_a_kernel_with_the_same_result(p):
     assert float(tensor) ** p == pytest.approx(expected, rel=1e-11)
 
 
-def test_radix_sort_sorts_stably():
-    from kexue.stats._line_kernel import sort_with
+def test_sorts_are_stable_for_even_and_crowded_numbers():
+    from kexue.stats._line_kernel import sort, sort_with
 
     g = np.random.default_rng(0)
-    for x in (np.array([0.0, -0.0, 1e-310, -1e308, 1e308, -1.5]), np.ones(5), np.floor(9 * g.normal(size=999))):
+    crowded = np.array([0.0, -0.0, 1e-310, -1e308, 1e308, -1.5]), np.ones(5), np.floor(9 * g.normal(size=999))
+    even = g.normal(size=999), g.permutation(50) / 1e310, np.round(g.random(999), 2), np.array([2.0, 1.0]), np.ones(1)
+    for x in (*crowded, *even):
         order = np.argsort(x, kind="stable")
         values, places = sort_with(x, np.arange(len(x)))
         np.testing.assert_array_equal(values, x[order])
         np.testing.assert_array_equal(places, order)
+        np.testing.assert_array_equal(sort(x), x[order])
+        np.testing.assert_array_equal(sort_with(x, x)[1], x[order])
+
+
+def test_many_points_of_equal_mass_on_the_line():
+    g = np.random.default_rng(1)
+    x, y = g.normal(size=3000), g.standard_cauchy(3000)
+    expected = abs(np.sort(x) - np.sort(y)).mean()
+    assert wasserstein(x, y) == pytest.approx(expected, rel=1e-12)
+    points = torch.from_numpy(x).requires_grad_()
+    out = wasserstein(points, torch.from_numpy(y))
+    out.backward()
+    assert float(out.detach()) == pytest.approx(expected, rel=1e-12)
+    signs = np.empty(3000)
+    signs[np.argsort(x)] = np.sign(np.sort(x) - np.sort(y))
+    np.testing.assert_allclose(points.grad, signs / 3000, atol=1e-15)
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,8 +157,38 @@ def test_points_far_away_and_tiny_ones():
     assert float(out.detach()) == pytest.approx(2.5e30, rel=1e-6)
     assert torch.isfinite(x.grad).all()
     assert wasserstein([1e12, 1e12 + 1], [1e12 + 2, 1e12 + 3]) == 2
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock", "chebyshev", "sqeuclidean"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_powers_of_tiny_and_huge_distances_stay_in_range(metric, width):
+    x, y, a, b = clouds(7, 5, width)
+    twice = metric == "sqeuclidean"
+    for p in (1, 2, 8):
+        plain = wasserstein(x, y, p, metric, (a, b))
+        for size in (1e-150, 1e150) if twice else (1e-300, 1e-200, 1e200, 1e300):
+            unit = size**2 if twice else size
+            assert wasserstein(size * x, size * y, p, metric, (a, b)) / unit == pytest.approx(plain, rel=1e-9)
+            points = torch.from_numpy(size * x).requires_grad_()
+            masses = torch.from_numpy(a).requires_grad_()
+            found = wasserstein(points, size * y, p, metric, (masses, b))
+            (slope,) = torch.autograd.grad(found, masses, retain_graph=True)
+            (same,) = torch.autograd.grad(wasserstein(x, y, p, metric, (masses, b)), masses)
+            torch.testing.assert_close(slope / unit, same, rtol=1e-8, atol=1e-12)
+            assert float(found.detach()) / unit == pytest.approx(plain, rel=1e-9)
+            (grad,) = torch.autograd.grad(found, points)
+            (expected,) = torch.autograd.grad(wasserstein(points / size, y, p, metric, (a, b)), points)
+            torch.testing.assert_close(grad / unit, expected, rtol=1e-8, atol=0)
+
+
+def test_distances_beyond_float64_are_refused():
+    for pair in (([1.7e308], [-1.7e308]), ([[1.7e308, 0.0]], [[-1.7e308, 1.0]])):
+        with pytest.raises(ValueError, match="overflow"):
+            wasserstein(*pair)
+        with pytest.raises(ValueError, match="overflow"):
+            wasserstein(*(torch.tensor(v, dtype=torch.float64) for v in pair))
     with pytest.raises(ValueError, match="overflow"):
-        wasserstein([[1e300, 0.0]], [[-1e300, 1.0]], 2)
+        wasserstein([1e200], [-1e200], metric="sqeuclidean")
 
 
 def test_totals_other_than_1_scale_the_cost_not_the_distance():
@@ -259,3 +307,15 @@ def test_critic_of_tensors_is_differentiable_in_its_points():
     assert kr_potential([0.0, 1.0], [2.0])(np.zeros((2, 3))).shape == (2, 3)
     with pytest.raises(ValueError, match=r"width 2 on its last axis; got shape \(4, 3\)"):
         critic(np.zeros((4, 3)))
+
+
+def test_critic_of_tensors_gives_its_metric_tensors():
+    x, y, _, _ = (torch.from_numpy(v) for v in clouds(40, 30, 2))
+    expected = kr_potential(x, y)
+    for metric in (lambda u, v: (u - v).norm(), torch.cdist):
+        critic = kr_potential(x, y, metric)
+        assert critic.value == pytest.approx(expected.value, rel=1e-6)
+        torch.testing.assert_close(critic(x), expected(x), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(critic(x.numpy()), expected(x), atol=1e-6)
+    with pytest.raises(ValueError, match="triangle"):
+        kr_potential(x, y, lambda u, v: (u - v).square().sum())

@@ -124,10 +124,10 @@ def _augment(costs, v, column_of, row_of):  # type: ignore[no-untyped-def]
 
 
 @_exact
-def assign(costs, factor, smallest):  # type: ignore[no-untyped-def]
-    """Columns of an optimal assignment and its column potentials, for costs (n, n) of order 1.
+def assign(costs, unit, factor, smallest):  # type: ignore[no-untyped-def]
+    """Columns of an optimal assignment and its column potentials, for costs (n, n) of the order of ``unit``.
 
-    ``factor`` divides the tolerance of the auction until it is below ``smallest``.
+    ``factor`` divides the tolerance of the auction until it is below ``smallest`` units.
     """
     n = costs.shape[0]
     v = np.empty(n)
@@ -137,8 +137,8 @@ def assign(costs, factor, smallest):  # type: ignore[no-untyped-def]
             v[j] = min(v[j], costs[i, j])
     column_of, row_of = np.full(n, -1), np.full(n, -1)
     stack = np.empty(n, np.int64)
-    eps = 0.25
-    while eps > smallest:
+    eps = 0.25 * unit
+    while eps > smallest * unit:
         column_of[:] = -1
         row_of[:] = -1
         for i in range(n):

@@ -23,8 +23,18 @@ METRICS = {"euclidean": True, "cityblock": True, "chebyshev": True, "sqeuclidean
 _NORMS = {"euclidean": 2.0, "cityblock": 1.0, "chebyshev": float("inf"), "sqeuclidean": 2.0}
 
 
-def to_array(name: str, x: Any, dims: tuple[int, ...]) -> Array:
-    """Finite float64 array with one of the numbers of dimensions, not empty; TypeError or ValueError otherwise."""
+def check_finite(name: str, array: Array) -> None:
+    """Raise ValueError unless all numbers are finite."""
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0]
+        raise ValueError(f"{name} must be finite; got {array[tuple(bad)]} at {tuple(int(i) for i in bad)}")
+
+
+def to_array(name: str, x: Any, dims: tuple[int, ...], finite: bool = True) -> Array:
+    """Finite float64 array with one of the numbers of dimensions, not empty; TypeError or ValueError otherwise.
+
+    ``finite=False`` leaves that check to the caller.
+    """
     if isinstance(x, Tensor):
         if x.is_complex():
             raise TypeError(f"{name} must hold real numbers; got dtype {x.dtype}")
@@ -38,9 +48,8 @@ def to_array(name: str, x: Any, dims: tuple[int, ...]) -> Array:
         raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions; got shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name} must not be empty; got shape {array.shape}")
-    if not np.isfinite(array).all():
-        bad = np.argwhere(~np.isfinite(array))[0]
-        raise ValueError(f"{name} must be finite; got {array[tuple(bad)]} at {tuple(int(i) for i in bad)}")
+    if finite:
+        check_finite(name, array)
     return array
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from kexue.stats._ground import Array, to_array, to_weights
+from kexue.stats._ground import Array, check_finite, to_array, to_weights
 
 __all__ = ["Certificate", "certificate"]
 
-BLOCK = 2**17  # costs looked at together, 1 MiB
+LARGE = 2**15  # costs from which compiled passes pay
+TIGHT = 1e-14  # relative slack that a second transform is not worth
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Certificate:
     Attributes:
         primal: <C, plan>.
         dual: <p, f> + <q, g> of the projected potentials: a lower bound of the cost of every plan.
-        gap: primal - dual. If ``marginal_error`` is 0 the plan is at most so much dearer than the best one.
+        gap: primal - dual, of a plan with the right marginals at least 0: the plan is at most so much dearer than the
+            best one. Other plans may cost less than they should, which shows as a gap below 0.
         marginal_error: L1 distance of the plan's row sums from p plus that of its column sums from q.
         feasible: Whether the plan is one (non-negative, with these marginals) and f, g as given are feasible,
             all to a relative 1e-9.
@@ -48,32 +50,66 @@ class Certificate:
     g: Array
 
 
+def row_transform(costs: Array, g: Array) -> Array:
+    """The c-transform of g: f_i = min_j (c_ij - g_j)."""
+    if costs.size < LARGE:
+        return (costs - g).min(1)
+    from kexue.stats._certificate_kernel import rows_min
+
+    return rows_min(costs, g, np.arange(len(costs)))
+
+
 def project(costs: Array, f: Array, keep: Any = None) -> tuple[Array, Array]:
     """Feasible (f, g) from any f: g is its c-transform, f then that of g.
 
     ``keep`` (n,) bool: only these rows take part in the first transform, all get a potential in the second.
     """
+    if costs.size >= LARGE:
+        from kexue.stats._certificate_kernel import columns_min
+
+        g = columns_min(costs, f, np.ones(len(f), bool) if keep is None else keep)
+    else:
+        g = (costs - f[:, None] if keep is None else costs[keep] - f[keep, None]).min(0)
+    return row_transform(costs, g), g
+
+
+def _cut(costs: Array, f: Array, keep: Any) -> tuple[Array, float]:
+    """Return f with the same c-transform but for a shift, and the shift: f far above the costs drowns their digits."""
+    top = int(np.where(keep, f, -np.inf).argmax())
+    shift = float(f[top])
+    if float(abs(f[keep]).max()) <= 4 * float(abs(costs[top]).max()):
+        return f, 0.0
+    # a row that lies further below the top one than the costs span is the smallest in no column
+    return np.maximum(f - shift, float(costs.min()) - float(costs.max())), shift
+
+
+def _survey(costs: Array, f: Array, keep: Any, plan: Array) -> tuple[Array, Array, float, float, Array, Array]:
+    """Projected f and g; <C, plan>, the least entry of the plan, its row and its column sums."""
     n, m = costs.shape
-    step = max(1, BLOCK // m)
-    room = np.empty((min(step, n), m))
-    g = np.full(m, np.inf)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        part = np.subtract(costs[rows], f[rows, None], out=room[: len(f[rows])])
-        if keep is not None:
-            part[~keep[rows]] = np.inf
-        np.minimum(g, part.min(0), out=g)
-    out = np.empty(n)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        np.subtract(costs[rows], g, out=room[: len(f[rows])]).min(1, out=out[rows])
-    return out, g
+    if costs.size < LARGE:
+        f1, g1 = project(costs, f, keep)
+        return f1, g1, float(np.vdot(plan, costs)), float(plan.min()), plan.sum(1), plan.sum(0)
+    from kexue.stats._certificate_kernel import rows_min, survey
+
+    g1, rows, columns, first = np.empty(m), np.zeros(n), np.zeros(m), np.empty(n, np.int64)
+    primal, least, check = survey(costs, f, keep, plan, plan.view(np.uint64), g1, rows, columns, first)
+    if check != 0:  # or sums that overflow
+        check_finite("C", costs)
+        check_finite("plan", plan)
+    # A second transform cannot raise f_i if c_ij = f_i + g_j for some j. A row of an optimal plan has such a j where it
+    # sends something, so that only the other rows have to be read again.
+    slack = costs[np.arange(n), first] - g1[first] - f
+    again = np.flatnonzero(~keep | (first < 0) | (slack > TIGHT * max(abs(g1).max(), abs(f[keep]).max())))
+    f1 = f.copy()
+    f1[again] = rows_min(costs, g1, again)
+    return f1, g1, float(primal), float(least), rows, columns
 
 
 def certificate(C: Any, plan: Any, f: Any, g: Any, p: Any = None, q: Any = None) -> Certificate:
     """Check a plan and potentials from any solver; the gap is a proof.
 
-    Two passes over the costs, with 1 MiB of scratch memory.
+    One pass over the costs and the plan, and a second one over the rows whose potential it can raise (none at the
+    optimum), without temporary matrices.
 
     Args:
         C: (n, m) finite costs, array or tensor.
@@ -98,23 +134,27 @@ def certificate(C: Any, plan: Any, f: Any, g: Any, p: Any = None, q: Any = None)
         >>> found.gap, found.feasible
         (0.0, True)
     """
-    costs, flow = to_array("C", C, (2,)), to_array("plan", plan, (2,))
+    costs, flow = to_array("C", C, (2,), finite=False), to_array("plan", plan, (2,), finite=False)
     n, m = costs.shape
     if flow.shape != costs.shape:
         raise ValueError(f"plan must have the shape of C, {costs.shape}; got {flow.shape}")
+    if costs.size < LARGE:  # with more the pass finds out
+        check_finite("C", costs)
+        check_finite("plan", flow)
     rows, columns = to_array("f", f, (1,)), to_array("g", g, (1,))
     if rows.shape != (n,) or columns.shape != (m,):
         raise ValueError(f"f and g must have shapes ({n},) and ({m},); got {rows.shape} and {columns.shape}")
     a, b = to_weights(p, q, n, m)
-    # potentials of points without mass bound nothing: solvers leave them at 0, and they would only lower the others
-    f1, g1 = project(costs, rows, None if a.all() else a > 0)
-    violation = float((columns - g1).max())  # g_j - min_i (c_ij - f_i), the largest f_i + g_j - c_ij
-    if not a.all():
-        violation = max(violation, float((rows[a == 0, None] + columns - costs[a == 0]).max()))
-    scale = max(float(costs.max()), -float(costs.min()), float(abs(rows).max()), float(abs(columns).max()))
-    primal = float(np.vdot(flow, costs))
+    keep = a > 0  # potentials of points without mass bound nothing: solvers leave them at 0, which may be too high
+    cut, shift = _cut(costs, rows, keep)
+    f1, g1, primal, least, row_sums, column_sums = _survey(costs, cut, keep, flow)
+    violation = float((columns + shift - g1).max())  # g_j - min_i (c_ij - f_i), the largest f_i + g_j - c_ij
+    if not keep.all():
+        violation = max(violation, float((rows[~keep, None] + columns - costs[~keep]).max()))
+    scale = max(float(abs(x).max()) for x in (rows, columns, f1, g1))
     dual = float(a @ f1 + b @ g1)
-    error = float(abs(flow.sum(1) - a).sum() + abs(flow.sum(0) - b).sum())
+    error = float(abs(row_sums - a).sum() + abs(column_sums - b).sum())
     total = float(a.sum())
-    feasible = violation <= 1e-9 * scale and error <= 1e-9 * total and float(flow.min()) >= -1e-9 * total
-    return Certificate(primal, dual, primal - dual, error, feasible, f1, g1)
+    fits = error <= 1e-9 * total and least >= -1e-9 * total
+    gap = max(primal - dual, 0.0) if fits else primal - dual  # below 0 by rounding only
+    return Certificate(primal, dual, gap, error, fits and violation <= 1e-9 * scale, f1, g1)

@@ -16,6 +16,8 @@ from kexue.stats._ground import Array, to_array
 
 __all__ = ["Alternative", "farkas"]
 
+ROUNDS = 20  # each halves the logarithm of what is left
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -60,14 +62,20 @@ def farkas(A: Any, b: Any) -> Alternative:
         raise ValueError(f"b must have shape ({m},); got {right.shape}")
     from scipy.optimize import linprog
 
-    size = np.maximum(abs(matrix).max(1), abs(right))
-    size[size == 0] = 1.0  # equations of unit size: the solver's tolerances are absolute
-    scaled, target = matrix / size[:, None], right / size
+    # the solver's tolerances are absolute: rows and columns of (A, b) are brought to largest entries of 1
+    scaled, size, column = np.column_stack([matrix, right]), np.ones(m), np.ones(n + 1)
+    for _ in range(ROUNDS):
+        for axis, total in ((1, size), (0, column)):
+            top = np.sqrt(abs(scaled).max(axis))
+            top[top == 0] = 1.0
+            total *= top
+            scaled /= np.expand_dims(top, axis)
+    scaled, target = scaled[:, :-1], scaled[:, -1]
     found = linprog(np.zeros(n), A_eq=scaled, b_eq=target, bounds=(0, None), method="highs")
     if found.status == 0:
         x = np.maximum(found.x, 0.0)
         if abs(scaled @ x - target).max() <= 1e-6 * max(1.0, float(abs(x).max())):
-            return Alternative(x, None)
+            return Alternative(x / column[:-1] * column[-1], None)
     found = linprog(-target, A_ub=scaled.T, b_ub=np.zeros(n), bounds=(-1, 1), method="highs")
     if found.status == 0 and -found.fun > 1e-9:
         y = found.x / size  # of the equations as given

@@ -26,6 +26,7 @@ from kexue.stats._ground import (
     check_pair,
     costs_of,
     tensor_costs,
+    to_array,
     to_points,
     to_weights,
 )
@@ -35,6 +36,7 @@ from kexue.stats.wasserstein import check_weights_pair
 __all__ = ["KRPotential", "kr_potential"]
 
 SAMPLE = 96  # points whose triples are checked
+SLACK = 1e-6  # relative: torch.cdist leaves about 1e-7 on the diagonal
 BLOCK = 2**20  # distances computed together, 8 MiB
 
 
@@ -54,6 +56,7 @@ class KRPotential:
     _points: Array = field(repr=False)
     _metric: Metric = field(repr=False)
     _flat: bool = field(repr=False)
+    _tensors: bool = field(repr=False)
 
     def __call__(self, x: Any) -> Any:
         """Values of the critic.
@@ -81,12 +84,21 @@ class KRPotential:
         values = np.empty(len(points))
         step = max(1, BLOCK // len(self._points))
         for start in range(0, len(points), step):
-            costs = costs_of(points[start : start + step], self._points, self._metric)
+            costs = _distances(points[start : start + step], self._points, self._metric, self._tensors)
             values[start : start + step] = (costs - self.g).min(1)
         return values.reshape(out)
 
 
-def _check_triangle(points: Array, metric: Metric) -> None:
+def _distances(x: Array, y: Array, metric: Metric, tensors: bool) -> Array:
+    """Distances (n, m); a callable gets what the samples were, arrays or tensors."""
+    if not callable(metric) or not tensors:
+        return costs_of(x, y, metric)
+    with torch.no_grad():
+        costs = tensor_costs(torch.from_numpy(x), torch.from_numpy(y), metric, 1.0)
+    return to_array("the costs of metric", costs, (2,))
+
+
+def _check_triangle(points: Array, metric: Metric, tensors: bool) -> None:
     """Raise ValueError unless the costs between some points are those of a metric.
 
     Also midpoints are looked at, because the critic is extended beyond the samples.
@@ -96,8 +108,8 @@ def _check_triangle(points: Array, metric: Metric) -> None:
         points = points[np.random.default_rng(0).permutation(len(points))[:SAMPLE]]
     half = len(points) // 2
     points = np.concatenate([points, (points[:half] + points[half : 2 * half]) / 2])
-    d = costs_of(points, points, metric)
-    slack = 1e-9 * float(abs(d).max())
+    d = _distances(points, points, metric, tensors)
+    slack = SLACK * float(abs(d).max())
     if d.min() < -slack or abs(np.diagonal(d)).max() > slack or abs(d - d.T).max() > slack:
         raise ValueError("metric must be a metric; got costs that are negative, asymmetric or not 0 from x to x")
     worst, where = 0.0, (0, 0, 0)
@@ -151,12 +163,13 @@ def kr_potential(
     x, y = to_points("X", X), to_points("Y", Y)
     check_pair(x, y)
     a, b = to_weights(*check_weights_pair(weights), len(x), len(y), normalize, "ab")
+    tensors = isinstance(X, Tensor) or isinstance(Y, Tensor)
     if callable(metric):
-        _check_triangle(np.concatenate([x, y]), metric)
-    _, _, g, cost, gap, _ = solve(costs_of(x, y, metric), a, b)
+        _check_triangle(np.concatenate([x, y]), metric, tensors)
+    _, _, g, cost, gap, _ = solve(_distances(x, y, metric, tensors), a, b)
     flat = (X.dim() if isinstance(X, Tensor) else np.ndim(X)) == 1
-    critic = KRPotential(cost, gap, g, y, metric, flat)
+    critic = KRPotential(cost, gap, g, y, metric, flat, tensors)
     attained = float(a @ critic(x[:, 0] if flat else x) - b @ critic(y[:, 0] if flat else y))
-    if attained > cost + 1e-9 * max(abs(cost), float(abs(g).max())):  # no critic can: the Lipschitz bound is broken
+    if attained > cost + SLACK * max(abs(cost), float(abs(g).max())):  # no critic can: the Lipschitz bound is broken
         raise ValueError(f"metric must satisfy the triangle inequality; got a potential worth {attained} > {cost}")
     return critic

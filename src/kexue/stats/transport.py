@@ -24,7 +24,7 @@ from torch import Tensor
 from kexue._checks import check_int
 from kexue._tensors import check_float
 from kexue.stats._ground import Array, attach, is_traced, to_array, to_weights, working
-from kexue.stats.certificate import project
+from kexue.stats.certificate import project, row_transform
 
 __all__ = ["Transport", "transport"]
 
@@ -56,8 +56,8 @@ class Transport:
     status: str
 
 
-def _rescaled(costs: Array) -> tuple[Array, float, float]:
-    """(costs - low) / scale of order 1, low and scale."""
+def _unit(costs: Array) -> tuple[float, float, float]:
+    """Smallest and largest cost, and the typical difference of costs from the smallest one."""
     low, high = float(costs.min()), float(costs.max())
     if not np.isfinite(high - low):
         raise ValueError(f"the costs must span less than 1.8e308; got values from {low} to {high}")
@@ -65,7 +65,7 @@ def _rescaled(costs: Array) -> tuple[Array, float, float]:
     scale = float(np.median(sample)) or float(sample.mean()) or high - low or 1.0
     if not np.isfinite((high - low) / scale):
         scale = high - low
-    return (costs - low) / scale, low, scale
+    return low, high, scale
 
 
 def _round(plan: Array, p: Array, q: Array) -> Array:
@@ -112,41 +112,46 @@ def _capped(costs: Array, p: Array, q: Array, max_iter: int) -> tuple[Array, Arr
     return best  # type: ignore[return-value]
 
 
-def _assignment(costs: Array) -> tuple[Array, Array]:
-    from kexue.stats._assignment import assign
-
-    column, v = assign(costs, 5.0, 0.1 / len(costs))
-    n = len(costs)
-    plan = np.zeros((n, n))
-    plan[np.arange(n), column] = 1.0 / n
-    return plan, costs[np.arange(n), column] - v[column]
-
-
 def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[Array, Array, Array, float, float, bool]:
     """Plan, f, g, cost, gap, and whether the solver came to its end, for checked float64 arrays of equal totals."""
     total = float(p.sum())
     keep, kept = p > 0, q > 0
     whole = bool(keep.all() and kept.all())
     part = costs if whole else costs[np.ix_(keep, kept)]
-    a, b = p[keep] / total, q[kept] / float(q.sum())
-    work, low, scale = _rescaled(part)
-    equal = len(a) == len(b) >= SMALL and a.min() == a.max() and b.min() == b.max()
-    done = True
-    if equal:
-        inner, u = _assignment(work)
+    a, b = p[keep], q[kept]
+    low, high, scale = _unit(part)
+    n, done = len(a), True
+    if len(b) == n >= SMALL and a.min() == a.max() and b.min() == b.max():
+        from kexue.stats._assignment import assign
+
+        # no copy if the unit is harmless and the differences keep their digits
+        same = 1e-100 < scale < 1e100 and abs(low) < 1e3 * scale
+        column, v = assign(part if same else (part - low) / scale, scale if same else 1.0, 5.0, 0.1 / n)
+        v = v if same else v * scale + low
+        inner = np.zeros((n, n))
+        inner[np.arange(n), column] = a[0]
+        used = part[np.arange(n), column]
+        u, cost = used - v[column], float(used.sum()) * float(a[0])
     else:
-        inner, u, done = (_capped if work.max() > CAPS[0] else _simplex)(work, a, b, max_iter)
-    inner *= total
-    f = np.zeros(len(p))
-    f[keep] = u * scale + low
-    plan = inner
-    if not whole:
-        plan = np.zeros(costs.shape)
-        plan[np.ix_(keep, kept)] = inner
-    f, g = project(costs, f, None if whole else keep)
+        top = (high - low) / scale
+        run = _capped if top > CAPS[0] else _simplex
+        inner, u, done = run((part - low) / scale, a / total, b / float(b.sum()), max_iter)
+        inner *= total
+        u, v = u * scale + low, None
+        cost = float(np.vdot(inner, part))
+    f: Array = np.zeros(len(p))
+    plan: Array = inner
+    if whole and v is not None:  # each row is at its best column: one transform makes up for rounding
+        g = v
+        f = row_transform(costs, g)
+    else:
+        f[keep] = u
+        if not whole:
+            plan = np.zeros(costs.shape)
+            plan[np.ix_(keep, kept)] = inner
+        f, g = project(costs, f, None if whole else keep)
     mean = float(f.mean())
     f, g = f - mean, g + mean
-    cost = float(np.vdot(plan, costs))
     gap = max(cost - float(p @ f + q @ g), 0.0)
     if done and gap > EXACT * max(abs(cost), scale * total, abs(low) * total):
         done = False
@@ -202,8 +207,8 @@ def weight_tensor(name: str, w: Any, count: int, device: torch.device, normalize
 def transport(C: Any, p: Any = None, q: Any = None, *, normalize: bool = False, max_iter: int = MAX_ITER) -> Transport:
     """Cheapest way to move the masses p to the masses q, with the proof that none is cheaper.
 
-    Computed in float64 on the CPU (tensors of other devices are copied there and the results back). Memory: about four
-    times C in float64.
+    Computed in float64 on the CPU (tensors of other devices are copied there and the results back). Memory: C in
+    float64 and up to two more matrices of its size, beside what POT allocates.
 
     Args:
         C: (n, m) finite costs, of any sign and unit; array or tensor.

@@ -40,15 +40,46 @@ __all__ = ["wasserstein"]
 
 
 LARGE = 4096  # points on the line from which a compiled kernel pays
+LIMIT = torch.finfo(torch.float64).max
+ROOM = 400  # powers of two that the largest cost may be away from 1
 
 
 def _power(x: Array, power: float) -> Array:
     return x if power == 1 else x * x if power == 2 else x**power
 
 
+def _unit(x: Tensor, y: Tensor, power: float) -> Tensor:
+    """What to divide points by, a power of two and mostly 1, so that powers of their distances stay in range."""
+    (a, b), (c, d) = (z.aminmax() if z.shape[1] == 1 else z.aminmax(dim=0) for z in (x, y))
+    lowest, highest = torch.minimum(a, c), torch.maximum(b, d)
+    size = (highest / 2 - lowest / 2).amax().log2()
+    unit = size.round().clamp(-1000, 1000).exp2()
+    return torch.where((size.abs() * power <= ROOM) | ~size.isfinite(), 1.0, unit)
+
+
+def _scaled(x: Tensor, value: Tensor, slope: Any) -> Tensor:
+    """Return x times ``value`` whose gradient is that of x times ``slope``: a product of both could leave the range."""
+    return x.detach() * value + (x - x.detach()) * slope
+
+
+def _root(cost: Tensor, order: float) -> Tensor:
+    if order == 1:
+        return cost
+    positive = cost > 0
+    return torch.where(positive, torch.where(positive, cost, 1.0) ** (1 / order), 0.0)
+
+
+def _order(x: Array) -> Any:
+    if len(x) < LARGE:
+        return np.argsort(x)
+    from kexue.stats._line_kernel import sort_with
+
+    return sort_with(x, np.arange(len(x)))[1]
+
+
 def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Any, Any, Any, Any, Array]:
     """The monotone plan on the line: sorting orders of both sides, and n + m - 1 pairs (i, j, mass) of ranks."""
-    left, right = np.argsort(x), np.argsort(y)
+    left, right = _order(x), _order(y)
     n, m = len(x), len(y)
     if n == m and a[0] == b[0] and (a == a[0]).all() and (b == b[0]).all():
         steps = np.arange(2 * n - 1)  # rank by rank; the pairs between them carry no mass
@@ -70,14 +101,17 @@ def _ordered(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
 
 def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     """Cost of the monotone plan, with equal weights without building it."""
-    if len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all():
-        return float(_power(abs(np.sort(x) - np.sort(y)), power).mean() * a.sum())
+    matched = len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all()
     if len(x) + len(y) >= LARGE:
-        from kexue.stats._line_kernel import merge_cost, sort_with
+        from kexue.stats._line_kernel import matched_cost, merge_cost, sort, sort_with
 
+        if matched:
+            return float(matched_cost(sort(x), sort(y), power) * a.sum())
         return float(merge_cost(*_ordered(sort_with(x, a), sort_with(y, b)), power))
-    left, right, i, j, mass = line(x, y, a, b)
-    return float(mass @ _power(abs(x[left][i] - y[right][j]), power))
+    if matched:
+        return float(_power(abs(np.sort(x) - np.sort(y)), power).mean() * a.sum())
+    first, second, i, j, mass = line(x, y, a, b)
+    return float(mass @ _power(abs(x[first][i] - y[second][j]), power))
 
 
 def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tuple[Any, Any, Array, Array, Array]:
@@ -94,7 +128,7 @@ def _line_solution(x: Array, y: Array, a: Array, b: Array, power: float) -> tupl
 
 def _solution(X: Array, Y: Array, a: Array, b: Array, metric: str, power: float) -> tuple[Array, ...]:
     if X.shape[1] == 1:
-        return _line_solution(X[:, 0], Y[:, 0], a, b, power * (1 if METRICS[metric] else 2))
+        return _line_solution(X.ravel(), Y.ravel(), a, b, power * (1 if METRICS[metric] else 2))
     plan, f, g, _, _, _ = solve(costs_of(X, Y, metric, power), a, b)
     rows, columns = np.nonzero(plan)
     room = len(a) + len(b) - 1
@@ -204,11 +238,22 @@ def wasserstein(
         u, v = to_points("X", X), to_points("Y", Y)
         check_pair(u, v)
         a, b = to_weights(a, b, len(u), len(v), normalize, "ab")
-        if u.shape[1] == 1 and isinstance(metric, str):
-            total = line_cost(u[:, 0], v[:, 0], a, b, order if METRICS[metric] else 2 * order)
+        if callable(metric):
+            total, unit = solve(costs_of(u, v, metric, order), a, b)[3], 1.0
         else:
-            total = solve(costs_of(u, v, metric, order), a, b)[3]
-        return max(total, 0.0) ** (1 / order) if order != 1 else total
+            power = order if METRICS[metric] else 2 * order
+            unit = float(_unit(torch.from_numpy(u), torch.from_numpy(v), power))
+            if unit != 1:
+                u, v = u / unit, v / unit
+            if u.shape[1] == 1:
+                total = line_cost(u.ravel(), v.ravel(), a, b, power)
+            else:
+                total = solve(costs_of(u, v, metric, order), a, b)[3]
+        value = max(total, 0.0) ** (1 / order) if order != 1 else total
+        value = value * unit * (unit if metric == "sqeuclidean" else 1.0)  # the square of the unit may leave the range
+        if not np.isfinite(value):
+            raise ValueError(f"the distance overflows float64; got {value}")
+        return value
     if not isinstance(X, Tensor) and not isinstance(Y, Tensor):
         device = next(w.device for w in (a, b) if isinstance(w, Tensor))
         X = torch.from_numpy(to_points("X", X)).to(device)
@@ -216,13 +261,19 @@ def wasserstein(
     a = weight_tensor("a", a, len(x), x.device, normalize)
     b = weight_tensor("b", b, len(y), x.device, normalize)
     if callable(metric):
-        cost = transport(tensor_costs(x, y, metric, order), a, b).cost
-    else:
-        arguments = x.detach(), y.detach(), a.detach(), b.detach(), metric, order
-        rows, columns, mass, f, g = (_wasserstein_op if is_traced() else _solve_tensors)(*arguments)
-        cost = (mass * paired_costs(x[rows], y[columns], metric, order)).sum()
-        cost = attach(cost, (a, f), (b, g))
-    if order != 1:
-        positive = cost > 0
-        cost = torch.where(positive, torch.where(positive, cost, 1.0) ** (1 / order), 0.0)
-    return cost.to(dtype)
+        return _root(transport(tensor_costs(x, y, metric, order), a, b).cost, order).to(dtype)
+    # D(x) = step^k D(x / step), so that the gradient for x is that for x / step, times the step if k = 2
+    step = _unit(x.detach(), y.detach(), order if METRICS[metric] else 2 * order)
+    whole = step if METRICS[metric] else (step * step).clamp(max=LIMIT)
+    arguments = x.detach() / step, y.detach() / step, a.detach(), b.detach(), metric, order
+    rows, columns, mass, f, g = (_wasserstein_op if is_traced() else _solve_tensors)(*arguments)
+    x, y = (_scaled(z, 1 / step, 1.0 if METRICS[metric] else step) for z in (x, y))
+    cost = (mass * paired_costs(x[rows], y[columns], metric, order)).sum()
+    cost = attach(cost, *((w, (h * whole).clamp(-LIMIT, LIMIT)) for w, h in ((a, f), (b, g))))
+    value = _root(cost, order)
+    value = _scaled(value, step, 1.0)
+    if not METRICS[metric]:
+        value = _scaled(value, step, 1.0)
+    if not is_traced() and not torch.isfinite(value.detach()):
+        raise ValueError(f"the distance overflows float64; got {float(value.detach())}")
+    return value.to(dtype)
