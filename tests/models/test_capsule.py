@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.losses import capsule_margin_loss
-from kexue.models import Capsule, CapsulePooler, _capsule_kernel, capsule_routing, squash
+from kexue.models import Capsule, CapsulePooler, _capsule_keys, capsule_routing, squash
 from reference import capsule_routing as reference
 
 RULES = ["kmeans", "hinton", "squash"]
@@ -87,8 +87,8 @@ def test_blocks_of_examples_give_the_same(shared, monkeypatch):
     cap = layer(shared)
     u, mask = draw(7, 6, 4), some(7, 6)
     whole = cap(u, mask, return_coupling=True)
-    monkeypatch.setattr(_capsule_kernel, "BLOCK", 250)
-    monkeypatch.setattr(_capsule_kernel, "DENSE_BLOCK", 250)
+    monkeypatch.setattr(_capsule_keys, "BLOCK", 250)
+    monkeypatch.setattr(_capsule_keys, "DENSE_BLOCK", 250)
     blocks = cap(u, mask, return_coupling=True)
     compare(blocks, whole, (u, cap.weight))
 
