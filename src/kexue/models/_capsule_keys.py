@@ -185,13 +185,12 @@ class _SharedPasses:
 
     def __init__(self, x: Tensor, weight: Tensor, capsules: int) -> None:
         self.x, self.weight, self.capsules = x.contiguous(), weight, capsules
-        self.matrices = weight.unflatten(1, (capsules, -1)).transpose(0, 1)  # (k, i, o)
-        self.sum = x.sum(1)
+        self.matrices = weight.unflatten(1, (capsules, -1)).transpose(0, 1).contiguous()  # (k, i, o)
         self.grad: Tensor | None = None
         self.collected: list[tuple[Tensor, Tensor]] = []
 
     def total(self) -> Tensor:
-        return (self.sum @ self.weight).unflatten(1, (self.capsules, -1))
+        return (self.x.sum(1) @ self.weight).unflatten(1, (self.capsules, -1))
 
     def collect(self, query: Tensor, hard: bool, coupling: Tensor | None) -> Tensor:
         from kexue.models import _capsule_passes as passes
@@ -227,10 +226,12 @@ class _SharedPasses:
     def gradient(self, first: Tensor, weight_grad: Tensor | None) -> Tensor:
         base = first.flatten(1)
         if weight_grad is not None:
-            weight_grad.addmm_(self.sum.mT, base)
+            # the coefficients of an input add up to 1
+            total = self.collected[0][0][:, 1::2].sum(0) if self.collected else self.x.sum(1)
+            weight_grad.addmm_(total.mT, base)
             for inputs, outputs in self.collected:
-                found = weight_grad.view(len(self.weight), self.capsules, -1).transpose(0, 1)
-                found.baddbmm_(inputs.mT, outputs)
+                found = torch.bmm(inputs.mT, outputs).transpose(0, 1)
+                weight_grad.view(found.shape).add_(found)
         common = (base @ self.weight.mT)[:, None]
         return common.expand_as(self.x) if self.grad is None else self.grad.add_(common)
 

@@ -124,7 +124,8 @@ def collect(x, queries, sums, coupling, hard):  # type: ignore[no-untyped-def]
     top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for b in range(batch):
         for j in range(capsules):
-            turned_queries[:, j] = queries[j, b]
+            for p in range(width):
+                turned_queries[p, j] = queries[j, b, p]
         out[:] = 0
         for start in range(0, x.shape[1], ROWS):
             count = _load(x[b], start, rows, turned)
@@ -162,8 +163,10 @@ def push(x, vectors, upstream, sums, grad, fresh, hard, constant):  # type: igno
     for b in range(batch):
         for j in range(capsules):
             for m in range(2):
-                _copy(vectors[j, b, m], pairs[2 * j + m], width)
-                turned_pairs[:, 2 * j + m] = vectors[j, b, m]
+                vector, pair = vectors[j, b, m], pairs[2 * j + m]
+                for p in range(width):
+                    pair[p] = vector[p]
+                    turned_pairs[p, 2 * j + m] = vector[p]
         out[:] = 0
         for start in range(0, x.shape[1], ROWS):
             count = _load(x[b], start, rows, turned)
