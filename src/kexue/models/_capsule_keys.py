@@ -2,12 +2,12 @@
 
 Keys have four methods; b examples, k capsules of width o, queries are scaled by log2(e) / temperature:
 
-    total()                           sums of the votes (b, k, o)
-    collect(query, hard, coupling)    one iteration: coefficients c = softmax over j of <v_ij, q_j>, sums of c_ij v_ij
-    push(query, slope, upstream, ...) backwards: db_ij = ln 2 c_ij (dc_ij - sum_l c_il dc_il) with dc_ij = <v_ij, slope_j>
-                                      + upstream; returns the sums of db_ij v_ij
-    gradient(first, weight_grad)      of the inputs, after all pushes: dv_ij = first_j + sum c_ij slope_j + db_ij q_j;
-                                      adds to that of the weight, if wanted
+    total()                            sums of the votes (b, k, o)
+    collect(query, hard, coupling)     one iteration: coefficients c = softmax over j of <v_ij, q_j>, sums of c_ij v_ij
+    push(query, slope, upstream, ...)  backwards: db_ij = ln 2 c_ij (dc_ij - sum_l c_il dc_il), where
+                                       dc_ij = <v_ij, slope_j> + upstream_ij; returns the sums of db_ij v_ij
+    gradient(first, weight_grad)       of the inputs, after all pushes: dv_ij = first_j + sum c_ij slope_j + db_ij q_j;
+                                       adds to that of the weight, if wanted
 
 Votes that are given or dense are built for the block. For shared weights <u_i W_j, q> = <u_i, W_j q> and
 sum_i c_ij u_i W_j = (sum_i c_ij u_i) W_j, so that they never are. In float32 on a CPU both kinds of layers go through
@@ -16,7 +16,7 @@ the kernels of ``_capsule_passes.py``; the classes in torch serve all else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -174,10 +174,10 @@ class _SharedKeys(_TorchKeys):
         return torch.baddbmm(grad, c.flatten(1, 2).mT, self._queries(vectors))
 
 
-def _parts(count: int) -> list[slice]:
-    """One part for each thread."""
-    threads = max(1, min(torch.get_num_threads(), count))
-    return [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
+def _share(count: int, function: Callable[[int, int, int], None]) -> None:
+    """Call ``function(part, begin, end)`` for as many parts as torch has threads, on these threads."""
+    parts = min(torch.get_num_threads(), count)
+    run_parts(lambda i: function(i, count * i // parts, count * (i + 1) // parts), parts, True)
 
 
 class _SharedPasses:
@@ -199,8 +199,7 @@ class _SharedPasses:
         sums = torch.empty_like(queries)
         coupling = self.x.new_empty(0, 0, 0) if coupling is None else coupling
         x, q, s, c = self.x.numpy(), queries.numpy(), sums.numpy(), coupling.numpy()
-        parts = _parts(len(x))
-        run_parts(lambda i: passes.collect(x[parts[i]], q[:, parts[i]], s[:, parts[i]], c[parts[i]], hard), len(parts), True)
+        _share(len(x), lambda _, begin, end: passes.collect(x, q, s, c, begin, end, hard))
         return torch.bmm(sums, self.matrices).transpose(0, 1)
 
     def push(self, query: Tensor, slope: Tensor, upstream: Tensor | None, hard: bool, constant: bool) -> Tensor:
@@ -213,13 +212,7 @@ class _SharedPasses:
         self.grad = torch.empty_like(self.x) if self.grad is None else self.grad
         upstream = self.x.new_empty(0, 0, 0) if upstream is None else upstream.contiguous()
         x, v, u, s, g = (t.numpy() for t in (self.x, vectors, upstream, sums, self.grad))
-        parts = _parts(len(x))
-
-        def run(i: int) -> None:
-            p = parts[i]
-            passes.push(x[p], v[:, p], u[p], s[:, p], g[p], fresh, hard, constant)
-
-        run_parts(run, len(parts), True)
+        _share(len(x), lambda _, begin, end: passes.push(x, v, u, s, g, begin, end, fresh, hard, constant))
         self.collected.append((sums.flatten(1, 2), outer))
         return torch.bmm(sums[:, :, 0], self.matrices).transpose(0, 1)
 
@@ -264,13 +257,10 @@ class _DensePasses:
         from kexue.models import _capsule_passes as passes
 
         n, k = len(self.weight), self.capsules
-        parts = _parts(n)
-        sums = query.new_zeros(len(parts), self.weight.shape[2], self.padded)
+        sums = query.new_zeros(torch.get_num_threads(), self.weight.shape[2], self.padded)
         found = query.new_empty((0, 0, 0) if coupling is None else (n, k, self.padded))
         x, w, q, s, c = (t.numpy() for t in (self.turned, self.weight, self._turn(query), sums, found))
-        run_parts(
-            lambda i: passes.dense_collect(x[parts[i]], w[parts[i]], q, k, s[i], c[parts[i]], hard), len(parts), True
-        )
+        _share(n, lambda part, begin, end: passes.dense_collect(x, w, q, k, s[part], c, begin, end, hard))
         if coupling is not None:
             coupling.copy_(found[:, :, : len(query)].permute(2, 0, 1))
         return self._back(sums)
@@ -279,8 +269,7 @@ class _DensePasses:
         from kexue.models import _capsule_passes as passes
 
         n, k = len(self.weight), self.capsules
-        parts = _parts(n)
-        sums = query.new_zeros(len(parts), self.weight.shape[2], self.padded)
+        sums = query.new_zeros(torch.get_num_threads(), self.weight.shape[2], self.padded)
         kept = query.new_empty(2, n, k, self.padded)
         queries, slopes = self._turn(query), self._turn(slope)
         given = query.new_zeros((0, 0, 0) if upstream is None else (n, k, self.padded))
@@ -288,11 +277,10 @@ class _DensePasses:
             given[:, :, : len(query)] = upstream.permute(1, 2, 0)
         x, w, q, d, u, s, f = (t.numpy() for t in (self.turned, self.weight, queries, slopes, given, sums, kept))
 
-        def run(i: int) -> None:
-            p = parts[i]
-            passes.dense_push(x[p], w[p], q, d, u[p], s[i], f[:, p], hard, constant)
+        def run(part: int, begin: int, end: int) -> None:
+            passes.dense_push(x, w, q, d, u, s[part], f, begin, end, hard, constant)
 
-        run_parts(run, len(parts), True)
+        _share(n, run)
         self.kept.append(kept)
         self.vectors += [queries, slopes]
         return self._back(sums)
@@ -308,13 +296,8 @@ class _DensePasses:
         grad = torch.empty_like(self.turned)
         made = start.new_empty(0, 0, 0) if weight_grad is None else weight_grad
         x, w, c, v, f, g, m = (t.numpy() for t in (self.turned, self.weight, kept, vectors, start, grad, made))
-        parts = _parts(n)
-
-        def run(i: int) -> None:
-            p = parts[i]
-            passes.dense_gradient(x[p], w[p], c[:, p], v, f, len(self.x), g[p], m[p])
-
-        run_parts(run, len(parts), True)
+        examples = len(self.x)
+        _share(n, lambda _, begin, end: passes.dense_gradient(x, w, c, v, f, examples, g, m, begin, end))
         return grad[:, :, : len(self.x)].permute(2, 0, 1)
 
 

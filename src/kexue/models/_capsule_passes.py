@@ -1,7 +1,8 @@
 """Capsule routing on the CPU in float32: each pass goes over the inputs once and leaves nothing of their size behind.
 
 ``collect`` is one iteration of the routing (scores, softmax over the capsules, weighted sums), ``push`` one iteration
-of the gradient. Agreement is measured in base 2: scores are <x_i, q_j> with q scaled by log2(e) / temperature.
+of the gradient. Agreement is measured in base 2: scores are <x_i, q_j> with q scaled by log2(e) / temperature. A call
+does the examples (dense weights: the inputs) from ``begin`` to ``end``, so that threads can share the work.
 
 Shared weights: every example (n, i) meets k vectors q_j of its own, in tiles of ``ROWS`` inputs. A tile is copied,
 padded with zeros, and transposed; all products are outer products summed in registers.
@@ -112,9 +113,9 @@ def _load(x, start, rows, turned):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def collect(x, queries, sums, coupling, hard):  # type: ignore[no-untyped-def]
-    """Inputs (B, n, i) and queries (k, B, i) -> sums over the inputs, (k, B, i), and coefficients (B, n, k) or (0, 0, 0)."""
-    capsules, batch, width = queries.shape
+def collect(x, queries, sums, coupling, begin, end, hard):  # type: ignore[no-untyped-def]
+    """Inputs (B, n, i), queries (k, B, i) -> sums over the inputs (k, B, i), coefficients (B, n, k) or (0, 0, 0)."""
+    capsules, _, width = queries.shape
     padded, wide = _up(capsules, TILE_ROWS), _up(width, TILE_COLUMNS)
     turned_queries = np.zeros((width, padded), np.float32)
     rows, turned = np.zeros((ROWS, wide), np.float32), np.empty((width, ROWS), np.float32)
@@ -122,7 +123,7 @@ def collect(x, queries, sums, coupling, hard):  # type: ignore[no-untyped-def]
     weights = np.zeros((ROWS, padded), np.float32)
     out = np.empty((padded, wide), np.float32)
     top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
-    for b in range(batch):
+    for b in range(begin, end):
         for j in range(capsules):
             for p in range(width):
                 turned_queries[p, j] = queries[j, b, p]
@@ -144,14 +145,14 @@ def collect(x, queries, sums, coupling, hard):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def push(x, vectors, upstream, sums, grad, fresh, hard, constant):  # type: ignore[no-untyped-def]
+def push(x, vectors, upstream, sums, grad, begin, end, fresh, hard, constant):  # type: ignore[no-untyped-def]
     """One iteration backwards: vectors (k, B, 2, i), the queries and the gradients of the sums.
 
     Writes sums (k, B, 2, i) of the inputs weighted by the gradients of the scores and by the coefficients, and adds to
     the gradient of the inputs (B, n, i), or begins it if ``fresh``. ``upstream`` is the gradient of the coefficients,
     (B, n, k) or (0, 0, 0); with ``constant`` coefficients have none.
     """
-    capsules, batch, _, width = vectors.shape
+    capsules, _, _, width = vectors.shape
     padded, wide = _up(2 * capsules, TILE_ROWS), _up(width, TILE_COLUMNS)
     pairs, turned_pairs = np.zeros((2 * capsules, wide), np.float32), np.zeros((width, padded), np.float32)
     rows, turned = np.zeros((ROWS, wide), np.float32), np.empty((width, ROWS), np.float32)
@@ -160,7 +161,7 @@ def push(x, vectors, upstream, sums, grad, fresh, hard, constant):  # type: igno
     out, made = np.empty((padded, wide), np.float32), np.empty((ROWS, wide), np.float32)
     top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     factor = np.float32(LN2)
-    for b in range(batch):
+    for b in range(begin, end):
         for j in range(capsules):
             for m in range(2):
                 vector, pair = vectors[j, b, m], pairs[2 * j + m]
@@ -237,14 +238,17 @@ def _weigh(c, vectors, out, width):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def dense_collect(x, weight, queries, capsules, sums, coupling, hard):  # type: ignore[no-untyped-def]
-    """Inputs (n, i, B), weight (n, i, k * o), queries (k * o, B); adds to sums (k * o, B); coupling (n, k, B) or none."""
+def dense_collect(x, weight, queries, capsules, sums, coupling, begin, end, hard):  # type: ignore[no-untyped-def]
+    """Inputs (n, i, B), weight (n, i, k * o), queries (k * o, B); adds to sums (k * o, B).
+
+    Writes the coefficients to coupling (n, k, B), unless that is (0, 0, 0).
+    """
     batch, size = x.shape[2], len(queries)
     padded = np.zeros((x.shape[1], _up(size, TILE_ROWS)), np.float32)
     votes = np.empty((padded.shape[1], batch), np.float32)
     scores = np.empty((capsules, batch), np.float32)
     top, total = np.empty(batch, np.float32), np.empty(batch, np.float32)
-    for t in range(len(x)):
+    for t in range(begin, end):
         _vote(weight[t], x[t], padded, votes)
         _agree(votes, queries, scores, 1, size // capsules)
         _softmax(scores, 1, capsules, hard, top, total)
@@ -254,7 +258,9 @@ def dense_collect(x, weight, queries, capsules, sums, coupling, hard):  # type: 
 
 
 @kernel
-def dense_push(x, weight, queries, slopes, upstream, sums, kept, hard, constant):  # type: ignore[no-untyped-def]
+def dense_push(  # type: ignore[no-untyped-def]
+    x, weight, queries, slopes, upstream, sums, kept, begin, end, hard, constant
+):
     """One iteration backwards, from the gradients of the sums (k * o, B) and of the coefficients (n, k, B) or none.
 
     Adds to sums (k * o, B) the votes weighted by the gradients of the scores, and writes these and the coefficients to
@@ -264,7 +270,7 @@ def dense_push(x, weight, queries, slopes, upstream, sums, kept, hard, constant)
     padded = np.zeros((x.shape[1], _up(size, TILE_ROWS)), np.float32)
     votes = np.empty((padded.shape[1], batch), np.float32)
     top, total = np.empty(batch, np.float32), np.empty(batch, np.float32)
-    for t in range(len(x)):
+    for t in range(begin, end):
         db, c = kept[0, t], kept[1, t]
         _vote(weight[t], x[t], padded, votes)
         _agree(votes, queries, c, 1, size // capsules)
@@ -288,19 +294,21 @@ def dense_push(x, weight, queries, slopes, upstream, sums, kept, hard, constant)
 
 
 @kernel
-def dense_gradient(x, weight, kept, vectors, first, examples, grad, weight_grad):  # type: ignore[no-untyped-def]
+def dense_gradient(  # type: ignore[no-untyped-def]
+    x, weight, kept, vectors, first, examples, grad, weight_grad, begin, end
+):
     """Gradients of the inputs, (n, i, B), and, added to what is there, of the weight (n, i, k * o) or (0, 0, 0).
 
     The gradient of a vote is first (k * o, B) plus the sum over m of kept (m, n, k, B) times vectors (m, k * o, B).
     """
-    inputs, width, batch = x.shape
+    _, width, batch = x.shape
     size, capsules = len(first), kept.shape[2]
     turned_weight = np.zeros((size, _up(width, TILE_ROWS)), np.float32)
     turned_x = np.zeros((batch, _up(width, TILE_ROWS)), np.float32)
     slopes, turned = np.empty((size, batch), np.float32), np.zeros((batch, _up(size, TILE_COLUMNS)), np.float32)
     out = np.empty((turned_x.shape[1], batch), np.float32)
     product = np.empty((turned_x.shape[1], turned.shape[1]), np.float32)
-    for t in range(inputs):
+    for t in range(begin, end):
         for q in range(size):
             _copy(first[q], slopes[q], batch)
         for m in range(len(kept)):

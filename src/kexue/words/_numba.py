@@ -67,8 +67,8 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
 def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: Any, count: Any) -> Any:
     """Add ``left[:count, row:row+4].T @ right[:count, column:column+16]`` to ``out[row:row+4, column:column+16]``.
 
-    All three arrays are C-contiguous matrices of one floating type; their widths may differ. ``count`` is at least 1, and
-    the tile must lie inside ``out``, its rows inside the width of ``left``. Nothing is checked.
+    All three arrays are C-contiguous matrices of one floating type; their widths may differ. ``count`` is at least 1.
+    The tile must lie inside ``out``, and what it reads inside ``left`` and ``right``. Nothing is checked.
     """
     i64 = types.int64
     signature = types.void(left, i64, right, i64, out, i64)
