@@ -11,8 +11,8 @@ sums s_t, (r, B, k, o), to find all coefficients again. With ds_t the gradient o
     dc_ij = <v_ij, ds_j>,   db_ij = scale c_ij (dc_ij - sum_l c_il dc_il),   dG_j = sum_i db_ij v_ij
     dv_ij = sum_t c_t,ij ds_t,j + db_t,ij G_t,j
 
-Softmaxes are taken in base 2: queries are q_t = scale log2(e) G_t. What depends on how the votes come about, given, dense
-or shared, is in ``_capsule_keys.py``.
+Softmaxes are taken in base 2: queries are q_t = scale log2(e) G_t. What depends on how the votes come about (given,
+dense, shared) is in ``_capsule_keys.py``.
 
 Shapes: B batch, n inputs, k capsules, o their width.
 """
@@ -58,7 +58,7 @@ def _through_direction(grad: Tensor, s: Tensor, rule: str) -> Tensor:
 
 
 def _queries(states: Tensor, rule: str, scale: float) -> Iterator[Tensor]:
-    """What the votes are compared with in iterations 2, 3, ...; each is made when asked for, after its state is there."""
+    """What the votes are compared with in iterations 2, 3, ...; made when asked for, as the states come one by one."""
     direction: Tensor | float = 0.0
     for s in states:
         found = _direction(s, rule)

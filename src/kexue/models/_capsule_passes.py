@@ -21,6 +21,7 @@ from numba import njit
 from kexue.words._numba import TILE_COLUMNS, TILE_ROWS, gram_tile, kernel
 
 ROWS = 32  # inputs of a tile
+APART = 16  # numbers between rows: at distances of powers of 2 they would compete for a few places of the cache
 LN2 = 0.6931471805599453
 
 
@@ -47,9 +48,9 @@ def _up(size, multiple):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _outer(left, right, out, rows, count):  # type: ignore[no-untyped-def]
-    """Add left[:count, :rows].T @ right[:count] to out; rows a multiple of 4, widths of 16."""
-    for column in range(0, right.shape[1], TILE_COLUMNS):
+def _outer(left, right, out, rows, columns, count):  # type: ignore[no-untyped-def]
+    """Add left[:count, :rows].T @ right[:count, :columns] to out; rows a multiple of 4, columns of 16."""
+    for column in range(0, columns, TILE_COLUMNS):
         for row in range(0, rows, TILE_ROWS):
             gram_tile(left, row, right, column, out, count)
 
@@ -118,10 +119,10 @@ def collect(x, queries, sums, coupling, begin, end, hard):  # type: ignore[no-un
     capsules, _, width = queries.shape
     padded, wide = _up(capsules, TILE_ROWS), _up(width, TILE_COLUMNS)
     turned_queries = np.zeros((width, padded), np.float32)
-    rows, turned = np.zeros((ROWS, wide), np.float32), np.empty((width, ROWS), np.float32)
+    rows, turned = np.zeros((ROWS, wide + APART), np.float32), np.empty((width, ROWS + APART), np.float32)
     scores = np.empty((padded, ROWS), np.float32)
     weights = np.zeros((ROWS, padded), np.float32)
-    out = np.empty((padded, wide), np.float32)
+    out = np.empty((padded, wide + APART), np.float32)
     top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for b in range(begin, end):
         for j in range(capsules):
@@ -131,7 +132,7 @@ def collect(x, queries, sums, coupling, begin, end, hard):  # type: ignore[no-un
         for start in range(0, x.shape[1], ROWS):
             count = _load(x[b], start, rows, turned)
             scores[:] = 0
-            _outer(turned_queries, turned, scores, padded, width)
+            _outer(turned_queries, turned, scores, padded, ROWS, width)
             _softmax(scores, 1, capsules, hard, top, total)
             for j in range(capsules):
                 for t in range(ROWS):
@@ -139,7 +140,7 @@ def collect(x, queries, sums, coupling, begin, end, hard):  # type: ignore[no-un
             if len(coupling):
                 for t in range(count):
                     _copy(weights[t], coupling[b, start + t], capsules)
-            _outer(weights, rows, out, padded, ROWS)
+            _outer(weights, rows, out, padded, wide, ROWS)
         for j in range(capsules):
             _copy(out[j], sums[j, b], width)
 
@@ -154,11 +155,11 @@ def push(x, vectors, upstream, sums, grad, begin, end, fresh, hard, constant):  
     """
     capsules, _, _, width = vectors.shape
     padded, wide = _up(2 * capsules, TILE_ROWS), _up(width, TILE_COLUMNS)
-    pairs, turned_pairs = np.zeros((2 * capsules, wide), np.float32), np.zeros((width, padded), np.float32)
-    rows, turned = np.zeros((ROWS, wide), np.float32), np.empty((width, ROWS), np.float32)
+    pairs, turned_pairs = np.zeros((2 * capsules, wide + APART), np.float32), np.zeros((width, padded), np.float32)
+    rows, turned = np.zeros((ROWS, wide + APART), np.float32), np.empty((width, ROWS + APART), np.float32)
     scores = np.empty((padded, ROWS), np.float32)
     weights = np.zeros((ROWS, padded), np.float32)
-    out, made = np.empty((padded, wide), np.float32), np.empty((ROWS, wide), np.float32)
+    out, made = np.empty((padded, wide + APART), np.float32), np.empty((ROWS, wide + APART), np.float32)
     top, total = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     factor = np.float32(LN2)
     for b in range(begin, end):
@@ -172,7 +173,7 @@ def push(x, vectors, upstream, sums, grad, begin, end, fresh, hard, constant):  
         for start in range(0, x.shape[1], ROWS):
             count = _load(x[b], start, rows, turned)
             scores[:] = 0
-            _outer(turned_pairs, turned, scores, padded, width)
+            _outer(turned_pairs, turned, scores, padded, ROWS, width)
             _softmax(scores, 2, capsules, hard, top, total)
             if len(upstream):
                 for j in range(capsules):
@@ -192,12 +193,12 @@ def push(x, vectors, upstream, sums, grad, begin, end, fresh, hard, constant):  
             for j in range(2 * capsules):
                 for t in range(ROWS):
                     weights[t, j] = scores[j, t]
-            _outer(weights, rows, out, padded, ROWS)
+            _outer(weights, rows, out, padded, wide, ROWS)
             made[:] = 0
             if not fresh:
                 for t in range(count):
                     _copy(grad[b, start + t], made[t], width)
-            _outer(scores, pairs, made, ROWS, 2 * capsules)
+            _outer(scores, pairs, made, ROWS, wide, 2 * capsules)
             for t in range(count):
                 _copy(made[t], grad[b, start + t], width)
         for j in range(capsules):
@@ -211,7 +212,7 @@ def _vote(weight, x, padded, votes):  # type: ignore[no-untyped-def]
     for p in range(len(weight)):
         _copy(weight[p], padded[p], weight.shape[1])
     votes[:] = 0
-    _outer(padded, x, votes, padded.shape[1], len(x))
+    _outer(padded, x, votes, padded.shape[1], x.shape[1], len(x))
 
 
 @kernel
@@ -318,7 +319,7 @@ def dense_gradient(  # type: ignore[no-untyped-def]
             for q in range(size):
                 turned_weight[q, p] = row[q]
         out[:] = 0
-        _outer(turned_weight, slopes, out, turned_x.shape[1], size)
+        _outer(turned_weight, slopes, out, turned_x.shape[1], batch, size)
         for p in range(width):
             _copy(out[p], grad[t, p], batch)
         if len(weight_grad):
@@ -329,7 +330,7 @@ def dense_gradient(  # type: ignore[no-untyped-def]
                 for p in range(width):
                     turned_x[b, p] = x[t, p, b]
             product[:] = 0
-            _outer(turned_x, turned, product, turned_x.shape[1], examples)
+            _outer(turned_x, turned, product, turned_x.shape[1], turned.shape[1], examples)
             for p in range(width):
                 row = weight_grad[t, p]
                 for q in range(size):
