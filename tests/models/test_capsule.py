@@ -101,6 +101,7 @@ def test_blocks_of_examples_give_the_same(shared, monkeypatch):
 )  # fmt: skip
 @pytest.mark.parametrize("shared", [True, False])
 def test_compiled_passes_in_float32(shared, rule, routings, option, masked, monkeypatch):
+    monkeypatch.setattr(_capsule_keys, "WORTH_THREADS", 0)
     monkeypatch.setattr(_capsule_keys, "EXAMPLES", 5)  # two blocks of the dense kernel; 35 inputs are two tiles
     torch.manual_seed(3)
     cap = Capsule(5, 3, 6, routings, shared, rule, num_inputs=35, detach_routing=option == "detach")

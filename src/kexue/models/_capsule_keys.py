@@ -30,6 +30,7 @@ BLOCK = 2**20  # numbers of a block of examples, 4 MiB in float32: it stays in t
 DENSE_BLOCK = 2**23  # with a matrix for every input, more examples make better use of each one that is read
 EXAMPLES = 64  # that the kernel for dense weights takes at a time
 FEWEST = 8  # examples that are worth its vectors of 16
+WORTH_THREADS = 2**21  # multiplications: some 0.1 ms
 
 
 def _coefficients(scores: Tensor, hard: bool) -> Tensor:
@@ -174,10 +175,10 @@ class _SharedKeys(_TorchKeys):
         return torch.baddbmm(grad, c.flatten(1, 2).mT, self._queries(vectors))
 
 
-def _share(count: int, function: Callable[[int, int, int], None]) -> None:
-    """Call ``function(part, begin, end)`` for as many parts as torch has threads, on these threads."""
+def _share(count: int, size: int, function: Callable[[int, int, int], None]) -> None:
+    """Call ``function(part, begin, end)`` for as many parts as torch has threads; on these threads, if worth it."""
     parts = min(torch.get_num_threads(), count)
-    run_parts(lambda i: function(i, count * i // parts, count * (i + 1) // parts), parts, True)
+    run_parts(lambda i: function(i, count * i // parts, count * (i + 1) // parts), parts, size >= WORTH_THREADS)
 
 
 class _SharedPasses:
@@ -199,7 +200,7 @@ class _SharedPasses:
         sums = torch.empty_like(queries)
         coupling = self.x.new_empty(0, 0, 0) if coupling is None else coupling
         x, q, s, c = self.x.numpy(), queries.numpy(), sums.numpy(), coupling.numpy()
-        _share(len(x), lambda _, begin, end: passes.collect(x, q, s, c, begin, end, hard))
+        _share(len(x), x.size * self.capsules, lambda _, begin, end: passes.collect(x, q, s, c, begin, end, hard))
         return torch.bmm(sums, self.matrices).transpose(0, 1)
 
     def push(self, query: Tensor, slope: Tensor, upstream: Tensor | None, hard: bool, constant: bool) -> Tensor:
@@ -212,7 +213,11 @@ class _SharedPasses:
         self.grad = torch.empty_like(self.x) if self.grad is None else self.grad
         upstream = self.x.new_empty(0, 0, 0) if upstream is None else upstream.contiguous()
         x, v, u, s, g = (t.numpy() for t in (self.x, vectors, upstream, sums, self.grad))
-        _share(len(x), lambda _, begin, end: passes.push(x, v, u, s, g, begin, end, fresh, hard, constant))
+        _share(
+            len(x),
+            x.size * self.capsules,
+            lambda _, begin, end: passes.push(x, v, u, s, g, begin, end, fresh, hard, constant),
+        )
         self.collected.append((sums.flatten(1, 2), outer))
         return torch.bmm(sums[:, :, 0], self.matrices).transpose(0, 1)
 
@@ -260,7 +265,11 @@ class _DensePasses:
         sums = query.new_zeros(torch.get_num_threads(), self.weight.shape[2], self.padded)
         found = query.new_empty((0, 0, 0) if coupling is None else (n, k, self.padded))
         x, w, q, s, c = (t.numpy() for t in (self.turned, self.weight, self._turn(query), sums, found))
-        _share(n, lambda part, begin, end: passes.dense_collect(x, w, q, k, s[part], c, begin, end, hard))
+        _share(
+            n,
+            x.size * w.shape[2],
+            lambda part, begin, end: passes.dense_collect(x, w, q, k, s[part], c, begin, end, hard),
+        )
         if coupling is not None:
             coupling.copy_(found[:, :, : len(query)].permute(2, 0, 1))
         return self._back(sums)
@@ -280,7 +289,7 @@ class _DensePasses:
         def run(part: int, begin: int, end: int) -> None:
             passes.dense_push(x, w, q, d, u, s[part], f, begin, end, hard, constant)
 
-        _share(n, run)
+        _share(n, x.size * w.shape[2], run)
         self.kept.append(kept)
         self.vectors += [queries, slopes]
         return self._back(sums)
@@ -297,7 +306,11 @@ class _DensePasses:
         made = start.new_empty(0, 0, 0) if weight_grad is None else weight_grad
         x, w, c, v, f, g, m = (t.numpy() for t in (self.turned, self.weight, kept, vectors, start, grad, made))
         examples = len(self.x)
-        _share(n, lambda _, begin, end: passes.dense_gradient(x, w, c, v, f, examples, g, m, begin, end))
+        _share(
+            n,
+            x.size * w.shape[2],
+            lambda _, begin, end: passes.dense_gradient(x, w, c, v, f, examples, g, m, begin, end),
+        )
         return grad[:, :, : len(self.x)].permute(2, 0, 1)
 
 
