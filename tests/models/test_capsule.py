@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.losses import capsule_margin_loss
-from kexue.models import Capsule, CapsulePooler, _capsule_kernel, capsule_routing, squash
+from kexue.models import Capsule, CapsulePooler, _capsule_keys, capsule_routing, squash
 from reference import capsule_routing as reference
 
 RULES = ["kmeans", "hinton", "squash"]
@@ -87,10 +87,48 @@ def test_blocks_of_examples_give_the_same(shared, monkeypatch):
     cap = layer(shared)
     u, mask = draw(7, 6, 4), some(7, 6)
     whole = cap(u, mask, return_coupling=True)
-    monkeypatch.setattr(_capsule_kernel, "BLOCK", 250)
-    monkeypatch.setattr(_capsule_kernel, "DENSE_BLOCK", 250)
+    monkeypatch.setattr(_capsule_keys, "BLOCK", 250)
+    monkeypatch.setattr(_capsule_keys, "DENSE_BLOCK", 250)
     blocks = cap(u, mask, return_coupling=True)
     compare(blocks, whole, (u, cap.weight))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "routings", "option"),
+    [("kmeans", 3, ""), ("hinton", 4, ""), ("squash", 2, ""), ("kmeans", 1, ""), ("hinton", 3, "detach"),
+     ("kmeans", 3, "hard")],
+)  # fmt: skip
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiled_passes_in_float32(shared, rule, routings, option, masked, monkeypatch):
+    monkeypatch.setattr(_capsule_keys, "WORTH_THREADS", 0)
+    monkeypatch.setattr(_capsule_keys, "EXAMPLES", 5)  # two blocks of the dense kernel; 35 inputs are two tiles
+    torch.manual_seed(3)
+    cap = Capsule(5, 3, 6, routings, shared, rule, num_inputs=35, detach_routing=option == "detach")
+    u = draw(9, 35, 5, dtype=torch.float32)
+    mask = some(9, 35) if masked else None
+    weight, x = cap.weight.detach().double().requires_grad_(), u.detach().double().requires_grad_()
+    hard = option == "hard"
+    votes = reference.votes(x, weight, 3, mask)
+    want = reference.route(votes, routings, rule, mask=mask, hard=hard, detach=bool(option))
+    up = [draw(*y.shape, seed=7 + i).detach() for i, y in enumerate(want)]
+
+    def gradients(outputs, inputs, recorded):
+        pairs = [(y, g.to(y.dtype)) for y, g, there in zip(outputs, up, recorded, strict=True) if there]
+        return torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], retain_graph=True)
+
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            got = cap(u, mask, return_coupling=True, hard=hard)
+            recorded = [y.requires_grad for y in got]
+            grads = gradients(got, (u, cap.weight), recorded)
+        finally:
+            torch.set_num_threads(before)
+        exact = gradients(want, (x, weight), recorded)
+        for a, b in zip((*got, *grads), (*want, *exact), strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=2e-5, atol=2e-5)
 
 
 def test_a_shared_layer_takes_any_number_of_inputs_and_padding_does_not_matter():

@@ -171,8 +171,9 @@ class Capsule(nn.Module):
     """A layer of capsules over a set of input vectors.
 
     With shared weights (default) inputs of any number are taken, as positions of a text or of a feature map, and the
-    votes (B, n, k, d) are never built: memory O(B n k) in blocks, nothing of that size between the passes. With dense
-    weights every input has its own matrices, and votes exist for a block of examples at a time.
+    votes (B, n, k, d) are never built, and nothing of the size of n is kept between the passes. With dense weights
+    every input has its own matrices, and votes exist for one input or for a block of examples at a time. In float32 on
+    a CPU the passes are compiled on first use (some seconds, kept on disk), and use torch's number of threads.
 
     Args:
         d_in: Width of the inputs.

@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE_ROWS = 4
-TILE_COLUMNS = 16  # the width of a tile; leading dimensions of its operands must be multiples of it
+TILE_COLUMNS = 16  # the width of a tile
 
 _LANES = 8
 
@@ -67,8 +67,8 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
 def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: Any, count: Any) -> Any:
     """Add ``left[:count, row:row+4].T @ right[:count, column:column+16]`` to ``out[row:row+4, column:column+16]``.
 
-    All three arrays are C-contiguous matrices of one floating type and of equal width, a multiple of 16; ``row`` is a
-    multiple of 4, ``column`` of 16, ``count`` at least 1. Nothing is checked.
+    All three arrays are C-contiguous matrices of one floating type; their widths may differ. ``count`` is at least 1.
+    The tile must lie inside ``out``, and what it reads inside ``left`` and ``right``. Nothing is checked.
     """
     i64 = types.int64
     signature = types.void(left, i64, right, i64, out, i64)
@@ -81,7 +81,7 @@ def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: An
         index = ir.IntType(64)
         i32 = ir.IntType(32)
         size = context.get_abi_sizeof(element)
-        width = builder.extract_value(arrays[0].shape, 1)
+        widths = [builder.extract_value(array.shape, 1) for array in arrays]
 
         def at(pointer: Any, *offsets: Any) -> Any:
             total = offsets[0]
@@ -107,12 +107,11 @@ def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: An
             value = builder.phi(vector)
             value.add_incoming(ir.Constant(vector, [0.0] * _LANES), head)
             sums.append(value)
-        start = builder.mul(k, width)
-        wide = [load(at(arrays[1].data, start, j, index(_LANES * p))) for p in range(pieces)]
+        wide = [load(at(arrays[1].data, builder.mul(k, widths[1]), j, index(_LANES * p))) for p in range(pieces)]
         new = []
         undefined = ir.Constant(vector, ir.Undefined)
         for r in range(TILE_ROWS):
-            scalar = builder.load(at(arrays[0].data, start, i, index(r)))
+            scalar = builder.load(at(arrays[0].data, builder.mul(k, widths[0]), i, index(r)))
             spread = builder.insert_element(undefined, scalar, i32(0))
             spread = builder.shuffle_vector(spread, undefined, ir.Constant(ir.VectorType(i32, _LANES), [0] * _LANES))
             for p in range(pieces):
@@ -126,7 +125,7 @@ def gram_tile(typing: Any, left: Any, row: Any, right: Any, column: Any, out: An
         builder.position_at_end(done)
         for r in range(TILE_ROWS):
             for p in range(pieces):
-                place = at(arrays[2].data, builder.mul(builder.add(i, index(r)), width), j, index(_LANES * p))
+                place = at(arrays[2].data, builder.mul(builder.add(i, index(r)), widths[2]), j, index(_LANES * p))
                 store = builder.store(
                     builder.fadd(load(place), new[r * pieces + p]), builder.bitcast(place, vector.as_pointer())
                 )
