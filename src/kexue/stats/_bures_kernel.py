@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kexue._tensors import once_differentiable
 
+LANES_FROM, LANES_TO = 16, 64  # least number of rows and most dimensions for the kernels of small matrices
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -50,6 +51,22 @@ def nothing(x: Tensor) -> Tensor:
 
 def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def congruent(lp: Tensor, sq: Tensor) -> Tensor:
+    """Lp' Sq Lp; only its lower half counts. The zero half of Lp is skipped in blocks."""
+    n = lp.shape[-1]
+    if n < 128:
+        return lp.mT @ sq @ lp
+    h = n // 2
+    l11, l21, l22 = lp[..., :h, :h], lp[..., h:, :h], lp[..., h:, h:]
+    left = sq[..., :, :h] @ l11
+    left += sq[..., :, h:] @ l21
+    out = lp.new_empty(torch.broadcast_shapes(lp.shape, sq.shape))
+    out[..., :h, :h] = l11.mT @ left[..., :h, :] + l21.mT @ left[..., h:, :]
+    out[..., h:, :h] = l22.mT @ left[..., h:, :]
+    out[..., h:, h:] = congruent(l22, sq[..., h:, h:])
+    return out
 
 
 def map_parts(lp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +107,9 @@ def lifted(sp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
 def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor]:
     """In float64, by the polar factor: exact for close, ill-conditioned and singular covariances."""
     eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+    unit = torch.maximum(_trace(sp), _trace(sq))
+    unit = torch.where(unit > 0, unit, 1.0)
+    sp, sq = sp / unit[:, None, None], sq / unit[:, None, None]
     factors = []
     for s in (sp, sq):
         factor, ok = cholesky(s)
@@ -100,7 +120,7 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
     lp, lq = factors
     u, _, vh = torch.linalg.svd(lq.mT @ lp)
     same = (sp == sq).all(-1).all(-1)
-    value = torch.where(same, 0.0, (lp - lq @ (u @ vh)).square().sum((-2, -1)))
+    value = torch.where(same, 0.0, unit * (lp - lq @ (u @ vh)).square().sum((-2, -1)))
     if not make:
         return value, nothing(value), nothing(value)
     p, q = lifted(sp, sq)
@@ -111,29 +131,47 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
     return value, torch.where(same, 0.0, grad_p), torch.where(same, 0.0, grad_q)
 
 
+def lanes(s: Tensor) -> bool:
+    """Whether there are enough small matrices for the kernels of :mod:`kexue.stats._gaussian_lanes`."""
+    return s.device.type == "cpu" and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
+
+
+def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W2 without the means, rows in which an eigenvalue is too small to be resolved, and both gradients."""
+    if lanes(sp):
+        from kexue.stats import _gaussian_lanes
+
+        if sp.dtype == torch.float32:
+            lp = torch.linalg.cholesky_ex(sp.double())[0]
+        return _gaussian_lanes.w2_rows(lp, sq, make)
+    eps = torch.finfo(sp.dtype).eps
+    moment = congruent(lp, sq)
+    w, v = torch.linalg.eigh(moment) if make else (torch.linalg.eigvalsh(moment), lp)
+    top = w[..., -1:].clamp_min(0)
+    s = torch.maximum(w, eps * top).sqrt()
+    spread = _trace(sp) + _trace(sq) - 2 * s.sum(-1)
+    low = w[..., 0] < eps**0.7 * top.squeeze(-1)
+    if not make:
+        return spread, low, nothing(sp), nothing(sp)
+    root = s.sqrt().unsqueeze(-2)
+    eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+    y, u = solve_turned(lp, v * root), (lp @ v) / root
+    return spread, low, torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
+
+
 def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> Four:
     (lp, ok_p), (_, ok_q) = factors
-    ok = ok_p & ok_q
+    tp, tq = _trace(sp), _trace(sq)
+    size = tp * tq  # of the eigenvalues that are computed; beyond the range of the dtype they would be 0 or inf
+    far = 1e28 if sp.dtype == torch.float32 else 1e200
+    ok = ok_p & ok_q & (size > 1 / far) & (size < far)
+    first, second = sp, sq
     if not bool(ok.all()):
-        lp = torch.where(ok[:, None, None], lp, torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device))
-    total = _trace(sp) + _trace(sq)
-    eps = torch.finfo(sp.dtype).eps
-    moment = lp.mT @ sq @ lp
-    grads = (nothing(sp), nothing(sp))
-    if make:
-        w, v = torch.linalg.eigh(moment)
-    else:
-        w = torch.linalg.eigvalsh(moment)
-    top = w[..., -1:].clamp_min(0)
-    low = w[..., 0] < eps**0.7 * top.squeeze(-1)
-    s = torch.maximum(w, eps * top).sqrt()
-    spread = total - 2 * s.sum(-1)
-    if make:
-        root = s.sqrt().unsqueeze(-2)
-        eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
-        y, u = solve_turned(lp, v * root), (lp @ v) / root
-        grads = torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
-    again = ~ok | low | (spread < (1e-2 if sp.dtype == torch.float32 else 1e-4) * total)
+        keep, eye = ok[:, None, None], torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+        first, second, lp = (torch.where(keep, x, eye) for x in (sp, sq, lp))
+    spread, low, *grads = _spread(first, second, lp, make)
+    again = ~ok | low | (spread < (1e-2 if spread.dtype == torch.float32 else 1e-4) * (tp + tq))
+    spread, *grads = (x.to(sp.dtype) for x in (spread, *grads))
     if bool(again.any()):
         rows = again.nonzero().squeeze(1)
         value, grad_p, grad_q = _robust_w2(sp[rows].double(), sq[rows].double(), make)
@@ -141,7 +179,7 @@ def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> 
         if make:
             grads[0][rows], grads[1][rows] = grad_p.to(sp.dtype), grad_q.to(sp.dtype)
     value = spread + delta.square().sum(-1)
-    return value, 2 * delta if make else nothing(delta), *grads
+    return value, 2 * delta if make else nothing(delta), grads[0], grads[1]
 
 
 class TransportMap(torch.autograd.Function):
