@@ -136,14 +136,20 @@ def lanes(s: Tensor) -> bool:
     return s.device.type == "cpu" and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
 
 
+def double_factor(s: Tensor, factor: Tensor) -> Tensor:
+    """The Cholesky factor of s in float64; the given one, if that is what it is or if there is no better one."""
+    if factor.dtype == torch.float64:
+        return factor
+    better, info = torch.linalg.cholesky_ex(s.double())
+    return torch.where((info == 0)[:, None, None], better, factor.double())
+
+
 def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W2 without the means, rows in which an eigenvalue is too small to be resolved, and both gradients."""
     if lanes(sp):
         from kexue.stats import _gaussian_lanes
 
-        if sp.dtype == torch.float32:
-            lp = torch.linalg.cholesky_ex(sp.double())[0]
-        return _gaussian_lanes.w2_rows(lp, sq, make)
+        return _gaussian_lanes.w2_rows(double_factor(sp, lp), sq, make)
     eps = torch.finfo(sp.dtype).eps
     moment = congruent(lp, sq)
     w, v = torch.linalg.eigh(moment) if make else (torch.linalg.eigvalsh(moment), lp)

@@ -1,186 +1,25 @@
 """Many small normals at once: numba kernels with the batch as the lanes of the vector unit.
 
-LAPACK's overhead for each matrix dominates up to some 64 dimensions. Here eight matrices lie interleaved, entry by entry,
-so that every step of a textbook algorithm is one vector operation on eight of them: Householder's tridiagonal form, QL
-with implicit shifts (each lane with its own block and shift), triangular solves. Every step is
-``y += sum over t of a_t x_t`` on contiguous columns. Everything is in float64, and no lane depends on another.
+LAPACK's overhead for each matrix dominates up to some 64 dimensions. Here eight matrices lie interleaved, entry by
+entry, so that every step of a textbook algorithm is one vector operation on eight of them: triangular solves,
+Householder's tridiagonal form, QL with implicit shifts (each lane with its own block and shift). Everything is in
+float64, and no lane depends on another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
+from kexue.stats._lane_vectors import EPS, W, add1, add2, add4, dot, ends, rotate1, rotate4, scale, sweep
 from kexue.words._numba import compiled
 
-W = 8  # lanes
-EPS = 2.0**-52
 SWEEPS = 60  # for one eigenvalue; two are usual
 
 _exact = compiled(nogil=True, error_model="numpy")
-_VECTOR = ir.VectorType(ir.DoubleType(), W)
-_I64 = ir.IntType(64)
-
-
-class _Emitter:
-    """Vector instructions on a flat float64 array, addressed by the number of an entry."""
-
-    def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
-        self.builder = builder
-        self.data = context.make_array(kind)(context, builder, array).data
-
-    def pointer(self, index: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(self.data, [index]), _VECTOR.as_pointer())
-
-    def load(self, index: Any) -> Any:
-        value = self.builder.load(self.pointer(index))
-        value.align = 8
-        return value
-
-    def store(self, value: Any, index: Any) -> None:
-        self.builder.store(value, self.pointer(index)).align = 8
-
-    def madd(self, a: Any, b: Any, c: Any) -> Any:
-        """A b + c."""
-        return self.builder.fadd(self.builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
-
-    def loop(self, count: Any, body: Callable[[Any], None]) -> None:
-        """``body(offset)`` for each of ``count`` >= 1 vectors."""
-        builder = self.builder
-        head = builder.block
-        loop, done = builder.append_basic_block("lanes"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(_I64)
-        k.add_incoming(_I64(0), head)
-        body(builder.mul(k, _I64(W)))
-        following = builder.add(k, _I64(1))
-        k.add_incoming(following, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
-        builder.position_at_end(done)
-
-
-def _adder(terms: int) -> Any:
-    """``y[k] += sum over t < terms of a[t] x_t[k]`` for k < count."""
-
-    @intrinsic
-    def add(typing, w, y, x, step_x, a, step_a, count):  # type: ignore[no-untyped-def]
-        i64 = types.int64
-        signature = types.void(w, i64, i64, i64, i64, i64, i64)
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emit = _Emitter(context, builder, signature.args[0], args[0])
-            _, y, x, step_x, a, step_a, count = args
-
-            def nth(start: Any, step: Any, t: int) -> Any:
-                return builder.add(start, builder.mul(step, _I64(t * W)))
-
-            factors = [emit.load(nth(a, step_a, t)) for t in range(terms)]
-            starts = [nth(x, step_x, t) for t in range(terms)]
-
-            def body(offset: Any) -> None:
-                place = builder.add(y, offset)
-                total = emit.load(place)
-                for factor, start in zip(factors, starts, strict=True):
-                    total = emit.madd(factor, emit.load(builder.add(start, offset)), total)
-                emit.store(total, place)
-
-            emit.loop(count, body)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return add
-
-
-_add1, _add2, _add4 = _adder(1), _adder(2), _adder(4)
-
-
-@intrinsic
-def _rotate(typing, w, x, y, cs, count):  # type: ignore[no-untyped-def]
-    """``x, y = s y' + c x', c y' - s x'`` with y' = y, x' = x; c at ``cs``, s behind it."""
-    i64 = types.int64
-    signature = types.void(w, i64, i64, i64, i64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(context, builder, signature.args[0], args[0])
-        _, x, y, cs, count = args
-        c, s = emit.load(cs), emit.load(builder.add(cs, _I64(W)))
-        minus = builder.fneg(s)
-
-        def body(offset: Any) -> None:
-            px, py = builder.add(x, offset), builder.add(y, offset)
-            a, b = emit.load(px), emit.load(py)
-            emit.store(emit.madd(s, b, builder.fmul(c, a)), px)
-            emit.store(emit.madd(c, b, builder.fmul(minus, a)), py)
-
-        emit.loop(count, body)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def _ql_step(typing, w, d, e, state, i):  # type: ignore[no-untyped-def]
-    """One rotation of QL between i and i + 1, in the lanes whose block reaches beyond i; others get c = 1, s = 0.
-
-    ``d`` and ``e`` are the places of d[i] and e[i]; ``state`` holds c, s, g, p and the ends of the blocks.
-    """
-    i64 = types.int64
-    signature = types.void(w, i64, i64, i64, i64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(context, builder, signature.args[0], args[0])
-        _, d, e, state, i = args
-        places = [builder.add(state, _I64(k * W)) for k in range(7)]
-        cos, sin, g, p, end, keep_c, keep_s = (emit.load(k) for k in places)
-        d0, d1 = emit.load(d), emit.load(builder.add(d, _I64(W)))
-        e0, e1 = emit.load(e), emit.load(builder.add(e, _I64(W)))
-
-        def same(x: float) -> Any:
-            return ir.Constant(_VECTOR, [x] * W)
-
-        number = builder.sitofp(i, ir.DoubleType())
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        wide = builder.insert_element(undefined, number, ir.IntType(32)(0))
-        wide = builder.shuffle_vector(wide, undefined, ir.Constant(ir.VectorType(ir.IntType(32), W), [0] * W))
-        active = builder.fcmp_ordered("<", wide, end)
-        f, b = builder.fmul(keep_s, e0), builder.fmul(keep_c, e0)
-        name = f"llvm.sqrt.v{W}f64"
-        root = builder.module.globals.get(name)
-        if root is None:
-            root = ir.Function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), name=name)
-        r = builder.call(root, [emit.madd(f, f, builder.fmul(g, g))])
-        zero = builder.fcmp_ordered("==", r, same(0.0))
-        inverse = builder.fdiv(same(1.0), builder.select(zero, same(1.0), r))
-        s = builder.fmul(f, inverse)
-        c = builder.select(zero, same(1.0), builder.fmul(g, inverse))
-        q = builder.fsub(d1, p)
-        t = emit.madd(builder.fsub(d0, q), s, builder.fmul(builder.fmul(same(2.0), c), b))
-        new_p = builder.fmul(s, t)
-        new_g = builder.fsub(builder.fmul(c, t), b)
-
-        def put(new: Any, old: Any, place: Any) -> None:
-            emit.store(builder.select(active, new, old), place)
-
-        put(r, e1, builder.add(e, _I64(W)))
-        put(builder.fadd(q, new_p), d1, builder.add(d, _I64(W)))
-        put(c, same(1.0), places[0])
-        put(s, same(0.0), places[1])
-        put(new_g, g, places[2])
-        put(new_p, p, places[3])
-        put(c, keep_c, places[5])
-        put(s, keep_s, places[6])
-        return context.get_dummy_value()
-
-    return signature, generate
 
 
 @_exact
@@ -188,10 +27,10 @@ def _combine(w, y, count, x, step_x, a, step_a, terms):  # type: ignore[no-untyp
     """``y[:count] += sum over t of a[t] x_t[:count]``; steps in vectors."""
     t = 0
     while t + 4 <= terms:
-        _add4(w, y, x + t * step_x * W, step_x, a + t * step_a * W, step_a, count)
+        add4(w, y, x + t * step_x * W, step_x, a + t * step_a * W, step_a, count)
         t += 4
     while t < terms:
-        _add1(w, y, x + t * step_x * W, step_x, a + t * step_a * W, step_a, count)
+        add1(w, y, x + t * step_x * W, step_x, a + t * step_a * W, step_a, count)
         t += 1
 
 
@@ -226,7 +65,7 @@ def _fill(w, place, count, value):  # type: ignore[no-untyped-def]
 def _tridiagonal(w, a, n, d, e, q, v, vectors):  # type: ignore[no-untyped-def]
     """Householder's form of the symmetric matrices at ``a``: d, e, and the columns of Q at ``q``.
 
-    ``v`` has room for 5 n + 2 vectors: -v, -u, u, v, A v or Q v, and two numbers for each lane.
+    ``v`` has room for 5 n + 3 vectors: -v, -u, u, v, Q v, and three numbers for each lane.
     """
     minus_v, minus_u, u, plus, spare, number = v, v + n * W, v + 2 * n * W, v + 3 * n * W, v + 4 * n * W, v + 5 * n * W
     if vectors:
@@ -239,9 +78,8 @@ def _tridiagonal(w, a, n, d, e, q, v, vectors):  # type: ignore[no-untyped-def]
         for lane in range(W):
             w[d + k * W + lane] = w[a + (k * n + k) * W + lane]
             w[number + lane] = 0.0
-        for i in range(1, m):
-            for lane in range(W):
-                w[number + lane] += w[column + i * W + lane] * w[column + i * W + lane]
+        if m > 1:
+            dot(w, number, column + W, column + W, m - 1)
         for lane in range(W):
             head, tail = w[column + lane], w[number + lane]
             if tail == 0.0:
@@ -260,78 +98,68 @@ def _tridiagonal(w, a, n, d, e, q, v, vectors):  # type: ignore[no-untyped-def]
             break
         for lane in range(W):
             w[plus + lane] = 1.0
-        for i in range(1, m):
-            for lane in range(W):
-                w[plus + i * W + lane] = w[column + i * W + lane] * w[number + W + lane]
+        scale(w, plus + W, column + W, number + W, m - 1)
         _fill(w, u, m, 0.0)
         _combine(w, u, m, a + ((k + 1) * n + k + 1) * W, n, plus, 1, m)
-        for lane in range(W):
-            w[number + W + lane] = 0.0
-        for i in range(m):
-            for lane in range(W):
-                w[number + W + lane] += w[u + i * W + lane] * w[plus + i * W + lane]
-        for lane in range(W):
+        dot(w, number + W, u, plus, m)
+        for lane in range(W):  # u = tau A v - (tau^2 / 2) (v' A v) v
             tau = w[number + lane]
-            w[number + W + lane] *= 0.5 * tau * tau
-        for i in range(m):
-            for lane in range(W):
-                x = w[plus + i * W + lane]
-                y = w[number + lane] * w[u + i * W + lane] - w[number + W + lane] * x
-                w[u + i * W + lane] = y
-                w[minus_v + i * W + lane] = -x
-                w[minus_u + i * W + lane] = -y
+            w[number + W + lane] *= -0.5 * tau * tau
+        scale(w, u, u, number, m)
+        add1(w, u, plus, n, number + W, n, m)
+        for lane in range(W):
+            w[number + 2 * W + lane] = -1.0
+        scale(w, minus_v, plus, number + 2 * W, m)
+        scale(w, minus_u, u, number + 2 * W, m)
         for j in range(m):
-            _add2(w, a + ((k + 1 + j) * n + k + 1) * W, u, n, minus_v + j * W, n, m)
+            add2(w, a + ((k + 1 + j) * n + k + 1) * W, u, n, minus_v + j * W, n, m)
         if vectors:
             _fill(w, spare, n - 1, 0.0)
             _combine(w, spare, n - 1, q + ((k + 1) * n + 1) * W, n, plus, 1, m)
+            scale(w, minus_v, minus_v, number, m)
             for j in range(m):
-                for lane in range(W):
-                    w[minus_v + j * W + lane] *= w[number + lane]
-                _add1(w, q + ((k + 1 + j) * n + 1) * W, spare, n, minus_v + j * W, n, n - 1)
+                add1(w, q + ((k + 1 + j) * n + 1) * W, spare, n, minus_v + j * W, n, n - 1)
     if n == 1:
         for lane in range(W):
             w[d + lane] = w[a + lane]
 
 
 @_exact
-def _ql(w, n, d, e, q, state, vectors):  # type: ignore[no-untyped-def]
-    """Eigenvalues of the tridiagonal matrices into d, unsorted; ``q`` becomes Q V. Whether every lane converged."""
+def _ql(w, n, d, e, q, turns, state, vectors):  # type: ignore[no-untyped-def]
+    """Eigenvalues of the tridiagonal matrices into d, unsorted; ``q``, by rows, becomes Q V. Whether all converged."""
     _fill(w, e + (n - 1) * W, 1, 0.0)
-    for low in range(n):
+    for low in range(n - 1):
         done = False
         for _ in range(SWEEPS):
+            ends(w, d, e, state + 2 * W, low, n - 1)
             reach = low
             for lane in range(W):
-                end = n - 1
-                for i in range(low, n - 1):
-                    size = abs(w[d + i * W + lane]) + abs(w[d + (i + 1) * W + lane])
-                    if abs(w[e + i * W + lane]) <= EPS * size:
-                        end = i
-                        break
+                end = int(w[state + 2 * W + lane])
                 reach = max(reach, end)
                 g = 0.0
                 if end > low:
                     first, edge = w[d + low * W + lane], w[e + low * W + lane]
                     g = (w[d + (low + 1) * W + lane] - first) / (2.0 * edge)
                     g = w[d + end * W + lane] - first + edge / (g + np.copysign(np.sqrt(g * g + 1.0), g))
-                w[state + 2 * W + lane] = g
-                w[state + 3 * W + lane] = 0.0
-                w[state + 4 * W + lane] = end
-                w[state + 5 * W + lane] = 1.0
-                w[state + 6 * W + lane] = 1.0
+                w[state + lane] = g
+                w[state + W + lane] = 0.0
             if reach == low:
                 done = True
                 break
-            for i in range(reach - 1, low - 1, -1):
-                _ql_step(w, d + i * W, e + i * W, state, i)
-                if vectors:
-                    _rotate(w, q + (i + 1) * n * W, q + i * n * W, state, n)
+            sweep(w, d, e, turns, state, low, reach)
+            if vectors:
+                row = 0
+                while row + 4 <= n:
+                    rotate4(w, q + row * n * W, n, turns, low, reach)
+                    row += 4
+                while row < n:
+                    rotate1(w, q + row * n * W, n, turns, low, reach)
+                    row += 1
             for lane in range(W):
-                end = int(w[state + 4 * W + lane])
+                end = int(w[state + 2 * W + lane])
                 if end > low:
-                    w[d + low * W + lane] -= w[state + 3 * W + lane]
-                    w[e + low * W + lane] = w[state + 2 * W + lane]
+                    w[d + low * W + lane] -= w[state + W + lane]
+                    w[e + low * W + lane] = w[state + lane]
                     w[e + end * W + lane] = 0.0
         if not done:
             return False
@@ -339,48 +167,76 @@ def _ql(w, n, d, e, q, state, vectors):  # type: ignore[no-untyped-def]
 
 
 @_exact
-def _solve_turned(w, rows, x, n, count):  # type: ignore[no-untyped-def]
-    """X <- L^-T x for the ``count`` first entries of x (others are zero); L by rows, x may not overlap it."""
+def _inverse_pivots(w, rows, out, n):  # type: ignore[no-untyped-def]
+    """-1 / L[k, k] for every k, then -1."""
+    for k in range(n):
+        for lane in range(W):
+            w[out + k * W + lane] = -1.0 / w[rows + (k * n + k) * W + lane]
+    _fill(w, out + n * W, 1, -1.0)
+
+
+@_exact
+def _solve_turned(w, rows, pivots, x, n, count):  # type: ignore[no-untyped-def]
+    """X <- L^-T x for the ``count`` first entries of x (the others are zero), L by rows."""
     for k in range(count - 1, -1, -1):
-        diagonal = rows + (k * n + k) * W
-        for lane in range(W):
-            w[x + k * W + lane] /= -w[diagonal + lane]
+        scale(w, x + k * W, x + k * W, pivots + k * W, 1)  # minus the result, until the end
         if k:
-            _add1(w, x, rows + k * n * W, n, x + k * W, n, k)
-        for lane in range(W):
-            w[x + k * W + lane] = -w[x + k * W + lane]
+            add1(w, x, rows + k * n * W, n, x + k * W, n, k)
+    scale(w, x, x, pivots + n * W, count)
 
 
 @_exact
-def _gram(w, out, x, n, count):  # type: ignore[no-untyped-def]
-    """The lower half, by columns, of the sum of x_c x_c' over ``count`` columns."""
+def _solve(w, columns, pivots, x, n, start):  # type: ignore[no-untyped-def]
+    """X <- L^-1 x for x with zeros before ``start``, L by columns."""
+    for k in range(start, n):
+        scale(w, x + k * W, x + k * W, pivots + k * W, 1)
+        if k < n - 1:
+            add1(w, x + (k + 1) * W, columns + (k * n + k + 1) * W, n, x + k * W, n, n - 1 - k)
+    scale(w, x + start * W, x + start * W, pivots + n * W, n - start)
+
+
+@_exact
+def _gram(w, out, x, n, count, triangular):  # type: ignore[no-untyped-def]
+    """The lower half, by columns, of the sum of x_c x_c' over ``count`` columns; ``triangular``: x_c[c + 1:] is 0."""
     for j in range(n):
+        start = j if triangular else 0
         _fill(w, out + (j * n + j) * W, n - j, 0.0)
-        _combine(w, out + (j * n + j) * W, n - j, x + j * W, n, x + j * W, n, count)
+        place = x + (start * n + j) * W
+        _combine(w, out + (j * n + j) * W, n - j, place, n, place, n, count - start)
 
 
 @_exact
-def _store_symmetric(w, place, out, first, n, unit, scale):  # type: ignore[no-untyped-def]
-    """``out = unit I + scale X`` for X whose lower half lies at ``place``, by columns."""
+def _inverse(w, rows, pivots, out, x, n):  # type: ignore[no-untyped-def]
+    """The lower half of (L L')^-1, by columns; x is scratch."""
+    _fill(w, x, n * n, 0.0)
+    for k in range(n):  # row k of L^-1
+        _fill(w, x + (k * n + k) * W, 1, 1.0)
+        _solve_turned(w, rows, pivots, x + k * n * W, n, k + 1)
+    _gram(w, out, x, n, n, True)
+
+
+@_exact
+def _store_symmetric(w, place, minus, out, first, n, factor):  # type: ignore[no-untyped-def]
+    """``out = factor (X - Y)``, whose lower halves lie at the two places, by columns."""
     for lane in range(min(W, out.shape[0] - first)):
         m = out[first + lane]
         for j in range(n):
             for i in range(j, n):
-                x = scale * w[place + (j * n + i) * W + lane]
+                k = (j * n + i) * W + lane
+                x = factor * (w[place + k] - w[minus + k])
                 m[i, j] = x
                 m[j, i] = x
-            m[j, j] += unit
 
 
 @_exact
 def _w2(lp, sq, spread, low, grad_p, grad_q, make):  # type: ignore[no-untyped-def]
     count, n = sq.shape[0], sq.shape[1]
     size = n * n * W
-    w = np.empty(6 * size + (8 * n + 16) * W)
+    w = np.empty(6 * size + (10 * n + 9) * W)
     rows, columns, s, b, m, q = 0, size, 2 * size, 3 * size, 4 * size, 5 * size
     d = 6 * size
-    e, v, state = d + n * W, d + 2 * n * W, d + (7 * n + 2) * W
-    scale = state + 8 * W
+    e, v, turns = d + n * W, d + 2 * n * W, d + (7 * n + 3) * W
+    state, traces, pivots = turns + 2 * n * W, turns + (2 * n + 3) * W, turns + (2 * n + 5) * W
     for first in range(0, count, W):
         _load(w, rows, lp, first, n)
         _load(w, s, sq, first, n)
@@ -391,21 +247,26 @@ def _w2(lp, sq, spread, low, grad_p, grad_q, make):  # type: ignore[no-untyped-d
             _fill(w, m + (j * n + j) * W, n - j, 0.0)
             _combine(w, m + (j * n + j) * W, n - j, rows + (j * n + j) * W, n, b + (j * n + j) * W, 1, n - j)
         for lane in range(W):
-            w[scale + lane] = 0.0
+            w[traces + lane] = 0.0
         for j in range(n):
             for lane in range(W):
-                w[scale + lane] += w[m + (j * n + j) * W + lane]
+                w[traces + lane] += w[m + (j * n + j) * W + lane]
         for lane in range(W):
-            total = w[scale + lane]
-            w[scale + W + lane] = 1.0 / total if total > 0.0 else 1.0
+            total = w[traces + lane]
+            w[traces + W + lane] = 1.0 / total if total > 0.0 else 1.0
         for j in range(n):  # scaled to a trace of 1, both halves
             for i in range(j, n):
                 for lane in range(W):
-                    x = w[m + (j * n + i) * W + lane] * w[scale + W + lane]
+                    x = w[m + (j * n + i) * W + lane] * w[traces + W + lane]
                     w[m + (j * n + i) * W + lane] = x
                     w[m + (i * n + j) * W + lane] = x
-        _tridiagonal(w, m, n, d, e, q, v, make)
-        if not _ql(w, n, d, e, q, state, make):
+        _tridiagonal(w, m, n, d, e, b, v, make)
+        if make:
+            _turn(w, b, q, n)
+        converged = _ql(w, n, d, e, q, turns, state, make)
+        if make:
+            _turn(w, q, m, n)
+        if not converged:
             low[first : first + W] = True
             spread[first : first + W] = 0.0
             if make:
@@ -418,36 +279,89 @@ def _w2(lp, sq, spread, low, grad_p, grad_q, make):  # type: ignore[no-untyped-d
                 x = w[d + i * W + lane]
                 least, top = min(least, x), max(top, x)
             top = max(top, 0.0)
-            unit, roots = np.sqrt(1.0 / w[scale + W + lane]), 0.0
+            unit, roots = np.sqrt(1.0 / w[traces + W + lane]), 0.0
             for i in range(n):
                 root = np.sqrt(max(w[d + i * W + lane], EPS * top)) * unit
                 roots += root
                 w[d + i * W + lane] = root
-            traces = 0.0
+            both = 0.0
             for i in range(n):
-                traces += w[s + (i * n + i) * W + lane]
+                both += w[s + (i * n + i) * W + lane]
                 for j in range(i + 1):
-                    traces += w[rows + (i * n + j) * W + lane] * w[rows + (i * n + j) * W + lane]
+                    both += w[rows + (i * n + j) * W + lane] * w[rows + (i * n + j) * W + lane]
             if first + lane < count:
                 low[first + lane] = not least >= EPS**0.7 * top
-                spread[first + lane] = traces - 2.0 * roots
+                spread[first + lane] = both - 2.0 * roots
         if not make:
             continue
+        _inverse_pivots(w, rows, pivots, n)
         for i in range(n):  # y = L^-T v sqrt(s) into s, u = L v / sqrt(s) into b
+            vector = m + i * n * W
+            for lane in range(W):
+                root = np.sqrt(w[d + i * W + lane])
+                w[state + lane], w[state + W + lane] = root, 1.0 / root
+            scale(w, s + i * n * W, vector, state, n)
+            scale(w, vector, vector, state + W, n)
+            _solve_turned(w, rows, pivots, s + i * n * W, n, n)
             _fill(w, b + i * n * W, n, 0.0)
             for j in range(n):
-                for lane in range(W):
-                    root = np.sqrt(w[d + i * W + lane])
-                    x = w[q + (i * n + j) * W + lane]
-                    w[s + (i * n + j) * W + lane] = x * root
-                    w[q + (i * n + j) * W + lane] = x / root
-            _solve_turned(w, rows, s + i * n * W, n, n)
-            for j in range(n):
-                _add1(w, b + (i * n + j) * W, columns + (j * n + j) * W, n, q + (i * n + j) * W, n, n - j)
-        _gram(w, m, s, n, n)
-        _store_symmetric(w, m, grad_p, first, n, 1.0, -1.0)
-        _gram(w, m, b, n, n)
-        _store_symmetric(w, m, grad_q, first, n, 1.0, -1.0)
+                add1(w, b + (i * n + j) * W, columns + (j * n + j) * W, n, vector + j * W, n, n - j)
+        _fill(w, rows, n * n, 0.0)
+        for j in range(n):
+            _fill(w, rows + (j * n + j) * W, 1, 1.0)
+        _gram(w, m, s, n, n, False)
+        _store_symmetric(w, rows, m, grad_p, first, n, 1.0)
+        _gram(w, m, b, n, n, False)
+        _store_symmetric(w, rows, m, grad_q, first, n, 1.0)
+
+
+@_exact
+def _kl(delta, lp, lq, quadratic, spread, grad, grad_p, grad_q, make):  # type: ignore[no-untyped-def]
+    count, n = lp.shape[0], lp.shape[1]
+    size = n * n * W
+    w = np.empty(7 * size + (3 * n + 4) * W)
+    rows_p, rows_q, columns_q, x = 0, size, 2 * size, 3 * size
+    inner, first_half, second_half = 4 * size, 5 * size, 6 * size
+    shift, pivots = 7 * size, 7 * size + n * W
+    other_pivots, total = pivots + (n + 1) * W, pivots + (2 * n + 2) * W
+    for first in range(0, count, W):
+        _load(w, rows_p, lp, first, n)
+        _load(w, rows_q, lq, first, n)
+        for lane in range(W):
+            row = min(first + lane, count - 1)
+            for i in range(n):
+                w[shift + i * W + lane] = delta[row, i]
+        _turn(w, rows_p, x, n)  # the columns of Lp, and then of Lq^-1 Lp
+        _turn(w, rows_q, columns_q, n)
+        _inverse_pivots(w, rows_q, pivots, n)
+        for j in range(n):
+            _solve(w, columns_q, pivots, x + j * n * W, n, j)
+        _solve(w, columns_q, pivots, shift, n, 0)
+        dot(w, total, x, x, n * n)
+        dot(w, total + W, shift, shift, n)
+        for lane in range(min(W, count - first)):
+            logs = 0.0
+            for i in range(n):
+                k = (i * n + i) * W + lane
+                logs += np.log(w[rows_q + k]) - np.log(w[rows_p + k])
+            spread[first + lane] = 0.5 * (w[total + lane] - n) + logs
+            quadratic[first + lane] = 0.5 * w[total + W + lane]
+        if not make:
+            continue
+        for j in range(n):  # Sq^-1 (Lp, Delta): its square holds both terms of the gradient
+            _solve_turned(w, rows_q, pivots, x + j * n * W, n, n)
+        _solve_turned(w, rows_q, pivots, shift, n, n)
+        for lane in range(min(W, count - first)):
+            for i in range(n):
+                grad[first + lane, i] = w[shift + i * W + lane]
+        _gram(w, second_half, x, n, n, False)
+        for j in range(n):
+            add1(w, second_half + (j * n + j) * W, shift + j * W, n, shift + j * W, n, n - j)
+        _inverse(w, rows_q, pivots, first_half, inner, n)
+        _store_symmetric(w, first_half, second_half, grad_q, first, n, 0.5)
+        _inverse_pivots(w, rows_p, other_pivots, n)
+        _inverse(w, rows_p, other_pivots, second_half, inner, n)
+        _store_symmetric(w, first_half, second_half, grad_p, first, n, 0.5)
 
 
 def w2_rows(lp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -458,6 +372,16 @@ def w2_rows(lp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor,
     grads = np.empty(shape), np.empty(shape)
     _w2(_matrices(lp), _matrices(sq), spread, low, *grads, make)
     return torch.from_numpy(spread), torch.from_numpy(low), torch.from_numpy(grads[0]), torch.from_numpy(grads[1])
+
+
+def kl_rows(delta: Tensor, lp: Tensor, lq: Tensor, make: bool) -> tuple[Tensor, ...]:
+    """What the means and what the covariances add to KL, and the gradients of delta, Sp and Sq (empty unless made)."""
+    count, n = delta.shape
+    quadratic, spread, grad = np.empty(count), np.empty(count), np.empty((count if make else 0, n))
+    shape = (count, n, n) if make else (0, 1, 1)
+    out = quadratic, spread, grad, np.empty(shape), np.empty(shape)
+    _kl(_matrices(delta), _matrices(lp), _matrices(lq), *out, make)
+    return tuple(torch.from_numpy(x) for x in out)
 
 
 @_exact
