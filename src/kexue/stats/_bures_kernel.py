@@ -27,14 +27,25 @@ def symmetric(x: Tensor) -> Tensor:
     return (x + x.mT) / 2
 
 
+def lanes(s: Tensor) -> bool:
+    """Whether there are enough small matrices for the kernels of :mod:`kexue.stats._gaussian_lanes`."""
+    return s.device.type == "cpu" and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
+
+
 def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
     """Lower factor and, for each row, whether it stands for a matrix of full rank (to working precision).
 
     The square of a pivot over the diagonal entry is the part of a variable that its predecessors do not explain, which
     does not depend on units.
     """
-    factor, info = torch.linalg.cholesky_ex(s)
     n = s.shape[-1]
+    flat = s.reshape(-1, n, n)
+    if lanes(flat):
+        from kexue.stats import _gaussian_lanes
+
+        factor, ok = _gaussian_lanes.cholesky(flat, torch.finfo(s.dtype).eps)
+        return factor.view(s.shape), ok.view(s.shape[:-2])
+    factor, info = torch.linalg.cholesky_ex(s)
     diagonal = s.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     floor = n * torch.finfo(s.dtype).eps
@@ -131,17 +142,12 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
     return value, torch.where(same, 0.0, grad_p), torch.where(same, 0.0, grad_q)
 
 
-def lanes(s: Tensor) -> bool:
-    """Whether there are enough small matrices for the kernels of :mod:`kexue.stats._gaussian_lanes`."""
-    return s.device.type == "cpu" and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
-
-
 def double_factor(s: Tensor, factor: Tensor) -> Tensor:
     """The Cholesky factor of s in float64; the given one, if that is what it is or if there is no better one."""
     if factor.dtype == torch.float64:
         return factor
-    better, info = torch.linalg.cholesky_ex(s.double())
-    return torch.where((info == 0)[:, None, None], better, factor.double())
+    better, ok = cholesky(s.double())
+    return torch.where(ok[:, None, None], better, factor.double())
 
 
 def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -167,6 +167,48 @@ def _ql(w, n, d, e, q, turns, state, vectors):  # type: ignore[no-untyped-def]
 
 
 @_exact
+def _cholesky(s, factor, ok, floor):  # type: ignore[no-untyped-def]
+    count, n = s.shape[0], s.shape[1]
+    w = np.empty((2 * n * n + n) * W)
+    columns, negative, number = 0, n * n * W, 2 * n * n * W  # of L, and of -L
+    for first in range(0, count, W):
+        _load(w, columns, s, first, n)
+        for lane in range(W):
+            for j in range(n):
+                w[number + j * W + lane] = floor * w[columns + (j * n + j) * W + lane]
+        good = np.ones(W, np.bool_)
+        for j in range(n):
+            place = columns + (j * n + j) * W
+            _combine(w, place, n - j, negative + j * W, n, columns + j * W, n, j)
+            for lane in range(W):
+                pivot, least = w[place + lane], w[number + j * W + lane]
+                if not (pivot > least and pivot > 0.0 and pivot < np.inf):
+                    good[lane] = False
+                    pivot = 1.0
+                w[number + j * W + lane] = 1.0 / np.sqrt(pivot)
+            scale(w, place, place, number + j * W, n - j)
+            for lane in range(W):
+                w[number + j * W + lane] = -1.0
+            scale(w, negative + (j * n + j) * W, place, number + j * W, n - j)
+        for lane in range(min(W, count - first)):
+            m = factor[first + lane]
+            ok[first + lane] = good[lane]
+            for i in range(n):
+                for j in range(i + 1):
+                    m[i, j] = w[columns + (j * n + i) * W + lane]
+                for j in range(i + 1, n):
+                    m[i, j] = 0.0
+
+
+def cholesky(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Lower factors (N, n, n), and whether every pivot is above n eps times the entry of the diagonal."""
+    matrices = s.detach().contiguous().numpy()
+    factor, ok = np.empty_like(matrices), np.empty(len(matrices), np.bool_)
+    _cholesky(matrices, factor, ok, s.shape[-1] * eps)
+    return torch.from_numpy(factor), torch.from_numpy(ok)
+
+
+@_exact
 def _inverse_pivots(w, rows, out, n):  # type: ignore[no-untyped-def]
     """-1 / L[k, k] for every k, then -1."""
     for k in range(n):
