@@ -22,6 +22,20 @@ def transpose_product(x: Tensor) -> Tensor:
     return x @ x.mT
 
 
+def gram(x: Tensor) -> Tensor:
+    """X' X for x (..., N, n) without a gradient: only one half is multiplied, by blocks."""
+    n = x.shape[-1]
+    if n < 128:
+        return x.mT @ x
+    h = n // 2
+    left, right = x[..., :h], x[..., h:]
+    out = x.new_empty(*x.shape[:-2], n, n)
+    out[..., :h, :h], out[..., h:, h:] = gram(left), gram(right)
+    corner = right.mT @ left
+    out[..., h:, :h], out[..., :h, h:] = corner, corner.mT
+    return out
+
+
 def symmetric(x: Tensor) -> Tensor:
     """(X + X') / 2."""
     return (x + x.mT) / 2
@@ -78,6 +92,14 @@ def congruent(lp: Tensor, sq: Tensor) -> Tensor:
     out[..., h:, :h] = l22.mT @ left[..., h:, :]
     out[..., h:, h:] = congruent(l22, sq[..., h:, h:])
     return out
+
+
+def _lower_product(lp: Tensor, v: Tensor) -> Tensor:
+    """Lp V, without the zero block of Lp."""
+    h = lp.shape[-1] // 2
+    if h < 64:
+        return lp @ v
+    return torch.cat([lp[..., :h, :h] @ v[..., :h, :], lp[..., h:, :] @ v], -2)
 
 
 def map_parts(lp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +188,10 @@ def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Ten
     if not make:
         return spread, low, nothing(sp), nothing(sp)
     root = s.sqrt().unsqueeze(-2)
-    eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
-    y, u = solve_turned(lp, v * root), (lp @ v) / root
-    return spread, low, torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
+    grads = gram(solve_turned(lp, v * root).mT).neg_(), gram((_lower_product(lp, v) / root).mT).neg_()
+    for grad in grads:
+        grad.diagonal(dim1=-2, dim2=-1).add_(1)
+    return spread, low, *grads
 
 
 def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> Four:
