@@ -14,6 +14,7 @@ from torch import Tensor
 from kexue._tensors import once_differentiable
 
 LANES_FROM, LANES_TO = 16, 64  # least number of rows and most dimensions for the kernels of small matrices
+LAPACK_FROM = 128  # dimensions
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,9 +42,19 @@ def symmetric(x: Tensor) -> Tensor:
     return (x + x.mT) / 2
 
 
+def _plain_cpu(s: Tensor) -> bool:
+    """Whether numpy may see the values."""
+    return s.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def lanes(s: Tensor) -> bool:
     """Whether there are enough small matrices for the kernels of :mod:`kexue.stats._gaussian_lanes`."""
-    return s.device.type == "cpu" and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
+    return _plain_cpu(s) and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
+
+
+def large(s: Tensor) -> bool:
+    """Whether the matrices are worth the functions of :mod:`kexue.stats._gaussian_lapack`."""
+    return _plain_cpu(s) and s.shape[-1] >= LAPACK_FROM
 
 
 def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +70,18 @@ def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
 
         factor, ok = _gaussian_lanes.cholesky(flat, torch.finfo(s.dtype).eps)
         return factor.view(s.shape), ok.view(s.shape[:-2])
-    factor, info = torch.linalg.cholesky_ex(s)
+    if large(flat):
+        from kexue.stats import _gaussian_lapack
+
+        factor, found = _gaussian_lapack.cholesky(flat)
+        factor, found = factor.view(s.shape), found.view(s.shape[:-2])
+    else:
+        factor, info = torch.linalg.cholesky_ex(s)
+        found = info == 0
     diagonal = s.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     floor = n * torch.finfo(s.dtype).eps
-    return factor, (info == 0) & (pivots > floor * diagonal).all(-1)
+    return factor, found & (pivots > floor * diagonal).all(-1)
 
 
 def solve_turned(factor: Tensor, x: Tensor) -> Tensor:
@@ -76,30 +94,6 @@ def nothing(x: Tensor) -> Tensor:
 
 def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def congruent(lp: Tensor, sq: Tensor) -> Tensor:
-    """Lp' Sq Lp; only its lower half counts. The zero half of Lp is skipped in blocks."""
-    n = lp.shape[-1]
-    if n < 128:
-        return lp.mT @ sq @ lp
-    h = n // 2
-    l11, l21, l22 = lp[..., :h, :h], lp[..., h:, :h], lp[..., h:, h:]
-    left = sq[..., :, :h] @ l11
-    left += sq[..., :, h:] @ l21
-    out = lp.new_empty(torch.broadcast_shapes(lp.shape, sq.shape))
-    out[..., :h, :h] = l11.mT @ left[..., :h, :] + l21.mT @ left[..., h:, :]
-    out[..., h:, :h] = l22.mT @ left[..., h:, :]
-    out[..., h:, h:] = congruent(l22, sq[..., h:, h:])
-    return out
-
-
-def _lower_product(lp: Tensor, v: Tensor) -> Tensor:
-    """Lp V, without the zero block of Lp."""
-    h = lp.shape[-1] // 2
-    if h < 64:
-        return lp @ v
-    return torch.cat([lp[..., :h, :h] @ v[..., :h, :], lp[..., h:, :] @ v], -2)
 
 
 def map_parts(lp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,19 +173,23 @@ def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Ten
 
         return _gaussian_lanes.w2_rows(double_factor(sp, lp), sq, make)
     eps = torch.finfo(sp.dtype).eps
-    moment = congruent(lp, sq)
-    w, v = torch.linalg.eigh(moment) if make else (torch.linalg.eigvalsh(moment), lp)
+    if large(sp):
+        from kexue.stats import _gaussian_lapack
+
+        w, v = _gaussian_lapack.congruent_eigen(lp, sq, make)
+    else:
+        moment = lp.mT @ sq @ lp
+        w, v = torch.linalg.eigh(moment) if make else (torch.linalg.eigvalsh(moment), lp)
     top = w[..., -1:].clamp_min(0)
     s = torch.maximum(w, eps * top).sqrt()
     spread = _trace(sp) + _trace(sq) - 2 * s.sum(-1)
-    low = w[..., 0] < eps**0.7 * top.squeeze(-1)
+    low = ~(w[..., 0] >= eps**0.7 * top.squeeze(-1))
     if not make:
         return spread, low, nothing(sp), nothing(sp)
     root = s.sqrt().unsqueeze(-2)
-    grads = gram(solve_turned(lp, v * root).mT).neg_(), gram((_lower_product(lp, v) / root).mT).neg_()
-    for grad in grads:
-        grad.diagonal(dim1=-2, dim2=-1).add_(1)
-    return spread, low, *grads
+    eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+    y, u = solve_turned(lp, v * root), (lp @ v) / root
+    return spread, low, torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
 
 
 def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> Four:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kexue._tensors import check_float
-from kexue.stats._bures_kernel import cholesky, congruent, eigen_factor, gram, symmetric
+from kexue.stats._bures_kernel import cholesky, eigen_factor, gram, large, symmetric
 from kexue.stats.bures import w2
 from kexue.stats.gaussian import Gaussian
 
@@ -223,9 +223,13 @@ def _nuclear(a: _Side, b: _Side) -> Tensor:
     if a.rows is None and b.rows is not None:
         a, b = b, a
     factor = a.factor()
-    square = factor.shape[0] == factor.shape[1]
-    moment = congruent(factor, b.cov) if square else symmetric(factor.mT @ b.cov @ factor)
-    return torch.linalg.eigvalsh(moment).clamp(min=0).sqrt().sum()
+    if large(b.cov) and factor.shape[0] == factor.shape[1] and bool((factor.triu(1) == 0).all()):
+        from kexue.stats import _gaussian_lapack
+
+        w = _gaussian_lapack.congruent_eigen(factor[None], b.cov[None], False)[0]
+    else:
+        w = torch.linalg.eigvalsh(symmetric(factor.mT @ b.cov @ factor))
+    return w.clamp(min=0).sqrt().sum()
 
 
 def frechet_distance(x: Any, y: Any) -> Tensor:

@@ -98,6 +98,8 @@ class Gaussian:
             if not good or (square and shape[-1] != n):
                 wanted = f"(..., {n})" if name == "diag" else f"(..., {n}, {n if square else 'r'})"
                 raise ValueError(f"{name} must have shape {wanted} for a mean of length {n}; got {shape}")
+        if diag is not None and factor is not None and factor.shape[-1] == 0:  # a diagonal, then
+            given["factor"], forms = None, ["diag"]
         tensors = [x for x in given.values() if x is not None]
         dtype = compute_dtype(*tensors)
         tolerance = max(_TOLERANCE.get(x.dtype, 1e-4) for x in tensors[1:])
