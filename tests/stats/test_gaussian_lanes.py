@@ -57,6 +57,23 @@ def test_no_row_depends_on_another(function):
         assert not y.isnan().any()
 
 
+@pytest.mark.parametrize("function", [kl, w2])
+def test_kernels_run_in_compiled_graphs(function):
+    inputs = [*draw(18, 3), *draw(18, 3, seed=1)]
+
+    def call(mp, sp, mq, sq):
+        return function(Gaussian(mp, sp), Gaussian(mq, sq))
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    value, expected = compiled(*inputs), call(*inputs)
+    torch.testing.assert_close(value, expected)
+    got, want = torch.autograd.grad(value.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), expected)
+
+
 def test_rows_alone_or_among_many_agree():
     inputs = [*draw(40, 6), *draw(40, 6, seed=1)]
     for function in (kl, w2):

@@ -413,7 +413,8 @@ def w2_rows(lp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor,
     shape = (count, n, n) if make else (0, 1, 1)
     grads = np.empty(shape), np.empty(shape)
     _w2(_matrices(lp), _matrices(sq), spread, low, *grads, make)
-    return torch.from_numpy(spread), torch.from_numpy(low), torch.from_numpy(grads[0]), torch.from_numpy(grads[1])
+    first, second = (torch.from_numpy(x) if make else torch.empty(0, dtype=torch.float64) for x in grads)
+    return torch.from_numpy(spread), torch.from_numpy(low), first, second
 
 
 def kl_rows(delta: Tensor, lp: Tensor, lq: Tensor, make: bool) -> tuple[Tensor, ...]:
@@ -423,12 +424,13 @@ def kl_rows(delta: Tensor, lp: Tensor, lq: Tensor, make: bool) -> tuple[Tensor, 
     shape = (count, n, n) if make else (0, 1, 1)
     out = quadratic, spread, grad, np.empty(shape), np.empty(shape)
     _kl(_matrices(delta), _matrices(lp), _matrices(lq), *out, make)
-    return tuple(torch.from_numpy(x) for x in out)
+    found = [torch.from_numpy(x) for x in out]
+    return tuple(found if make else [*found[:2], *(torch.empty(0, dtype=torch.float64) for _ in range(3))])
 
 
 @_exact
 def _asymmetry(s, gap, scale):  # type: ignore[no-untyped-def]
-    tile = 16  # rows of both triangles stay in the cache
+    tile = 8  # rows of both triangles stay in the cache
     n = s.shape[1]
     for row in range(s.shape[0]):
         m = s[row]

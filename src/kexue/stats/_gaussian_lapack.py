@@ -6,13 +6,15 @@ Arrays by rows are passed as their transposes by columns: a lower factor L is th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
 
-def _functions(dtype: torch.dtype) -> tuple[object, ...]:
+def _functions(dtype: torch.dtype) -> tuple[Any, ...]:
     letter = "d" if dtype == torch.float64 else "s"
     return tuple(getattr(lapack, letter + name) for name in ("potrf", "sygst", "syevd"))
 
@@ -29,7 +31,7 @@ def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def congruent_eigen(lp: Tensor, sq: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (N, n), ascending, and eigenvectors (N, n, n) of Lp' Sq Lp, nan where there are none; see `eigh`."""
+    """Eigenvalues (N, n), ascending, and eigenvectors (N, n, n) of Lp' Sq Lp, nan where there are none."""
     _, sygst, syevd = _functions(sq.dtype)
     factors, matrices = (x.detach().contiguous().numpy() for x in (lp, sq))
     count, n = matrices.shape[:2]
