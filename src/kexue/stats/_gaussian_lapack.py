@@ -13,6 +13,8 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+BLOCK = 32  # columns of the reduction to tridiagonal form at a time
+
 
 def _functions(dtype: torch.dtype) -> tuple[Any, ...]:
     letter = "d" if dtype == torch.float64 else "s"
@@ -36,9 +38,11 @@ def congruent_eigen(lp: Tensor, sq: Tensor, vectors: bool) -> tuple[Tensor, Tens
     factors, matrices = (x.detach().contiguous().numpy() for x in (lp, sq))
     count, n = matrices.shape[:2]
     w, v = np.empty((count, n), matrices.dtype), np.empty((count, n, n) if vectors else (0, n, n), matrices.dtype)
+    # The default is the least that will do, and a reduction without blocks.
+    workspace = (BLOCK + 2) * n + (2 * n * n + 6 * n + 1 if vectors else 0)
     for i in range(count):
         product, _ = sygst(matrices[i].T, factors[i].T, itype=2, lower=0)
-        w[i], found, info = syevd(product, compute_v=vectors, lower=0, overwrite_a=1)
+        w[i], found, info = syevd(product, compute_v=vectors, lower=0, overwrite_a=1, lwork=workspace)
         if info:
             w[i] = np.nan
         if vectors:
