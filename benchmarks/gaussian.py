@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ from benchmarks.harness import Table, compare, installed
 from kexue.stats import Gaussian, frechet_distance, kl, w2
 
 SECTION = "Divergences of normals"
+FEATURES = ((512, 2048), (512, 170), (2048, 4096), (2048, 682))  # width, rows
 SIZES = ((1000, 16), (100, 64), (8, 256), (1, 512))
 
 
-def problem(batch: int, n: int, gradient: bool) -> list[Tensor]:
+def problem(batch: int, n: int, gradient: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     g = torch.Generator().manual_seed(n)
     made = []
     for _ in range(2):
         a = torch.randn(batch, n, n, generator=g, dtype=torch.float64) / n**0.5
         made += [torch.randn(batch, n, generator=g, dtype=torch.float64), a @ a.mT + 0.1 * torch.eye(n).double()]
-    return [x.requires_grad_(gradient) for x in made]
+    return [x.to(dtype).requires_grad_(gradient) for x in made]
 
 
 def step(function: Callable[..., Tensor], inputs: list[Tensor], gradient: bool) -> Callable[[], object]:
@@ -54,17 +56,24 @@ def torch_kl(mp: Tensor, sp: Tensor, mq: Tensor, sq: Tensor) -> Tensor:
 
 
 def pair(
-    name: str, peer: str, theirs: Callable[..., Tensor], mine: Callable[..., Tensor], size: Any, gradient: bool
+    name: str,
+    peer: str,
+    theirs: Callable[..., Tensor],
+    mine: Callable[..., Tensor],
+    size: Any,
+    gradient: bool,
+    dtype: torch.dtype,
 ) -> Table:
     batch, n = size
-    inputs = problem(batch, n, gradient)
+    inputs = problem(batch, n, gradient, dtype)
+    digits = str(dtype).removeprefix("torch.")
     contenders = {f"{name}, checked inputs": step(partial(ours, mine), inputs, gradient)}
     if peer.startswith("torch") or installed("ot"):
         contenders = {peer: step(theirs, inputs, gradient), **contenders}
     kind = "forward and backward" if gradient else "forward"
     return compare(
-        f"{name}, {kind}: {batch} pairs of dimension {n}",
-        f"{kind}, float64, one thread; both start from covariances.",
+        f"{name}, {kind}: {batch} pairs of dimension {n}, {digits}",
+        f"{kind}, {digits}, one thread; both start from covariances.",
         contenders,
         peer=peer,
         packages=("torch", "POT") if installed("ot") else ("torch",),
@@ -72,7 +81,7 @@ def pair(
     )
 
 
-def frechet(n: int, rows: int, slow: bool) -> Table:
+def frechet(n: int, rows: int) -> Table:
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((n, n)) / n**0.5
     x, y = rng.standard_normal((rows, n)) @ mix, rng.standard_normal((rows, n)) @ mix * 1.1 + 0.1
@@ -89,14 +98,16 @@ def frechet(n: int, rows: int, slow: bool) -> Table:
         roots = torch.linalg.eigvals(torch.from_numpy(a) @ torch.from_numpy(b)).sqrt().real.sum()
         return float(d @ d + np.trace(a) + np.trace(b) - 2 * roots)
 
-    contenders: dict[str, Callable[[], object]] = {"scipy.linalg.sqrtm of the product": root} if slow else {}
-    contenders["eigenvalues of the product"] = eigenvalues
-    contenders["frechet_distance"] = lambda: frechet_distance(x, y)
+    contenders: dict[str, Callable[[], object]] = {
+        "scipy.linalg.sqrtm of the product": root,
+        "eigenvalues of the product": eigenvalues,
+        "frechet_distance": lambda: frechet_distance(x, y),
+    }
     return compare(
         f"Frechet distance of {rows} and {rows} features of width {n}",
         "From features to the number, float64, one thread.",
         contenders,
-        peer="scipy.linalg.sqrtm of the product" if slow else "eigenvalues of the product",
+        peer="scipy.linalg.sqrtm of the product",
         packages=("numpy", "scipy", "torch"),
         repeats=1 if n > 1000 else 3,
     )
@@ -105,8 +116,7 @@ def frechet(n: int, rows: int, slow: bool) -> Table:
 def run() -> list[Table]:
     """All comparisons of this room."""
     tables = []
-    for size in SIZES:
-        for gradient in (False, True):
-            tables.append(pair("w2", "POT bures_wasserstein_distance", pot, w2, size, gradient))
-            tables.append(pair("kl", "torch.distributions", torch_kl, kl, size, gradient))
-    return [*tables, frechet(512, 2048, True), frechet(512, 170, True)]
+    for dtype, size, gradient in product((torch.float64, torch.float32), SIZES, (False, True)):
+        tables.append(pair("w2", "POT bures_wasserstein_distance", pot, w2, size, gradient, dtype))
+        tables.append(pair("kl", "torch.distributions", torch_kl, kl, size, gradient, dtype))
+    return [*tables, *(frechet(*case) for case in FEATURES)]

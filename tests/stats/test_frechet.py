@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kexue.stats import FrechetAccumulator, frechet_distance
+from kexue.stats import FrechetAccumulator, Gaussian, frechet_distance, w2
 from reference import gaussian_divergences as reference
 
 
@@ -98,3 +98,39 @@ def test_the_same_features_are_at_distance_zero_and_low_precision_is_taken():
     low = x.to(torch.bfloat16)
     torch.testing.assert_close(frechet_distance(low, x), frechet_distance(low.double(), x))
     assert isinstance(frechet_distance(np.asarray(x), x), torch.Tensor)
+
+
+def test_states_are_copies_and_are_checked():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    acc = FrechetAccumulator(x)
+    state = acc.state_dict()
+    acc.update(x + 1)
+    other = FrechetAccumulator()
+    other.load_state_dict(state)
+    assert other.count == 20
+    torch.testing.assert_close(other.compute(x), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
+    other.load_state_dict(FrechetAccumulator().state_dict())
+    assert other.count == 0
+    bad = [
+        {"count": 20},
+        state | {"moment": torch.zeros(2, 2)},
+        state | {"count": 0},
+        state | {"mean": torch.zeros(1, 3)},
+    ]
+    for broken in bad:
+        with pytest.raises(ValueError, match="state must have"):
+            acc.load_state_dict(broken)
+    with pytest.raises(TypeError, match="moment"):
+        acc.load_state_dict(state | {"moment": None})
+    assert acc.count == 40
+
+
+def test_streams_of_low_rank_are_exact_and_large_ones_agree():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 12, generator=g).double() for n in (4, 5))
+    torch.testing.assert_close(
+        FrechetAccumulator(x).compute(FrechetAccumulator(y)), frechet_distance(x, y), rtol=1e-12, atol=0
+    )
+    a, b = (torch.randn(200, 140, generator=g).double() for _ in range(2))
+    direct = w2(Gaussian(a.mean(0), torch.cov(a.T)), Gaussian(b.mean(0), torch.cov(b.T)))
+    torch.testing.assert_close(frechet_distance(a, b), direct, rtol=1e-10, atol=0)

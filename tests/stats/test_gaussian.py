@@ -452,3 +452,22 @@ def test_inputs_are_left_alone():
     for ours, _ in METHODS.values():
         ours(Gaussian(*inputs[:2]), Gaussian(*inputs[2:]))
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+@every
+def test_a_factor_without_columns_is_a_diagonal(name):
+    ours = METHODS[name][0]
+    p = Gaussian(torch.zeros(3), diag=torch.ones(3), factor=torch.zeros(3, 0))
+    q = Gaussian(torch.ones(3), diag=torch.full((3,), 1.5))
+    assert ours(p, p) == 0
+    assert ours(p, q) == ours(Gaussian(torch.zeros(3), diag=torch.ones(3)), q)
+
+
+def test_normals_of_torch_in_one_dimension_or_by_their_precision():
+    p = td.Normal(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    q = td.Normal(0.0, 1.0)
+    torch.testing.assert_close(kl(p, q), td.kl_divergence(p, q))
+    torch.testing.assert_close(w2(p, q), torch.tensor([0.0, 2.0]))
+    assert Gaussian.from_torch(p).batch_shape == (2,)
+    precise = td.MultivariateNormal(torch.ones(2), precision_matrix=4 * torch.eye(2))
+    torch.testing.assert_close(Gaussian.from_torch(precise).covariance, torch.eye(2) / 4)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kexue._tensors import once_differentiable
 
+LANES_FROM, LANES_TO = 16, 64  # least number of rows and most dimensions for the kernels of small matrices
+LAPACK_FROM = 128  # dimensions
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -21,9 +23,38 @@ def transpose_product(x: Tensor) -> Tensor:
     return x @ x.mT
 
 
+def gram(x: Tensor) -> Tensor:
+    """X' X for x (..., N, n) without a gradient: only one half is multiplied, by blocks."""
+    n = x.shape[-1]
+    if n < 128:
+        return x.mT @ x
+    h = n // 2
+    left, right = x[..., :h], x[..., h:]
+    out = x.new_empty(*x.shape[:-2], n, n)
+    out[..., :h, :h], out[..., h:, h:] = gram(left), gram(right)
+    corner = right.mT @ left
+    out[..., h:, :h], out[..., :h, h:] = corner, corner.mT
+    return out
+
+
 def symmetric(x: Tensor) -> Tensor:
     """(X + X') / 2."""
     return (x + x.mT) / 2
+
+
+def _plain_cpu(s: Tensor) -> bool:
+    """Whether numpy may see the values."""
+    return s.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def lanes(s: Tensor) -> bool:
+    """Whether there are enough small matrices for the kernels of :mod:`kexue.stats._gaussian_lanes`."""
+    return _plain_cpu(s) and s.shape[0] >= LANES_FROM and s.shape[-1] <= LANES_TO
+
+
+def large(s: Tensor) -> bool:
+    """Whether the matrices are worth the functions of :mod:`kexue.stats._gaussian_lapack`."""
+    return _plain_cpu(s) and s.shape[-1] >= LAPACK_FROM
 
 
 def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,12 +63,25 @@ def cholesky(s: Tensor) -> tuple[Tensor, Tensor]:
     The square of a pivot over the diagonal entry is the part of a variable that its predecessors do not explain, which
     does not depend on units.
     """
-    factor, info = torch.linalg.cholesky_ex(s)
     n = s.shape[-1]
+    flat = s.reshape(-1, n, n)
+    if lanes(flat):
+        from kexue.stats import _gaussian_lanes
+
+        factor, ok = _gaussian_lanes.cholesky(flat, torch.finfo(s.dtype).eps)
+        return factor.view(s.shape), ok.view(s.shape[:-2])
+    if large(flat):
+        from kexue.stats import _gaussian_lapack
+
+        factor, found = _gaussian_lapack.cholesky(flat)
+        factor, found = factor.view(s.shape), found.view(s.shape[:-2])
+    else:
+        factor, info = torch.linalg.cholesky_ex(s)
+        found = info == 0
     diagonal = s.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     floor = n * torch.finfo(s.dtype).eps
-    return factor, (info == 0) & (pivots > floor * diagonal).all(-1)
+    return factor, found & (pivots > floor * diagonal).all(-1)
 
 
 def solve_turned(factor: Tensor, x: Tensor) -> Tensor:
@@ -90,6 +134,9 @@ def lifted(sp: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
 def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor]:
     """In float64, by the polar factor: exact for close, ill-conditioned and singular covariances."""
     eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+    unit = torch.maximum(_trace(sp), _trace(sq))
+    unit = torch.where(unit > 0, unit, 1.0)
+    sp, sq = sp / unit[:, None, None], sq / unit[:, None, None]
     factors = []
     for s in (sp, sq):
         factor, ok = cholesky(s)
@@ -100,7 +147,7 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
     lp, lq = factors
     u, _, vh = torch.linalg.svd(lq.mT @ lp)
     same = (sp == sq).all(-1).all(-1)
-    value = torch.where(same, 0.0, (lp - lq @ (u @ vh)).square().sum((-2, -1)))
+    value = torch.where(same, 0.0, unit * (lp - lq @ (u @ vh)).square().sum((-2, -1)))
     if not make:
         return value, nothing(value), nothing(value)
     p, q = lifted(sp, sq)
@@ -111,29 +158,53 @@ def _robust_w2(sp: Tensor, sq: Tensor, make: bool) -> tuple[Tensor, Tensor, Tens
     return value, torch.where(same, 0.0, grad_p), torch.where(same, 0.0, grad_q)
 
 
+def double_factor(s: Tensor, factor: Tensor) -> Tensor:
+    """The Cholesky factor of s in float64; the given one, if that is what it is or if there is no better one."""
+    if factor.dtype == torch.float64:
+        return factor
+    better, ok = cholesky(s.double())
+    return torch.where(ok[:, None, None], better, factor.double())
+
+
+def _spread(sp: Tensor, sq: Tensor, lp: Tensor, make: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W2 without the means, rows in which an eigenvalue is too small to be resolved, and both gradients."""
+    if lanes(sp):
+        from kexue.stats import _gaussian_lanes
+
+        return _gaussian_lanes.w2_rows(double_factor(sp, lp), sq, make)
+    eps = torch.finfo(sp.dtype).eps
+    if large(sp):
+        from kexue.stats import _gaussian_lapack
+
+        w, v = _gaussian_lapack.congruent_eigen(lp, sq, make)
+    else:
+        moment = lp.mT @ sq @ lp
+        w, v = torch.linalg.eigh(moment) if make else (torch.linalg.eigvalsh(moment), lp)
+    top = w[..., -1:].clamp_min(0)
+    s = torch.maximum(w, eps * top).sqrt()
+    spread = _trace(sp) + _trace(sq) - 2 * s.sum(-1)
+    low = ~(w[..., 0] >= eps**0.7 * top.squeeze(-1))
+    if not make:
+        return spread, low, nothing(sp), nothing(sp)
+    root = s.sqrt().unsqueeze(-2)
+    eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+    y, u = solve_turned(lp, v * root), (lp @ v) / root
+    return spread, low, torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
+
+
 def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> Four:
     (lp, ok_p), (_, ok_q) = factors
-    ok = ok_p & ok_q
+    tp, tq = _trace(sp), _trace(sq)
+    size = tp * tq  # of the eigenvalues that are computed; beyond the range of the dtype they would be 0 or inf
+    far = 1e28 if sp.dtype == torch.float32 else 1e200
+    ok = ok_p & ok_q & (size > 1 / far) & (size < far)
+    first, second = sp, sq
     if not bool(ok.all()):
-        lp = torch.where(ok[:, None, None], lp, torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device))
-    total = _trace(sp) + _trace(sq)
-    eps = torch.finfo(sp.dtype).eps
-    moment = lp.mT @ sq @ lp
-    grads = (nothing(sp), nothing(sp))
-    if make:
-        w, v = torch.linalg.eigh(moment)
-    else:
-        w = torch.linalg.eigvalsh(moment)
-    top = w[..., -1:].clamp_min(0)
-    low = w[..., 0] < eps**0.7 * top.squeeze(-1)
-    s = torch.maximum(w, eps * top).sqrt()
-    spread = total - 2 * s.sum(-1)
-    if make:
-        root = s.sqrt().unsqueeze(-2)
-        eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
-        y, u = solve_turned(lp, v * root), (lp @ v) / root
-        grads = torch.baddbmm(eye, y, y.mT, alpha=-1), torch.baddbmm(eye, u, u.mT, alpha=-1)
-    again = ~ok | low | (spread < (1e-2 if sp.dtype == torch.float32 else 1e-4) * total)
+        keep, eye = ok[:, None, None], torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
+        first, second, lp = (torch.where(keep, x, eye) for x in (sp, sq, lp))
+    spread, low, *grads = _spread(first, second, lp, make)
+    again = ~ok | low | (spread < (1e-2 if spread.dtype == torch.float32 else 1e-4) * (tp + tq))
+    spread, *grads = (x.to(sp.dtype) for x in (spread, *grads))
     if bool(again.any()):
         rows = again.nonzero().squeeze(1)
         value, grad_p, grad_q = _robust_w2(sp[rows].double(), sq[rows].double(), make)
@@ -141,7 +212,7 @@ def w2_rows(delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, make: bool) -> 
         if make:
             grads[0][rows], grads[1][rows] = grad_p.to(sp.dtype), grad_q.to(sp.dtype)
     value = spread + delta.square().sum(-1)
-    return value, 2 * delta if make else nothing(delta), *grads
+    return value, 2 * delta if make else nothing(delta), grads[0], grads[1]
 
 
 class TransportMap(torch.autograd.Function):

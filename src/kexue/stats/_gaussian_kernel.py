@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from kexue._tensors import as_recorded
-from kexue.stats._bures_kernel import Four, TransportMap, cholesky, nothing, solve_turned, symmetric, w2_rows
+from kexue.stats._bures_kernel import (
+    Four,
+    TransportMap,
+    cholesky,
+    double_factor,
+    lanes,
+    nothing,
+    solve_turned,
+    symmetric,
+    w2_rows,
+)
 
 
 def log_excess(e: Tensor) -> Tensor:
@@ -193,13 +203,22 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
     if not regular:  # any factor does where the result is replaced below
         eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
         lp, lq = (torch.where(ok[:, None, None], x, eye) for x in (lp, lq))
+    exact = kind == "renyi" and alpha == 1 and lanes(sp)  # many small rows: a kernel in float64
     if kind == "jeffreys":
         out = _jeffreys(delta, sp, sq, lp, lq, make)
     else:
-        parts = _kl(delta, lp, lq, make) if alpha == 1 else _renyi(delta, sp, sq, lp, lq, alpha, make)
+        if alpha != 1:
+            parts = _renyi(delta, sp, sq, lp, lq, alpha, make)
+        elif exact:
+            from kexue.stats import _gaussian_lanes
+
+            parts = _gaussian_lanes.kl_rows(delta, double_factor(sp, lp), double_factor(sq, lq), make)
+        else:
+            parts = _kl(delta, lp, lq, make)
         quadratic, spread = parts[:2]
-        out = quadratic + spread, parts[2], parts[3], parts[4]
-        limit = 1e-2 if sp.dtype == torch.float32 else 1e-4
+        value, first, second, third = (x.to(sp.dtype) for x in (quadratic + spread, *parts[2:]))
+        out = value, first, second, third
+        limit = 1e-2 if spread.dtype == torch.float32 else 1e-4
         if alpha != 1:
             limit = limit * max(1.0, 0.1 / abs(1 - alpha))
         close = ok & (spread < limit * sp.shape[-1])
@@ -207,7 +226,7 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
             rows = close.nonzero().squeeze(1)
             again = _close_renyi(delta[rows].double(), sp[rows].double(), sq[rows].double(), alpha, make)
             _put(out, rows, again, make)
-    if sp.dtype == torch.float32:
+    if sp.dtype == torch.float32 and not exact:
         ill = ok & (_least_pivot(lp, sp) | _least_pivot(lq, sq))
         if bool(ill.any()):
             rows = ill.nonzero().squeeze(1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kexue._tensors import check_float
-from kexue.stats._bures_kernel import cholesky, eigen_factor, symmetric
+from kexue.stats._bures_kernel import cholesky, eigen_factor, gram, large, symmetric
 from kexue.stats.bures import w2
 from kexue.stats.gaussian import Gaussian
 
@@ -90,7 +90,7 @@ class FrechetAccumulator:
                 part = block.double()
                 mean = part.mean(0)
                 part = part - mean
-                self._join(len(part), mean, part.mT @ part)
+                self._join(len(part), mean, gram(part))
 
     @torch.no_grad()
     def merge(self, other: FrechetAccumulator) -> FrechetAccumulator:
@@ -151,8 +151,9 @@ class FrechetAccumulator:
         return frechet_distance(self, other)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that has been seen: ``count``, ``mean`` and ``moment``."""
-        return {"count": self.count, "mean": self._mean, "moment": self._moment}
+        """Everything that has been seen: ``count``, ``mean`` and ``moment``, as copies."""
+        mean, moment = (None if x is None else x.clone() for x in (self._mean, self._moment))
+        return {"count": self.count, "mean": mean, "moment": moment}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another accumulator.
@@ -161,12 +162,23 @@ class FrechetAccumulator:
             state: What :meth:`state_dict` gave.
 
         Raises:
-            ValueError: Other keys.
+            TypeError: A mean or moment that is neither a tensor nor None.
+            ValueError: Other keys, or shapes and a count that do not belong together.
         """
         if set(state) != {"count", "mean", "moment"}:
             raise ValueError(f"state must have the keys count, mean and moment; got {sorted(state)}")
-        self.count = int(state["count"])
-        self._mean, self._moment = (None if x is None else x.clone() for x in (state["mean"], state["moment"]))
+        count, mean, moment = int(state["count"]), state["mean"], state["moment"]
+        if (count, mean, moment) != (0, None, None):
+            check_float("mean", mean)
+            check_float("moment", moment)
+            width = mean.shape[0] if mean.dim() == 1 else 0
+            if count < 1 or width < 1 or moment.shape != (width, width):
+                raise ValueError(
+                    "state must have a count, a mean (d,) and a moment (d, d); "
+                    f"got {count}, {tuple(mean.shape)} and {tuple(moment.shape)}"
+                )
+            mean, moment = (x.detach().double().clone() for x in (mean, moment))
+        self.count, self._mean, self._moment = count, mean, moment
 
 
 class _Side:
@@ -188,7 +200,8 @@ class _Side:
         self.rows = (x - self.mean) / (len(x) - 1) ** 0.5
         self.trace = self.rows.square().sum()
         if len(x) > x.shape[1]:  # more rows than dimensions: the covariance is the smaller of the two
-            self.cov, self.rows = self.rows.mT @ self.rows, None
+            tracked = torch.is_grad_enabled() and x.requires_grad
+            self.cov, self.rows = self.rows.mT @ self.rows if tracked else gram(self.rows), None
 
     def factor(self) -> Tensor:
         """F with F F' = S, (d, r)."""
@@ -199,7 +212,8 @@ class _Side:
         if bool(ok):
             return factor
         v, root = eigen_factor(cov)
-        return v * root
+        kept = root > (len(cov) * torch.finfo(cov.dtype).eps) ** 0.5 * root.max()  # the others are rounding of zeros
+        return (v * root)[:, kept]
 
 
 def _nuclear(a: _Side, b: _Side) -> Tensor:
@@ -209,8 +223,13 @@ def _nuclear(a: _Side, b: _Side) -> Tensor:
     if a.rows is None and b.rows is not None:
         a, b = b, a
     factor = a.factor()
-    moment = factor.mT @ b.cov @ factor
-    return torch.linalg.eigvalsh(symmetric(moment)).clamp(min=0).sqrt().sum()
+    if large(b.cov) and factor.shape[0] == factor.shape[1] and bool((factor.triu(1) == 0).all()):
+        from kexue.stats import _gaussian_lapack
+
+        w = _gaussian_lapack.congruent_eigen(factor[None], b.cov[None], False)[0]
+    else:
+        w = torch.linalg.eigvalsh(symmetric(factor.mT @ b.cov @ factor))
+    return w.clamp(min=0).sqrt().sum()
 
 
 def frechet_distance(x: Any, y: Any) -> Tensor:

@@ -22,6 +22,7 @@ from kexue.stats._bures_kernel import cholesky, eigen_factor, symmetric
 
 __all__ = ["Gaussian"]
 
+NUMBA_FROM = 2**14  # entries of covariances that are worth a compiled check
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -30,6 +31,16 @@ def _check_finite(name: str, x: Tensor) -> None:
     # The sum is finite in the usual case, and one fast operation; it may overflow where the values do not.
     if not bool(x.sum().isfinite()) and not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite; got {int((~torch.isfinite(x)).sum())} values that are not")
+
+
+def _asymmetry(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest difference from the transpose, and largest entry of the diagonal: of all, if semi-definite."""
+    if cov.numel() >= NUMBA_FROM and cov.device.type == "cpu" and cov.is_contiguous():
+        from kexue.stats._gaussian_lanes import asymmetry
+
+        return asymmetry(cov)
+    gap = torch.linalg.vector_norm(cov - cov.mT, torch.inf, (-2, -1))
+    return gap, cov.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
 
 
 class Gaussian:
@@ -87,6 +98,8 @@ class Gaussian:
             if not good or (square and shape[-1] != n):
                 wanted = f"(..., {n})" if name == "diag" else f"(..., {n}, {n if square else 'r'})"
                 raise ValueError(f"{name} must have shape {wanted} for a mean of length {n}; got {shape}")
+        if diag is not None and factor is not None and factor.shape[-1] == 0:  # a diagonal, then
+            given["factor"], forms = None, ["diag"]
         tensors = [x for x in given.values() if x is not None]
         dtype = compute_dtype(*tensors)
         tolerance = max(_TOLERANCE.get(x.dtype, 1e-4) for x in tensors[1:])
@@ -121,8 +134,7 @@ class Gaussian:
         if torch.compiler.is_compiling() or not validate:
             return symmetric(cov)
         with torch.no_grad():
-            gap = torch.linalg.vector_norm(cov - cov.mT, torch.inf, (-2, -1))
-            scale = cov.diagonal(dim1=-2, dim2=-1).abs().amax(-1)  # the largest entry of a semi-definite matrix
+            gap, scale = _asymmetry(cov)
             if bool((gap > tolerance * scale).any()):
                 worst = float((gap / scale).max())
                 raise ValueError(f"cov must be symmetric to {tolerance:g} of its largest entry; got {worst:.3g}")
