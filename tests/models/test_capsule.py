@@ -245,6 +245,19 @@ def test_strides_leading_shapes_and_inputs_untouched():
     assert cap(u[:0], mask[:0]).shape == (0, 3, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_of_any_strides(shared, dtype):
+    cap, u = layer(shared, dtype=dtype), draw(9, 6, 4, dtype=dtype)
+    plain = cap.weight.detach().clone().requires_grad_()
+    turned = plain.detach().mT.contiguous().mT.requires_grad_()
+    outputs = [torch.func.functional_call(cap, {"weight": w}, (u,)) for w in (plain, turned)]
+    torch.testing.assert_close(*outputs)
+    want, got = (torch.autograd.grad(v.square().sum(), w)[0] for v, w in zip(outputs, (plain, turned), strict=True))
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()  # as the operator tells the compiler
+
+
 def test_differentiable_once():
     cap, u = layer(True), draw(2, 6, 4)
     (grad,) = torch.autograd.grad(cap(u).square().sum(), u, create_graph=True)

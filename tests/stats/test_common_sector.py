@@ -1,5 +1,6 @@
 """The distribution of the smallest sector against exact rational numbers."""
 
+import decimal
 import itertools
 import math
 import subprocess
@@ -129,6 +130,15 @@ def test_three_formulas_for_the_upper_tail_agree(n):
         assert got == pytest.approx(math.ldexp(mantissa, exponent), rel=4e-14 + 2e-16 * slope, abs=0)
         if n > 64:
             assert got == pytest.approx(math.exp(kernel._contour(float(n), x, 0.0, th, tl, False)), rel=1e-13, abs=0)
+
+
+def test_the_callers_decimal_settings_do_not_reach_the_tables():
+    want = sector_table.tables()
+    strict = decimal.Context(3, decimal.ROUND_UP, -5, 20, traps=[decimal.FloatOperation, decimal.Inexact])
+    with decimal.localcontext(strict):
+        got = sector_table.tables()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @given(n=st.integers(2, 10**9), u=st.floats(0.0, 1.0), v=st.floats(0.0, 1.0))

@@ -33,6 +33,15 @@ def test_sector_contains_all_points_and_starts_within_the_circle():
     assert smallest_sector([0, 90, 180, 270], period=360)[1] == 270
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("period", [0.1, 360, math.tau])
+def test_a_start_just_below_the_period_is_not_rounded_up_to_it(dtype, period):
+    start, _ = smallest_sector(torch.tensor([[-1e-5 * period], [-0.5 * period]], dtype=dtype), period=period)
+    assert start.dtype == dtype
+    assert (start.double() < period).all()
+    assert float(start[1]) == pytest.approx(period / 2, rel=1e-2)
+
+
 def test_narrow_sectors_keep_their_digits():
     assert smallest_sector([1.0, 1.0 + 2**-40])[1] == 2**-40
     assert smallest_sector([359.0, 359.0 + 2**-40], period=360)[1] == 2**-40

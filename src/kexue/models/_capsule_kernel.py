@@ -110,7 +110,7 @@ def route_backward(
     routings, _, k = states.shape[:3]
     blocks = Blocks(x, weight, mask, k)
     grad_x = torch.empty(0)
-    grad_w = None if blocks.weight is None or not weight_needed else torch.zeros_like(blocks.weight)
+    grad_w = None if blocks.weight is None or not weight_needed else blocks.weight.new_zeros(blocks.weight.shape)
     if grad_coupling is not None and mask is not None:
         grad_coupling = grad_coupling.masked_fill(~mask[..., None], 0.0)
     for block, keys in blocks:

@@ -16,7 +16,7 @@ The relative error of 1 - P stays below 3e-14, as found with exact rational numb
 from __future__ import annotations
 
 import math
-from decimal import Decimal, localcontext
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, Decimal, localcontext
 
 import numpy as np
 
@@ -129,8 +129,9 @@ def tables() -> Tables:
     rate, correction = np.zeros((INTERVALS, 1 + TERMS)), np.zeros((INTERVALS, TERMS, 1 + NODES.size))
     by_n = np.vander(SMOOTH_MIN / np.append(np.inf, NODES), increasing=True)
     chebyshev = np.cos(np.pi * (np.arange(TERMS) + 0.5) / TERMS)
-    with localcontext() as context:
-        context.prec = 36
+    # Every setting is ours: the caller's rounding, exponents or traps would change the tables, or stop their making.
+    own = Context(36, ROUND_HALF_EVEN, MIN_EMIN, MAX_EMAX, clamp=0, traps=[])
+    with localcontext(own):
         for interval in range(1, INTERVALS):
             middle = (interval + 0.5) / 64
             places = np.round((middle + chebyshev / 128) * 2.0**40) * 2.0**-40

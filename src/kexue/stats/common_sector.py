@@ -405,7 +405,8 @@ def smallest_sector(angles: Any, *, period: float = math.tau) -> tuple[Any, Any]
     x = _as_tensor(angles)
     start, width = _sector(x, high)
     if isinstance(angles, Tensor):
-        return start.to(x.dtype), width.to(x.dtype)
+        start = start.to(x.dtype)
+        return start.masked_fill(start >= high, 0.0), width.to(x.dtype)  # fp16 and bf16 may round up to the period
     return start.numpy()[()], width.numpy()[()]
 
 
