@@ -130,6 +130,11 @@ def test_stream_merge_and_forget_equal_one_fit(covariance):
         np.testing.assert_allclose(model.moments_.scatter, whole.moments_.scatter, rtol=1e-9, atol=1e-7)
 
 
+def test_rows_that_never_came_cannot_be_forgotten():
+    with pytest.raises(ValueError, match="whose squares exceed the fitted ones"):
+        AnalyticLogisticRegression().fit(*data()).forget(100 * data()[0][:40], data()[1][:40])
+
+
 def test_merge_joins_different_classes_and_leaves_the_other_alone():
     X, y = data(classes=4)
     first = y < 3
@@ -162,7 +167,7 @@ def test_weights_are_repetitions_and_zero_is_absence(polish):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("factor", [1e-100, 1e-35, 1e35])
+@pytest.mark.parametrize("factor", [1e-100, 1e-43, 1e-35, 1e35])
 def test_only_ratios_of_weights_matter(dtype, factor):
     X, y = data(dtype=dtype, offset=5.0)
     w = np.random.default_rng(2).random(len(y))

@@ -108,3 +108,14 @@ def test_bad_input_is_named_and_leaves_the_head(change, error, message):
     with pytest.raises(error, match=message):
         analytic_head_(**given)
     assert all(torch.equal(a, b) for a, b in zip(before, given["head"].parameters(), strict=True))
+
+
+def test_weights_beyond_the_range_of_the_head_are_refused():
+    x, y = features()
+    head = nn.Linear(5, 3, dtype=torch.float16)
+    before = head.weight.clone()
+    with pytest.raises(ValueError, match=r"must fit the dtype of the head, torch.float16; got up to \d"):
+        analytic_head_(head, x * 1e-7, y)
+    assert torch.equal(head.weight, before)
+    with pytest.raises(ValueError, match=r"must fit the dtype of the head, torch.float16"):
+        AnalyticLogisticRegression().fit(x.numpy() * 1e-7, y.numpy()).to_linear(torch.float16)

@@ -103,3 +103,15 @@ def test_cross_validation_with_weights_sparse_rows_and_a_rare_class():
 def test_bad_arguments_of_the_search_are_errors(arguments, error):
     with pytest.raises(error):
         AnalyticLogisticRegressionCV(**arguments).fit(*data())
+
+
+def test_splits_may_be_masks_but_train_on_all_other_rows():
+    X, y = data(n=60)
+    places = np.arange(60) % 3
+    masks = [(places != i, places == i) for i in range(3)]
+    indices = [tuple(np.flatnonzero(rows) for rows in split) for split in masks]
+    mine, theirs = (AnalyticLogisticRegressionCV([0.0, 0.5], cv=cv).fit(X, y) for cv in (masks, indices))
+    np.testing.assert_array_equal(mine.scores_, theirs.scores_)
+    purged = [(train[::2], test) for train, test in indices]
+    with pytest.raises(ValueError, match=r"cv must train on all 40 rows outside a fold; got 20"):
+        AnalyticLogisticRegressionCV(cv=purged).fit(X, y)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -80,10 +82,28 @@ def test_auction_that_is_cut_short_still_ends_in_the_optimum():
     costs = np.random.default_rng(0).random((60, 60))
     rows, columns = linear_sum_assignment(costs)
     for smallest in (1.0, 0.1, 1e-6):  # no auction at all, a coarse one, a fine one
-        column, v = assign(costs, 1.0, 5.0, smallest)
+        column, v = assign(costs, 1.0, 5.0, smallest, 3600)
         assert sorted(column) == list(range(60))
         assert costs[np.arange(60), column].sum() == pytest.approx(costs[rows, columns].sum(), abs=1e-12)
         assert ((costs - v).min(1).sum() + v.sum()) == pytest.approx(costs[rows, columns].sum(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ties", "spread"])
+def test_many_equal_masses_that_an_auction_cannot_match_are_left_to_the_simplex(kind, monkeypatch):
+    from scipy.optimize import linear_sum_assignment
+
+    from kexue.stats._assignment import assign
+
+    g = np.random.default_rng(0)
+    costs = g.integers(0, 3, (200, 200)).astype(float) if kind == "ties" else np.exp(8 * g.normal(size=(200, 200)))
+    assert (assign(costs, 1.0, 5.0, 5e-4, 8000)[0] < 0).any()  # shortest paths would take n^3 steps
+    best = costs[linear_sum_assignment(costs)].mean()
+    found = transport(costs)
+    assert found.status == "optimal"
+    assert found.cost == pytest.approx(best, rel=1e-12)
+    module = sys.modules["kexue.stats.transport"]
+    monkeypatch.setattr(module, "_is_optimal", lambda *_: False)  # where the simplex proves nothing, paths finish
+    assert transport(costs).cost == pytest.approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize("factor", [1e-300, 1e-12, 1e12, 1e300])
@@ -292,6 +312,8 @@ def test_certificate_is_a_bound_for_potentials_of_any_size(size, far):
         assert found.dual <= best.cost * (1 + 1e-12)
         assert found.gap >= 0
     assert certificate(size * costs, best.plan, best.f, best.g, p, q).gap >= 0  # not below by rounding
+    widest = np.where(f > 0, 1.79e308, -1.79e308)  # their difference is beyond float64: no warning, and still a bound
+    assert certificate(size * costs, best.plan, widest, best.g, p, q).dual <= best.cost * (1 + 1e-12)
 
 
 @settings(max_examples=25, deadline=None)

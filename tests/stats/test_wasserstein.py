@@ -319,3 +319,17 @@ def test_critic_of_tensors_gives_its_metric_tensors():
         np.testing.assert_allclose(critic(x.numpy()), expected(x), atol=1e-6)
     with pytest.raises(ValueError, match="triangle"):
         kr_potential(x, y, lambda u, v: (u - v).square().sum())
+
+
+@pytest.mark.parametrize("n", [50, 5000])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_far_points_without_mass_on_the_line_change_nothing(n, kind):
+    g = np.random.default_rng(0)
+    x, y, a, b = g.normal(size=n), g.normal(size=n + 3), g.random(n), g.random(n + 3)
+    a[[0, 7]], b[9] = 0.0, 0.0
+    x[[0, 7]], y[9] = (-1e12, 1e12), 3e12
+    b *= a.sum() / b.sum()
+    some, others = a > 0, b > 0
+    for p in (1, 2):
+        expected = wasserstein(x[some], y[others], p, weights=(a[some], b[others]))
+        assert float(wasserstein(kind(x), kind(y), p, weights=(a, b))) == pytest.approx(expected, rel=1e-9)

@@ -75,14 +75,20 @@ def _auction(costs, v, eps, column_of, row_of, stack, top, limit):  # type: igno
 
 
 @_exact
-def _augment(costs, v, column_of, row_of):  # type: ignore[no-untyped-def]
-    """Match the free rows along shortest augmenting paths, which keeps every matched row at its best column."""
+def _augment(costs, v, column_of, row_of, limit):  # type: ignore[no-untyped-def]
+    """Match the free rows along shortest augmenting paths, which keeps every matched row at its best column.
+
+    No path starts once ``limit`` rows were read.
+    """
+    read = 0
     n = v.shape[0]
     distance, before = np.empty(n), np.empty(n, np.int64)
     open_, scanned = np.empty(n, np.int64), np.empty(n, np.int64)
     for free in range(n):
         if column_of[free] >= 0:
             continue
+        if read > limit:
+            return
         for j in range(n):
             distance[j] = costs[free, j] - v[j]
             before[j] = free
@@ -111,6 +117,7 @@ def _augment(costs, v, column_of, row_of):  # type: ignore[no-untyped-def]
                 if through < distance[other]:
                     distance[other] = through
                     before[other] = i
+        read += done + 1
         for k in range(done):
             j = scanned[k]
             v[j] += distance[j] - reached
@@ -124,10 +131,11 @@ def _augment(costs, v, column_of, row_of):  # type: ignore[no-untyped-def]
 
 
 @_exact
-def assign(costs, unit, factor, smallest):  # type: ignore[no-untyped-def]
+def assign(costs, unit, factor, smallest, limit):  # type: ignore[no-untyped-def]
     """Columns of an optimal assignment and its column potentials, for costs (n, n) of the order of ``unit``.
 
-    ``factor`` divides the tolerance of the auction until it is below ``smallest`` units.
+    ``factor`` divides the tolerance of the auction until it is below ``smallest`` units. Paths that
+    read more than ``limit`` rows in all are given up: the rows left have the column -1.
     """
     n = costs.shape[0]
     v = np.empty(n)
@@ -157,5 +165,5 @@ def assign(costs, unit, factor, smallest):  # type: ignore[no-untyped-def]
             stack[top] = i
             top += 1
     _auction(costs, v, 0.0, column_of, row_of, stack, top, 4 * n)
-    _augment(costs, v, column_of, row_of)
+    _augment(costs, v, column_of, row_of, limit)
     return column_of, v

@@ -175,10 +175,12 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
             dtype: Of the layer; torch's default dtype by default.
 
         Raises:
-            ValueError: ``covariance="per_class"``, whose scores are not linear.
+            ValueError: ``covariance="per_class"``, whose scores are not linear; weights beyond the range of ``dtype``.
         """
         import torch
         from torch import nn
+
+        from kexue.stats.analytic_head import set_linear
 
         check_is_fitted(self, "moments_")
         if not hasattr(self, "coef_"):
@@ -186,7 +188,5 @@ class ClosedForm(ClassifierMixin, BaseEstimator):
         head = nn.utils.skip_init(
             nn.Linear, self.n_features_in_, len(self.coef_), dtype=dtype or torch.get_default_dtype()
         )
-        with torch.no_grad():
-            head.weight.copy_(torch.from_numpy(self.coef_))
-            head.bias.copy_(torch.from_numpy(self.intercept_))
+        set_linear(head, self.coef_, self.intercept_)
         return head

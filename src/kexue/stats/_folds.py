@@ -23,14 +23,22 @@ def held_out(cv: Any, X: Any, y: Any, places: NDArray[np.intp]) -> list[NDArray[
         places: The labels as numbers in [0, C), each of which occurs.
 
     Raises:
-        ValueError: Fewer than 2 folds, more folds than rows in every class, rows held out never or twice.
+        ValueError: Fewer than 2 folds, more folds than rows in every class, rows held out never or twice, training
+            rows that are not all others.
     """
     if isinstance(cv, (int, np.integer)) and not isinstance(cv, bool) and cv >= 2:
         return _stratified(operator.index(cv), places)
-    folds = [np.asarray(test) for _, test in check_cv(cv, y, classifier=True).split(X, y)]
+    splits = [
+        [np.flatnonzero(rows) if rows.dtype == bool else rows for rows in map(np.asarray, split)]
+        for split in check_cv(cv, y, classifier=True).split(X, y)
+    ]
+    folds = [test for _, test in splits]
     times = np.bincount(np.concatenate(folds), minlength=len(y)) if folds else np.zeros(len(y))
     if len(folds) < 2 or not (times == 1).all():
         raise ValueError("cv must hold out every row once, in at least 2 folds; got folds that miss or repeat rows")
+    for train, test in splits:  # the models come from all rows minus the fold
+        if len(train) + len(test) != len(y):
+            raise ValueError(f"cv must train on all {len(y) - len(test)} rows outside a fold; got {len(train)}")
     return folds
 
 

@@ -83,7 +83,7 @@ class Moments:
         """The moments of the rows that are left when those of ``other`` are taken out.
 
         Raises:
-            ValueError: ``other`` has more rows or weight in a class than there are.
+            ValueError: ``other`` has more rows or weight in a class than there are, or leaves a negative variance.
         """
         rows, counts = self.rows - other.rows, self.counts - other.counts
         bad = (rows < 0) | (counts < -1e-9 * self.counts)
@@ -103,6 +103,10 @@ class Moments:
         if self.per_class:
             scatter[~left] = 0.0
         diagonal = np.einsum("...ii->...i", scatter)
+        if (diagonal < -1e-3 * np.einsum("...ii->...i", self.scatter)).any():
+            raise ValueError(
+                "only rows that were fitted can be taken out; got some whose squares exceed the fitted ones"
+            )
         np.maximum(diagonal, 0.0, out=diagonal)  # rounding may leave a variance just below 0
         return Moments(counts, rows, means, scatter)
 
@@ -162,7 +166,7 @@ def _out_of_range(m: Moments, X: NDArray[Any]) -> bool:
     squares = np.diag(m.pooled())
     if not np.isfinite(squares.sum()):
         return True
-    small = X[:, squares < 1e-30 * m.counts.sum()]
+    small = X[:, squares < 1e-30 * max(m.counts.sum(), m.rows.sum())]  # features or weights are small
     return bool((small != small[:1]).any())
 
 

@@ -239,7 +239,8 @@ class AnalyticLogisticRegressionCV(ClosedForm):
     Args:
         shrinkages: Values of the shrinkage to try, in [0, 1]; a number stands for 0 and values from 1e-6 to 1 in equal
             ratios, so many in all.
-        cv: Number of stratified folds, or what scikit-learn takes as ``cv``; every row must be held out once.
+        cv: Number of stratified folds, or what scikit-learn takes as ``cv``; every row must be held out once,
+            and all others train. Folds by groups: ``GroupKFold().split(X, y, groups)``.
         covariance, priors, ridge: As in :class:`AnalyticLogisticRegression`.
         scoring: "accuracy", or "log_loss" (its negative, so that higher is better).
         score_rows: Held-out rows of each fold that are scored, evenly spaced, when there are more; None for all.

@@ -16,12 +16,23 @@ from torch import Tensor, nn
 
 from kexue._tensors import check_float, compute_dtype
 from kexue.stats._class_rule import check_regularisation, linear_rule
-from kexue.stats._moments import moments
+from kexue.stats._moments import Array, moments
 
 __all__ = ["analytic_head_"]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Head = TypeVar("Head", bound=nn.Linear)
+
+
+def set_linear(head: nn.Linear, weight: Array, bias: Array) -> None:
+    """Copy weight and bias into a head; ValueError, and the head as it was, if its dtype cannot hold them."""
+    values = [torch.from_numpy(x).to(like.dtype) for x, like in ((weight, head.weight), (bias, head.bias))]
+    if not all(bool(v.isfinite().all()) for v in values):
+        size = max(abs(weight).max(), abs(bias).max())
+        raise ValueError(f"weights and bias must fit the dtype of the head, {head.weight.dtype}; got up to {size:.3g}")
+    with torch.no_grad():
+        head.weight.copy_(values[0])
+        head.bias.copy_(values[1])
 
 
 def analytic_head_(
@@ -50,7 +61,7 @@ def analytic_head_(
     Raises:
         TypeError: Wrong kind of argument.
         ValueError: Shapes that do not fit, no bias, labels out of range, a class without rows, features that are not
-            finite, ``shrinkage`` or ``ridge`` out of range.
+            finite, ``shrinkage`` or ``ridge`` out of range, weights beyond the range of the head's dtype.
 
     Reference:
         Scientific Spaces, article 8578.
@@ -98,7 +109,5 @@ def analytic_head_(
     weight, bias = rule.weights, rule.bias - rule.weights @ rule.centre
     if head.out_features == 1:
         weight, bias = rule.article()
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight))
-        head.bias.copy_(torch.from_numpy(bias))
+    set_linear(head, weight, bias)
     return head

@@ -80,7 +80,8 @@ def _cut(costs: Array, f: Array, keep: Any) -> tuple[Array, float]:
     if float(abs(f[keep]).max()) <= 4 * float(abs(costs[top]).max()):
         return f, 0.0
     # a row that lies further below the top one than the costs span is the smallest in no column
-    return np.maximum(f - shift, float(costs.min()) - float(costs.max())), shift
+    with np.errstate(over="ignore"):
+        return np.maximum(f - shift, float(costs.min()) - float(costs.max())), shift
 
 
 def _survey(costs: Array, f: Array, keep: Any, plan: Array) -> tuple[Array, Array, float, float, Array, Array]:

@@ -6,9 +6,9 @@ Source: 科学空间 6280 (从Wasserstein距离、对偶理论到WGAN).
     = max <p, f> + <q, g>  over f_i + g_j <= c_ij
 
 POT's network simplex (https://pythonot.github.io) solves the general case; equal weights are an assignment, which has a
-solver of its own (``_assignment.py``). What is added: costs are shifted and scaled, so that their unit does not matter;
-potentials are projected to exact feasibility, also at points without mass, so that the gap is a proof; gradients by the
-envelope theorem: f for p, g for q, the plan for C. Nothing is differentiated through the solver.
+solver of its own (``_assignment.py``) unless it stalls. What is added: costs are shifted and scaled, so that their
+unit does not matter; potentials are projected to exact feasibility, also at points without mass, so that the gap is a
+proof; gradients by the envelope theorem: f for p, g for q, the plan for C. Nothing is differentiated through a solver.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ __all__ = ["Transport", "transport"]
 
 MAX_ITER = 10_000_000
 CAPS = (1e2, 1e4, 1e6)  # in units of the median cost
+ROUNDING = 1e-12  # in units of the median cost
 EXACT = 1e-9  # gap of an optimal plan, in the same unit or relative to the cost
+READ = 20  # times that shortest paths may read each row, which takes less than POT
 SMALL = 32  # points below which POT solves an assignment too: it needs no compiled kernel
 
 
@@ -112,6 +114,25 @@ def _capped(costs: Array, p: Array, q: Array, max_iter: int) -> tuple[Array, Arr
     return best  # type: ignore[return-value]
 
 
+def _is_optimal(costs: Array, plan: Array, u: Array) -> bool:
+    """Whether the row potentials prove a plan of equal masses and total 1."""
+    f, g = project(costs, u)
+    cost = float(np.vdot(plan, costs))
+    return cost - float(f.mean() + g.mean()) <= EXACT * cost + ROUNDING
+
+
+def _matching(costs: Array, low: float, scale: float, limit: int) -> tuple[Array, Array] | None:
+    """Columns and column potentials of an optimal assignment, or None if it reads over ``limit`` rows to end."""
+    from kexue.stats._assignment import assign
+
+    # no copy if the unit is harmless and the differences keep their digits
+    same = 1e-100 < scale < 1e100 and abs(low) < 1e3 * scale
+    column, v = assign(costs if same else (costs - low) / scale, scale if same else 1.0, 5.0, 0.1 / len(costs), limit)
+    if column.min() < 0:
+        return None
+    return column, v if same else v * scale + low
+
+
 def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[Array, Array, Array, float, float, bool]:
     """Plan, f, g, cost, gap, and whether the solver came to its end, for checked float64 arrays of equal totals."""
     total = float(p.sum())
@@ -120,24 +141,24 @@ def solve(costs: Array, p: Array, q: Array, max_iter: int = MAX_ITER) -> tuple[A
     part = costs if whole else costs[np.ix_(keep, kept)]
     a, b = p[keep], q[kept]
     low, high, scale = _unit(part)
-    n, done = len(a), True
-    if len(b) == n >= SMALL and a.min() == a.max() and b.min() == b.max():
-        from kexue.stats._assignment import assign
-
-        # no copy if the unit is harmless and the differences keep their digits
-        same = 1e-100 < scale < 1e100 and abs(low) < 1e3 * scale
-        column, v = assign(part if same else (part - low) / scale, scale if same else 1.0, 5.0, 0.1 / n)
-        v = v if same else v * scale + low
+    n, done, v = len(a), True, None
+    equal = len(b) == n >= SMALL and a.min() == a.max() and b.min() == b.max()
+    found = _matching(part, low, scale, READ * n) if equal else None
+    if found is None:  # also costs with many ties or of very different size, for which prices alone decide little
+        top, scaled = (high - low) / scale, (part - low) / scale
+        run = _capped if top > CAPS[0] else _simplex
+        inner, u, done = run(scaled, a / total, b / float(b.sum()), max_iter)
+        if equal and not (done and _is_optimal(scaled, inner, u)):
+            found = _matching(part, low, scale, n * n)
+    if found is not None:
+        (column, v), done = found, True
         inner = np.zeros((n, n))
         inner[np.arange(n), column] = a[0]
         used = part[np.arange(n), column]
         u, cost = used - v[column], float(used.sum()) * float(a[0])
     else:
-        top = (high - low) / scale
-        run = _capped if top > CAPS[0] else _simplex
-        inner, u, done = run((part - low) / scale, a / total, b / float(b.sum()), max_iter)
         inner *= total
-        u, v = u * scale + low, None
+        u = u * scale + low
         cost = float(np.vdot(inner, part))
     f: Array = np.zeros(len(p))
     plan: Array = inner

@@ -86,6 +86,7 @@ def line(x: Array, y: Array, a: Array, b: Array) -> tuple[Any, Any, Any, Any, Ar
         return left, right, steps // 2, (steps + 1) // 2, np.where(steps % 2 == 0, a[0], 0.0)
     ca, cb = np.cumsum(a[left]), np.cumsum(b[right])
     cb *= ca[-1] / cb[-1]
+    cb[cb >= cb[-1]] = ca[-1]  # a last point without mass gets none by rounding either: it may be far away
     ends = np.concatenate([ca[:-1], cb[:-1]])
     order = np.argsort(ends, kind="stable")  # two sorted runs: a merge
     first = order < n - 1
@@ -102,6 +103,8 @@ def _ordered(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
 def line_cost(x: Array, y: Array, a: Array, b: Array, power: float) -> float:
     """Cost of the monotone plan, with equal weights without building it."""
     matched = len(x) == len(y) and (a == a[0]).all() and (b == b[0]).all()
+    if not matched and (a.min() == 0 or b.min() == 0):  # or rounding could give mass to far points that have none
+        (x, a), (y, b) = ((z[w > 0], w[w > 0]) for z, w in ((x, a), (y, b)))
     if len(x) + len(y) >= LARGE:
         from kexue.stats._line_kernel import matched_cost, merge_cost, sort, sort_with
 
