@@ -24,7 +24,7 @@ def test_shares_add_up_to_the_distance(n: int, m: int, d: int) -> None:
     assert b.shape == (m,)
     expected = frechet_distance(x, y)
     assert torch.isclose(a.sum() + b.sum(), expected, rtol=1e-9)
-    assert torch.isclose(a.sum(), expected / 2, rtol=1e-9)  # each side carries half
+    assert torch.isclose(a.sum(), expected * n / (n + m), rtol=1e-9)  # the same for each row, before its influence
 
 
 def test_shares_are_derivatives_by_weights() -> None:
@@ -41,8 +41,24 @@ def test_shares_are_derivatives_by_weights() -> None:
     distance = w2(weighted(x, u), weighted(y, v))
     distance.backward()
     a, b = frechet_contributions(x, y)
-    assert torch.allclose(a * 12 - distance / 2, u.grad, atol=1e-9)
-    assert torch.allclose(b * 15 - distance / 2, v.grad, atol=1e-9)
+    assert torch.allclose((a - distance / 27) * 12, u.grad, atol=1e-9)
+    assert torch.allclose((b - distance / 27) * 15, v.grad, atol=1e-9)
+
+
+def test_the_order_is_that_of_leaving_rows_out_also_between_sides_of_different_sizes() -> None:
+    x, y = _pair(30, 1, 3)
+    y = torch.randn(400, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y[:4] += 6
+    shares = torch.cat(frechet_contributions(x, y))
+    rows = torch.cat([x, y])
+
+    def without(row: int) -> float:
+        keep = torch.arange(430) != row
+        return frechet_distance(rows[:30][keep[:30]], rows[30:][keep[30:]]).item()
+
+    fall = frechet_distance(x, y) - torch.tensor([without(row) for row in range(430)])
+    ranks = torch.stack([shares, fall]).argsort(1).argsort(1).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.96
 
 
 def test_swapping_the_sides_swaps_the_shares_and_shifting_changes_nothing() -> None:
@@ -73,8 +89,7 @@ def test_equal_sets_have_no_shares() -> None:
 def test_constant_features_and_low_precision() -> None:
     a, b = frechet_contributions(np.zeros((3, 2), dtype=np.float32), np.ones((4, 2), dtype=np.float32))
     assert a.dtype == torch.float64
-    assert torch.allclose(a, torch.full((3,), 1 / 3, dtype=torch.float64))
-    assert torch.allclose(b, torch.full((4,), 1 / 4, dtype=torch.float64))
+    assert torch.allclose(torch.cat([a, b]), torch.full((7,), 2 / 7, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +99,12 @@ def test_constant_features_and_low_precision() -> None:
         (torch.zeros(3, 2), torch.zeros(3, 4), ValueError, "same width; got 2 and 4"),
         (torch.zeros(3, 2), torch.full((3, 2), torch.nan), ValueError, "y must be finite"),
         (torch.zeros(3, 2).long(), torch.zeros(3, 2), TypeError, "x"),
+        (
+            torch.full((3, 2), 1e200, dtype=torch.float64),
+            torch.zeros(3, 2),
+            ValueError,
+            "x must be at most 1e.70 in size",
+        ),
         (torch.zeros(3), torch.zeros(3, 2), ValueError, r"x must have shape \(N, d\)"),
     ],
 )

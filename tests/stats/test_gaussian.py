@@ -471,3 +471,25 @@ def test_normals_of_torch_in_one_dimension_or_by_their_precision():
     assert Gaussian.from_torch(p).batch_shape == (2,)
     precise = td.MultivariateNormal(torch.ones(2), precision_matrix=4 * torch.eye(2))
     torch.testing.assert_close(Gaussian.from_torch(precise).covariance, torch.eye(2) / 4)
+
+
+@every
+def test_singular_rows_of_a_batch_have_gradients_of_both_orders(name):
+    flat = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    flat[1, 2, 2] = 0  # the null space of both
+    p, q = (2 * flat).requires_grad_(), flat.clone().requires_grad_()
+    mean = torch.zeros(3, dtype=torch.float64)
+    value = METHODS[name][0](Gaussian(mean, p), Gaussian(mean, q))
+    once = torch.autograd.grad(value.sum(), [p, q], retain_graph=True)
+    again = torch.autograd.grad(value.sum(), [p, q], create_graph=True)
+    for x, y in zip(once, again, strict=True):
+        assert x.isfinite().all()
+        assert torch.allclose(x, y)
+    second = torch.autograd.grad(sum(x.square().sum() for x in again), [p, q])
+    assert all(x.isfinite().all() and x[0].abs().sum() > 0 for x in second)
+
+
+def test_hellinger_of_distant_normals_keeps_its_gradient():
+    mean = torch.full((2,), 10.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(hellinger(Gaussian(mean, torch.eye(2)), Gaussian(torch.zeros(2), torch.eye(2))), mean)
+    assert torch.allclose(grad, torch.full((2,), 10 / 8 * math.exp(-25)), rtol=1e-4, atol=0)

@@ -54,7 +54,23 @@ def test_same_source_is_no_drift(piles):
     found = drift(piles / "a.jsonl", piles / "same.jsonl")
     assert found.p_value > 0.05
     equal = drift(piles / "a.jsonl", piles / "a.jsonl")
-    assert (equal.distance, equal.p_value) == (pytest.approx(0.0, abs=1e-9), 1.0)
+    assert (equal.distance, equal.p_value) == (0.0, 1.0)
+    result = CliRunner().invoke(app, ["drift", str(piles / "a.jsonl"), str(piles / "a.jsonl"), "-k", "1"])
+    assert " 0.00%  A" in result.stdout
+
+
+def test_texts_that_are_all_alike(tmp_path, recwarn):
+    _write(tmp_path / "a.jsonl", ["the same text"] * 5)
+    assert drift(tmp_path / "a.jsonl", tmp_path / "a.jsonl").distance == 0.0
+    assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
+def test_deals_too_few_for_a_verdict(piles):
+    sides = [str(piles / "a.jsonl"), str(piles / "b.jsonl")]
+    few = CliRunner().invoke(app, ["drift", *sides, "--permutations", "18"])
+    assert "p = 0.053, fewer deals than the 19 that could tell" in few.stdout
+    enough = CliRunner().invoke(app, ["drift", *sides, "--permutations", "19"])
+    assert "p = 0.05, more than chance" in enough.stdout
 
 
 def test_swapping_the_sides_keeps_the_distance_and_runs_are_equal(piles):

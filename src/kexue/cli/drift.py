@@ -23,6 +23,7 @@ from kexue.cli.common import (
     print_json,
 )
 
+LEVEL = 0.05  # of the p-value at which a distance counts as more than chance
 _SIDE = "Texts (a file or folder, as for `kexue build`), a workspace, or features: .npy, .npz of shape (N, D)."
 
 
@@ -83,7 +84,9 @@ def drift(
         return
     print(f"squared Frechet distance {found.distance:.4g}   A: {a} ({found.sizes[0]})   B: {b} ({found.sizes[1]})")
     if found.p_value is not None and found.chance is not None:
-        verdict = "more than chance" if found.p_value <= 0.05 else "no more than chance explains"
+        verdict = "more than chance" if found.p_value <= LEVEL else "no more than chance explains"
+        if found.p_value > LEVEL and found.p_value == 1 / (permutations + 1):
+            verdict = f"fewer deals than the {round(1 / LEVEL) - 1} that could tell"
         print(f"random deals of the same documents: {found.chance:.4g} on average; p = {found.p_value:.2g}, {verdict}")
     print("\nshare of the distance")
     for number, share in enumerate(found.documents[: k or 10], 1):

@@ -185,6 +185,10 @@ def _restricted(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float, 
     return value, grads[0], grads[1], grads[2]
 
 
+def _or_identity(ok: Tensor, x: Tensor) -> Tensor:
+    return torch.where(ok[:, None, None], x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
 def _put(target: Four, rows: Tensor, source: Four, make: bool) -> None:
     for x, y in zip(target[: 4 if make else 1], source, strict=False):
         x[rows] = y.to(x.dtype)
@@ -200,15 +204,15 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
     (lp, ok_p), (lq, ok_q) = factors
     ok = ok_p & ok_q
     regular = bool(ok.all())
-    if not regular:  # any factor does where the result is replaced below
-        eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
-        lp, lq = (torch.where(ok[:, None, None], x, eye) for x in (lp, lq))
+    first, second = sp, sq
+    if not regular:  # anything that has an inverse does where the result is replaced below
+        lp, lq, first, second = (_or_identity(ok, x) for x in (lp, lq, sp, sq))
     exact = kind == "renyi" and alpha == 1 and lanes(sp)  # many small rows: a kernel in float64
     if kind == "jeffreys":
         out = _jeffreys(delta, sp, sq, lp, lq, make)
     else:
         if alpha != 1:
-            parts = _renyi(delta, sp, sq, lp, lq, alpha, make)
+            parts = _renyi(delta, first, second, lp, lq, alpha, make)
         elif exact:
             from kexue.stats import _gaussian_lanes
 
@@ -216,8 +220,8 @@ def _entropic(kind: str, delta: Tensor, sp: Tensor, sq: Tensor, factors: Any, al
         else:
             parts = _kl(delta, lp, lq, make)
         quadratic, spread = parts[:2]
-        value, first, second, third = (x.to(sp.dtype) for x in (quadratic + spread, *parts[2:]))
-        out = value, first, second, third
+        value, *grads = (x.to(sp.dtype) for x in (quadratic + spread, *parts[2:]))
+        out = value, grads[0], grads[1], grads[2]
         limit = 1e-2 if spread.dtype == torch.float32 else 1e-4
         if alpha != 1:
             limit = limit * max(1.0, 0.1 / abs(1 - alpha))
@@ -283,7 +287,7 @@ def _(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float, make: bool
 
 
 def plain(delta: Tensor, sp: Tensor, sq: Tensor, kind: str, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of :func:`divergence` in differentiable operations, for second derivatives."""
+    """The gradients of :func:`divergence` in differentiable operations, for covariances of full rank."""
     if kind == "w2":
         eye = torch.eye(sp.shape[-1], dtype=sp.dtype, device=sp.device)
         return 2 * delta, eye - TransportMap.apply(sp, sq), eye - TransportMap.apply(sq, sp)
@@ -326,15 +330,21 @@ class Divergence(torch.autograd.Function):
             with torch.autocast(delta.device.type, enabled=False):
                 out = divergence(delta, sp, sq, lp, ok_p, lq, ok_q, kind, alpha, make)
         if make:
-            ctx.save_for_backward(delta, sp, sq, *out[1:])
+            ctx.save_for_backward(delta, sp, sq, *out)
         ctx.kind, ctx.alpha = kind, alpha
         return out[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        delta, sp, sq, *made = ctx.saved_tensors
+        delta, sp, sq, value, *made = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            made = list(plain(delta, sp, sq, ctx.kind, ctx.alpha))
+            with torch.no_grad():
+                ok = value.isfinite() & cholesky(sp)[1] & cholesky(sq)[1]
+            if bool(ok.all()):
+                made = list(plain(delta, sp, sq, ctx.kind, ctx.alpha))
+            else:  # gradients of the other rows are constants
+                smooth = plain(delta, _or_identity(ok, sp), _or_identity(ok, sq), ctx.kind, ctx.alpha)
+                made = [torch.where(ok.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(smooth, made, strict=True)]
         wide = grad[:, None, None]
         grads = [made[0] * grad[:, None], made[1] * wide, made[2] * wide]
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6

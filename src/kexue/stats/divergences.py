@@ -220,13 +220,20 @@ def hellinger(p: Gaussian | td.Distribution, q: Gaussian | td.Distribution, pair
         >>> hellinger(p, p), round(hellinger(p, Gaussian(torch.full((2,), 2.0), torch.eye(2))).item(), 4)
         (tensor(0.), 0.7951)
     """
-    return _root(-torch.expm1(-bhattacharyya(p, q, pairwise)))
+    x = bhattacharyya(p, q, pairwise)
+    # The derivative of expm1 is made of its result, which is -1 for distant normals: exp keeps the small gradient.
+    return _root(torch.where(x > 1, 1 - torch.exp(-x), -torch.expm1(-x)))
 
 
 def _registered(p: Any, q: Any) -> Tensor:
     for x in (p, q):
-        if isinstance(x, td.Independent) and not isinstance(x.base_dist, td.Normal):
-            raise NotImplementedError(f"KL of Independent({type(x.base_dist).__name__}) and a multivariate normal")
+        if isinstance(x, td.Independent) and not (
+            isinstance(x.base_dist, td.Normal) and x.reinterpreted_batch_ndims == 1
+        ):
+            raise NotImplementedError(
+                f"KL of Independent({type(x.base_dist).__name__}, {x.reinterpreted_batch_ndims}) "
+                "and a multivariate normal"
+            )
     return kl(p, q)
 
 

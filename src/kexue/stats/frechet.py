@@ -25,6 +25,7 @@ from kexue.stats.gaussian import Gaussian
 
 __all__ = ["FrechetAccumulator", "frechet_distance"]
 
+LARGEST = 1e70  # of a feature: fourth powers stay within float64
 BLOCK = 2**24  # entries of a block of rows that is converted to float64 at a time
 
 
@@ -36,6 +37,8 @@ def _features(name: str, x: Any) -> Tensor:
         raise ValueError(f"{name} must have shape (N, d) with d >= 1; got {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite; got {int((~torch.isfinite(x)).sum())} values that are not")
+    if x.numel() and float(x.detach().abs().max()) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:g} in size; got {float(x.detach().abs().max()):.3g}")
     return x
 
 

@@ -9,10 +9,11 @@ with the weight w_i of a row of X (weights of sum 1) by
 
 that is, by the Kantorovich potential of the row. A row receives
 
-    (F / 2 + dF/dw_i) / N
+    F / (N + M) + dF/dw_i / N
 
-so that each side carries half of the distance and all rows together exactly F. A negative share says that the row draws
-the two sets together.
+with the M rows of Y: what all rows receive alike, and the part by which the distance falls, to first order, if the row
+is left out. All shares add up to F, and a row of a small set does not come before one of a large set for that alone. A
+negative share says that the row draws the two sets together.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def frechet_contributions(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         of_x, trace = _potential(x, s, t, shift)
         of_y, _ = _potential(y, t, s, -shift)
         distance = (shift.square().sum() + s.trace() + t.trace() - 2 * trace).clamp(min=0)
-        return (distance / 2 + of_x) / len(x), (distance / 2 + of_y) / len(y)
+        alike = distance / (len(x) + len(y))
+        return alike + of_x / len(x), alike + of_y / len(y)
 
 
 def _potential(rows: Tensor, own: Tensor, other: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ OUTSIDE = 3.0  # weight of the coordinate that says how much of a text lies in n
 FITTED = 20_000  # documents of a side that topics are learned from
 BLOCK = 1024  # documents that become vectors at a time
 TITLE = 80  # characters
+ROUNDING = 1e-12  # of the variance: the distance of equal sides
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,10 @@ def drift(
             raise ValueError(f"{name} must hold at least 2 documents; {path} holds {len(side.ids)}")
     x, y = sides[0].rows, sides[1].rows
     shares = _shares(x, y)
-    distance = max(0.0, float(shares[0].sum() + shares[1].sum()))
+    spread = float(np.concatenate([x, y]).var(0).sum())
+    distance = float(shares[0].sum() + shares[1].sum())
+    if distance <= ROUNDING * spread:
+        distance = 0.0
     chance = p_value = None
     if permutations:
         with progress("chance", permutations) as bar:
@@ -155,7 +159,7 @@ def drift(
                 bar.advance()
         chance = float(np.mean(drawn))
         # Of few documents several deals are the same; rounding must not tell them apart.
-        least = distance - 1e-6 * float(np.concatenate([x, y]).var(0).sum())
+        least = distance - 1e-6 * spread
         p_value = (1 + sum(value >= least for value in drawn)) / (permutations + 1)
         say(f"chance: {permutations} random deals")
     documents = [
@@ -295,7 +299,8 @@ def _learn_topics(
     dim = min(TOPICS, max(4, fewest // PER_TOPIC), *counts.shape)
     # Both sides count the same, or the topics of a small one would not be seen beside those of a large one.
     scale = np.concatenate([np.full(len(sample), len(sample) ** -0.5) for sample in samples])
-    svd = TruncatedSVD(dim, random_state=seed).fit(sparse.diags(scale) @ counts)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a share of the variance, which texts that are alike lack
+        svd = TruncatedSVD(dim, random_state=seed).fit(sparse.diags(scale) @ counts)
     say(f"topics: {dim} of {counts.shape[1]} words in {len(texts)} documents")
 
     def encode(batch: Sequence[str]) -> NDArray[np.float64]:
