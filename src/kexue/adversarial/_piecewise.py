@@ -78,12 +78,19 @@ def _signature(modules: dict[str, nn.Module]) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def _single_call() -> fx.Graph:
+    """The graph of a critic that is itself a module of the table."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("", (graph.placeholder("x"),)))
+    return graph
+
+
 class Program:
     """A traced critic: nodes of torch.fx in order, checked as far as this is possible without inputs."""
 
     def __init__(self, net: nn.Module, modules: dict[str, nn.Module]) -> None:
         try:
-            graph = _Tracer().trace(net)
+            graph = _single_call() if _table_type(net) else _Tracer().trace(net)
         except Exception as error:  # fx raises whatever the user's forward raises on proxies
             raise Unsupported(f"a forward that torch.fx cannot trace ({type(error).__name__})") from error
         self.nodes = list(graph.nodes)
@@ -270,7 +277,7 @@ class _ScoreAndSquare(torch.autograd.Function):
                 raise ValueError(f"the critic must return (B,) or (B, 1); got {tuple(score.shape)} for B = {len(x)}")
             gradient, signals = run.backward(torch.ones_like(score), ctx.learns)
             dtype = compute_dtype(x)
-            square = gradient.reshape(len(x), -1).to(dtype).square().sum(1)
+            square = gradient.flatten(1).to(dtype).square().sum(1)
         pieces = [rule.saved for rule, _, _ in run.rules] if ctx.learns else []
         for rule, _, _ in run.rules:
             rule.saved = ()
@@ -342,7 +349,7 @@ def _second_order(net: Critic, x: Tensor) -> tuple[Tensor, Tensor]:
             (gradient,) = torch.autograd.grad(s.sum(), leaf, create_graph=recording, allow_unused=True)
         if gradient is None:  # a critic that ignores its input
             gradient = torch.zeros_like(leaf)
-        square = gradient.reshape(len(x), -1).to(compute_dtype(x)).square().sum(1)
+        square = gradient.flatten(1).to(compute_dtype(x)).square().sum(1)
     return (s, square) if recording else (s.detach(), square.detach())
 
 

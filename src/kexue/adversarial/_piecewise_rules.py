@@ -186,7 +186,10 @@ class NormRule(Rule):
 
 
 class PReLURule(Rule):
-    """max(x, 0) + w min(x, 0), w one number or one a channel."""
+    """max(x, 0) + w min(x, 0), w one number or one a channel.
+
+    At exactly 0 torch's second derivative uses another slope than its first; this one stays with the first.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.weights = (weight,)
@@ -363,7 +366,7 @@ MAP_MODULES: tuple[type, ...] = (
     nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample,
 )  # fmt: skip
 ELEMENTWISE_MODULES: tuple[type, ...] = (nn.Hardtanh, nn.ReLU6, nn.Hardshrink)
-WEIGHTED: tuple[type, ...] = (nn.Linear, *CONVOLUTIONS, _BatchNorm)
+WEIGHTED: tuple[Any, ...] = (nn.Linear, *CONVOLUTIONS, _BatchNorm)
 MODULES: tuple[type, ...] = (
     nn.Linear, *CONVOLUTIONS, *MAX_POOLS, *MAP_MODULES, *ELEMENTWISE_MODULES, nn.ReLU, nn.LeakyReLU, nn.PReLU,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
