@@ -265,12 +265,18 @@ def _tensor_places(node: fx.Node, inputs: list[fx.Node]) -> list[fx.Node]:
     return found
 
 
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off; its casts are made before."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
 class _ScoreAndSquare(torch.autograd.Function):
     """(x, *weights) -> (scores (B,), squared norms of their gradients in x (B,))."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x):
             ctx.learns = any(ctx.needs_input_grad[2:])
             score = run.forward(x)
             if score.shape not in ((len(x),), (len(x), 1)):
@@ -298,7 +304,7 @@ class _ScoreAndSquare(torch.autograd.Function):
         to_x = None if a is None or not ctx.needs_input_grad[1] else gradient * by_row(a, gradient)
         if not ctx.learns:
             return None, to_x, *none
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x):
             for (rule, _, _), count in zip(ctx.run.rules, ctx.counts, strict=True):
                 rule.saved = tuple(next(pieces) for _ in range(count))
             start = torch.zeros_like(x) if b is None else gradient * by_row(2 * b, gradient)

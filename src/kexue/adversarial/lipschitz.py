@@ -179,7 +179,7 @@ class LipschitzCritic(nn.Module):
         """
         check_pair(x_real, x_fake, equal_rows=self.method in ("gp", "gp1", "qp"))
         check_rows("x_real", x_real, self.net)
-        if self.method in BY_GRADIENT:
+        if self.method in ("gp", "gp1"):  # before plain scores change its statistics; the others ask for slopes first
             check_critic(self.net)
         real, fake = x_real.detach(), x_fake.detach()
         if self.method == "div":

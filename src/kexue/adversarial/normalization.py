@@ -41,14 +41,14 @@ def check_eps(eps: Any) -> None:
 def normalized(score: Tensor, square: Tensor, kind: str, eps: float | None) -> Tensor:
     """The normalised score of a score and a squared slope, both (B,)."""
     value = EPS[kind] if eps is None else float(eps)
+    if kind == "gn" and value > 0:
+        return score / ((square + value).sqrt() + score.abs())
+    slope = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()  # the root has no gradient at 0
     if kind == "gn":
-        square = square + value
-    flat = square == 0  # the root has no gradient there
-    slope = torch.where(flat, 0, torch.where(flat, 1, square).sqrt())
-    bottom = slope + score.abs() if kind == "gn" else square + value
-    top = score if kind == "gn" else score * slope
-    nothing = bottom == 0  # only with eps = 0
-    return torch.where(nothing, 0, top / torch.where(nothing, 1, bottom))
+        return score / (slope + score.abs())
+    if value > 0:
+        return score * slope / (square + value)
+    return torch.where(square > 0, score / slope, 0)
 
 
 def gradient_normalize(
