@@ -72,7 +72,7 @@ def _signature(modules: dict[str, nn.Module]) -> tuple[Any, ...]:
     """What a trace depends on: the modules, and the plain settings of those that are traced through."""
     found: list[Any] = []
     for name, module in modules.items():
-        found.append((name, id(module), type(module)))
+        found.append((name, id(module), type(module), module.__dict__.get("inplace")))
         if not _table_type(module):
             found.extend((k, v) for k, v in module.__dict__.items() if type(v) in (bool, int, float, str))
     return tuple(found)
@@ -102,7 +102,17 @@ class Program:
             self._check_in_place(node, modules)
         if len(placeholders) != 1 or not isinstance(self.nodes[-1].args[0], fx.Node):
             raise Unsupported("a forward that does not take one tensor and return one")
-        self.input = placeholders[0]
+        self.input, self.output = placeholders[0], self.nodes[-1].args[0]
+        self.calls = [str(node.target) for node in self.nodes if node.op == "call_module"]
+        foreign = [type(modules[name]).__name__ for name in self.calls if not _table_type(modules[name])]
+        if foreign:
+            raise Unsupported(foreign[0])
+        self.steps = [(n, list(n.all_input_nodes)) for n in self.nodes if n.op not in ("placeholder", "output")]
+        for node, inputs in self.steps:
+            if node.op == "call_module" and (len(inputs) != 1 or len(node.args) != 1 or node.kwargs):
+                raise Unsupported(f"a call of {node.target} with other arguments than one tensor")
+        last = {n: i for i, (_, inputs) in enumerate(self.steps) for n in inputs}
+        self.done = [[n for n in inputs if last[n] == i] for i, (_, inputs) in enumerate(self.steps)]
 
     def _check_in_place(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
         module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -123,14 +133,6 @@ class Program:
     def _is_view(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         kind = type(modules[str(node.target)]) if node.op == "call_module" else None
         return isinstance(node.args[0], fx.Node) and (node.op == "call_method" or kind in (nn.Flatten, nn.Identity))
-
-    def weights(self, modules: dict[str, nn.Module]) -> list[tuple[Tensor | None, ...]]:
-        """Weights of each call of a module, read once (a parametrization may compute them anew)."""
-        calls = [modules[str(node.target)] for node in self.nodes if node.op == "call_module"]
-        for module in calls:
-            if not _table_type(module):
-                raise Unsupported(type(module).__name__)
-        return [module_weights(module) for module in calls]
 
 
 _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Program | Unsupported]] = weakref.WeakKeyDictionary()
@@ -161,36 +163,27 @@ class _Run:
         self.rules: list[tuple[Rule, fx.Node, list[fx.Node]]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scores (B,)."""
+        """The scores."""
         values: dict[fx.Node, Any] = {self.program.input: x}
-        left = {node: len(node.users) for node in self.program.nodes}
-        groups = iter(self.groups)
-        for node in self.program.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            inputs = [n for n in node.all_input_nodes if isinstance(values[n], Tensor)]
+        groups, rows = iter(self.groups), len(x)
+        for (node, inputs), done in zip(self.program.steps, self.program.done, strict=True):
             if node.op == "call_module":
-                module, group = self.modules[str(node.target)], next(groups)
-                if len(inputs) != 1 or len(node.args) != 1:
-                    raise Unsupported(f"a call of {type(module).__name__} with other arguments than one tensor")
-                rule = module_rule(module, group, node in self.program.overwrite)
+                rule = module_rule(self.modules[str(node.target)], next(groups), node in self.program.overwrite)
             else:
+                inputs = [n for n in inputs if isinstance(values[n], Tensor)]
                 known = self._of_shape(node, inputs, values)
                 if known is not None:
                     values[node] = known
                     continue
                 rule = self._function(node, inputs, values)
-            out = rule.forward(*(values[n] for n in inputs))
-            if out.dim() == 0 or len(out) != len(x):
+            out = rule.forward(*[values[n] for n in inputs])
+            if out.dim() == 0 or out.shape[0] != rows:
                 raise Unsupported(f"{node.format_node()}, which changes the number of rows")
             values[node] = out
             self.rules.append((rule, node, inputs))
-            for n in inputs:
-                left[n] -= 1
-                if left[n] == 0:
-                    del values[n]
-            del out
-        return values[self.program.nodes[-1].args[0]]
+            for n in done:
+                del values[n]
+        return values[self.program.output]
 
     def _of_shape(self, node: fx.Node, inputs: list[fx.Node], values: dict[fx.Node, Any]) -> Any:
         """The number or shape that a node stands for, None if it is a tensor."""
@@ -228,7 +221,7 @@ class _Run:
 
     def backward(self, delta: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Gradient of the scores in x, and (keep) the backward signals of the calls that have weights, last first."""
-        signals: dict[fx.Node, Tensor] = {self.program.nodes[-1].args[0]: delta}
+        signals: dict[fx.Node, Tensor] = {self.program.output: delta}
         kept = []
         for rule, node, inputs in reversed(self.rules):
             if node not in signals:  # a value that nothing uses
@@ -323,7 +316,7 @@ def _first_order(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         if any(getattr(module, hooks, None) for hooks in HOOKS):
             raise Unsupported(f"a hook on {name or 'the critic'}")
     program = _program(net, modules)
-    groups = program.weights(modules)
+    groups = [module_weights(modules[name]) for name in program.calls]  # once: a parametrization computes them anew
     if torch.is_autocast_enabled(x.device.type):  # the casts are recorded, the gradients return to the weights' dtype
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != torch.float64:

@@ -384,26 +384,24 @@ ELEMENTWISE = ("abs", "hardtanh", "relu6", "clamp", "maximum", "minimum")
 
 def module_weights(module: Any) -> tuple[Any, ...]:
     """The weights of a module that has a rule, in the order in which the rule takes them."""
-    if type(module) is nn.PReLU:
-        return (module.weight,)
     if isinstance(module, WEIGHTED):
         return module.weight, module.bias
-    return ()
+    return (module.weight,) if isinstance(module, nn.PReLU) else ()
 
 
 def module_rule(module: Any, weights: tuple[Any, ...], overwrite: bool) -> Rule:
     """The rule of one call of a module, with ``weights`` in place of its own."""
-    kind: Any = next((k for k in MODULES if isinstance(module, k)), None)
-    if isinstance(module, nn.Linear):
+    kind: Any = type(module)
+    if kind not in MODULES:  # torch makes a subclass of a parametrized module
+        kind = kind.__mro__[1]
+    if kind is nn.Linear:
         return LinearRule(*weights)
-    if isinstance(module, CONVOLUTIONS):
-        return ConvRule(module, *weights)
-    if isinstance(module, _BatchNorm):
-        return NormRule(module, *weights)
-    if kind is nn.PReLU:
-        return PReLURule(*weights)
     if kind is nn.ReLU or (kind is nn.LeakyReLU and module.negative_slope >= 0):
         return LeakyRule(0.0 if kind is nn.ReLU else module.negative_slope, overwrite)
+    if kind in CONVOLUTIONS:
+        return ConvRule(module, *weights)
+    if kind is nn.PReLU:
+        return PReLURule(*weights)
     if kind in MAX_POOLS:
         pool, dims = MAX_POOLS[kind]
         options = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, True)
@@ -414,6 +412,8 @@ def module_rule(module: Any, weights: tuple[Any, ...], overwrite: bool) -> Rule:
         return MapRule(lambda x: x)
     if kind in MAP_MODULES:
         return MapRule(module)
+    if issubclass(kind, _BatchNorm):
+        return NormRule(module, *weights)
     if kind in (*ELEMENTWISE_MODULES, nn.LeakyReLU):
         inplace = getattr(module, "inplace", False)
         return ElementwiseRule(lambda x: module(x.clone() if inplace else x))
