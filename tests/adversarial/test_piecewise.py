@@ -359,6 +359,32 @@ def test_inputs_stay_as_they_are_in_any_layout_and_without_recording(name):
     torch.testing.assert_close(x.detach(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["conv", "resnet", "functions"])
+def test_inference_mode_gives_the_same_scores(name):
+    net, x = critic(name)
+    for first_order in (True, False):
+        expected = gradient_normalize(net, x, first_order=first_order)
+        with torch.inference_mode():
+            torch.testing.assert_close(gradient_normalize(net, x * 1, first_order=first_order), expected)
+
+
+@pytest.mark.parametrize("name", ["conv", "pools", "padding", "resnet"])
+def test_channels_last_images(name):
+    net, x = critic(name)
+    expected = gradients(score_and_square(net, x, True), net, x)
+    net = net.to(memory_format=torch.channels_last)
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    torch.testing.assert_close(gradients(score_and_square(net, last, True), net, last), expected)
+
+
+def test_a_score_left_by_a_convolution_counts():
+    net = nn.Sequential(nn.Conv2d(2, 4, 2, 2), nn.ReLU(), nn.Conv2d(4, 1, 2)).double()
+    x = torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    flat = nn.Sequential(net, nn.Flatten())
+    for first_order in (True, False):
+        torch.testing.assert_close(gradient_normalize(net, x, first_order=first_order), gradient_normalize(flat, x))
+
+
 @pytest.mark.parametrize("name", ["leaky", "conv", "resnet"])
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_row_and_one_row(name, rows):

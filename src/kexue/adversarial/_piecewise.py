@@ -258,6 +258,13 @@ def _tensor_places(node: fx.Node, inputs: list[fx.Node]) -> list[fx.Node]:
     return found
 
 
+def _check_scores(out: Any, x: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the critic must return a tensor; got {type(out).__name__}")
+    if out.shape[:1] != x.shape[:1] or any(n != 1 for n in out.shape[1:]):  # (B, 1, 1, 1) is what convolutions leave
+        raise ValueError(f"the critic must return (B,) or (B, 1); got {tuple(out.shape)} for B = {len(x)}")
+
+
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off; its casts are made before."""
     kind = x.device.type
@@ -272,8 +279,7 @@ class _ScoreAndSquare(torch.autograd.Function):
         with _full_precision(x):
             ctx.learns = any(ctx.needs_input_grad[2:])
             score = run.forward(x)
-            if score.shape not in ((len(x),), (len(x), 1)):
-                raise ValueError(f"the critic must return (B,) or (B, 1); got {tuple(score.shape)} for B = {len(x)}")
+            _check_scores(score, x)
             gradient, signals = run.backward(torch.ones_like(score), ctx.learns)
             dtype = compute_dtype(x)
             square = gradient.flatten(1).to(dtype).square().sum(1)
@@ -329,10 +335,7 @@ def _first_order(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def scores(net: Critic, x: Tensor) -> Tensor:
     """Plain scores (B,), float32 or float64."""
     out = net(x)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the critic must return a tensor; got {type(out).__name__}")
-    if out.shape not in ((len(x),), (len(x), 1)):
-        raise ValueError(f"the critic must return (B,) or (B, 1); got {tuple(out.shape)} for B = {len(x)}")
+    _check_scores(out, x)
     return out.reshape(len(x)).to(compute_dtype(out))
 
 
@@ -402,6 +405,9 @@ def _score_and_square(net: Critic, x: Tensor, first_order: bool | str) -> tuple[
     check_critic(net)
     check_rows("x", x, net)
     net = getattr(net, "_orig_mod", net)  # what torch.compile wraps
+    if torch.is_inference_mode_enabled():  # slopes need a graph, which inference mode cannot make
+        with torch.inference_mode(False), torch.no_grad():
+            return _score_and_square(net, x.clone(), first_order)
     if first_order is False:
         return _second_order(net, x)
     try:
