@@ -78,7 +78,9 @@ def test_a_penalty_on_normalised_scores_is_differentiated_twice():
     net = network()
     real, fake = rows()
     for method in METHODS:
-        critic = LipschitzCritic(net, method).eval()
+        critic = LipschitzCritic(net, method, scale=1.0 if method == "gn" else 1.5).eval()
+        if method not in ("sn", "gn", "gran"):
+            gradient_penalty(critic, real, fake, "r1", first_order=True)  # the network's own slope, one derivative
         found = gradient_penalty(critic, real, fake, "r1")
         if method == "gn":
             expected = reference.penalty(lambda x: reference.normalize(net, x, "gn", 1e-12), real, "r1", 10.0)

@@ -405,6 +405,10 @@ def _score_and_square(net: Critic, x: Tensor, first_order: bool | str) -> tuple[
     check_critic(net)
     check_rows("x", x, net)
     net = getattr(net, "_orig_mod", net)  # what torch.compile wraps
+    inner, scale = getattr(net, "_scaled_network", (None, 1.0))  # a LipschitzCritic whose scores are those of a network
+    if inner is not None:
+        score, square = _score_and_square(inner, x, first_order)
+        return score * scale, square * scale**2
     if torch.is_inference_mode_enabled():  # slopes need a graph, which inference mode cannot make
         with torch.inference_mode(False), torch.no_grad():
             return _score_and_square(net, x.clone(), first_order)

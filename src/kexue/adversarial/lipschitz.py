@@ -151,6 +151,11 @@ class LipschitzCritic(nn.Module):
         check_rows("x", x, self.net)
         return self._score(x, self.first_order)
 
+    @property
+    def _scaled_network(self) -> tuple[nn.Module | None, float]:
+        """The network and the factor that make the scores, None if there is more to them."""
+        return (None if self.method in ("sn", "gn", "gran") else self.net), self.scale
+
     def _twice_differentiable(self, x: Tensor) -> Tensor:
         """The scores in a form whose gradient can be differentiated, for penalties on normalised scores."""
         return self._score(x, False)
