@@ -235,7 +235,12 @@ class LeakyRule(Rule):
         return (self._mask(delta),)
 
     def push(self, a: Tensor | None, *v: Tensor) -> Tensor:
-        return self._mask(v[0])
+        x = v[0]
+        if not self.overwrite:
+            return self._mask(x)
+        if self.slope == 0:
+            return torch.ops.aten.threshold_backward.grad_input(x, self.saved[0], 0, grad_input=x)
+        return torch.ops.aten.leaky_relu_backward.grad_input(x, self.saved[0], self.slope, True, grad_input=x)
 
 
 class ElementwiseRule(Rule):
