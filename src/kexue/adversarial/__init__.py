@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.adversarial.bigan_qp import BiGANQP
+    from kexue.adversarial.grids import image_grid
     from kexue.adversarial.lipschitz import LipschitzCritic
     from kexue.adversarial.networks import PairCritic, bigan_networks, gan_networks
     from kexue.adversarial.normalization import gradient_normalize
@@ -34,6 +35,7 @@ __all__ = [
     "gan_networks",
     "gradient_normalize",
     "gradient_penalty",
+    "image_grid",
     "mode_coverage",
     "rank_gans",
     "sample_quality",
@@ -55,6 +57,7 @@ _MODULES = {
     "gan_networks": "networks",
     "gradient_normalize": "normalization",
     "gradient_penalty": "penalties",
+    "image_grid": "grids",
     "mode_coverage": "quality",
     "rank_gans": "ranking",
     "sample_quality": "quality",
