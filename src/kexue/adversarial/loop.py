@@ -215,7 +215,7 @@ def play(
         while done < plan.steps and not stopped:
             began = time.perf_counter()
             seed_step(plan.seed, done, 0, device)
-            numbers = _step(game, draws, plan, optimizers, critic_side, done, where)
+            numbers = _step(game, draws, plan, optimizers, critic_side, players, done, where)
             done += 1
             for name, number in numbers.items():
                 history.setdefault(name, []).append(number)
@@ -243,6 +243,7 @@ def _step(
     plan: Plan,
     optimizers: list[torch.optim.Adam],
     critic_side: list[nn.Parameter],
+    players: list[nn.Parameter],
     step: int,
     where: str,
 ) -> dict[str, float]:
@@ -250,7 +251,8 @@ def _step(
     numbers: dict[str, float] = {}
     for turn in range(plan.critic_steps):
         loss, numbers = _total(game.critic_terms(*draws(step, turn)), "critic", step, where)
-        optimizers[0].zero_grad()
+        for p in critic_side:
+            p.grad = None
         loss.backward()
         optimizers[0].step()
         game.after_critic_step()
@@ -258,7 +260,8 @@ def _step(
         p.requires_grad_(False)
     try:
         loss, found = _total(game.player_terms(*draws(step, plan.critic_steps)), "generator", step, where)
-        optimizers[1].zero_grad()
+        for p in players:
+            p.grad = None
         loss.backward()
     finally:
         for p in critic_side:

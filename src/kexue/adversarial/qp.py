@@ -167,6 +167,10 @@ class QPLoss:
             ValueError: Shapes that differ, or a metric that returns another shape, negative values, or another value
                 when its arguments are exchanged.
         """
+        with torch.autocast(_device(x_real), enabled=False):
+            return self._distance(x_real, x_fake)
+
+    def _distance(self, x_real: Samples, x_fake: Samples) -> Tensor:
         real, fake = _parts("x_real", x_real), _parts("x_fake", x_fake)
         if len(real) != len(fake):
             raise ValueError(f"x_real and x_fake must have as many parts; got {len(real)} and {len(fake)}")
@@ -176,7 +180,7 @@ class QPLoss:
                 raise ValueError(
                     f"x_real and x_fake must have the same shape; got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
-            with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            with torch.no_grad():
                 d = self._part_distance(a, b)
             if total is not None and d.shape != total.shape:
                 raise ValueError(f"all parts must have {total.shape[0]} rows; got {d.shape[0]}")
@@ -193,7 +197,7 @@ class QPLoss:
         return real.to(dtype), fake.to(dtype)
 
     def _norm(self, x_real: Samples, x_fake: Samples, scores: Tensor) -> Tensor:
-        d = self.distance(x_real, x_fake)
+        d = self._distance(x_real, x_fake)
         if d.shape != scores.shape:
             raise ValueError(f"there must be one score for each of the {d.shape[0]} samples; got {scores.shape[0]}")
         return (d.to(scores.dtype) * self.lam).clamp_(min=EPS)
@@ -238,6 +242,11 @@ class QPLoss:
             if bool(bad.any()):
                 raise ValueError(f"{name} must be finite; got {int(bad.sum())} of {value.numel()} values that are not")
         raise ValueError(f"the loss is {float(loss)}: the scores are too large for the distances of their pairs")
+
+
+def _device(x: Any) -> str:
+    first = x[0] if isinstance(x, Sequence) and x else x
+    return first.device.type if isinstance(first, Tensor) else "cpu"
 
 
 def _parts(name: str, x: Any) -> list[Tensor]:
