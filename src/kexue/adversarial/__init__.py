@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from kexue.adversarial.qp import QPCritic, QPLoss
     from kexue.adversarial.quality import ModeCoverage, SampleQuality, mode_coverage, sample_quality
     from kexue.adversarial.ranking import Ranking, rank_gans
+    from kexue.adversarial.slope_report import LipschitzReport, lipschitz_report
     from kexue.adversarial.trainer import AdversarialTrainer
 
 __all__ = [
     "AdversarialTrainer",
     "BiGANQP",
     "LipschitzCritic",
+    "LipschitzReport",
     "ModeCoverage",
     "PairCritic",
     "QPCritic",
@@ -36,6 +38,7 @@ __all__ = [
     "gradient_normalize",
     "gradient_penalty",
     "image_grid",
+    "lipschitz_report",
     "mode_coverage",
     "rank_gans",
     "sample_quality",
@@ -46,6 +49,7 @@ _MODULES = {
     "AdversarialTrainer": "trainer",
     "BiGANQP": "bigan_qp",
     "LipschitzCritic": "lipschitz",
+    "LipschitzReport": "slope_report",
     "ModeCoverage": "quality",
     "PairCritic": "networks",
     "QPCritic": "qp",
@@ -58,6 +62,7 @@ _MODULES = {
     "gradient_normalize": "normalization",
     "gradient_penalty": "penalties",
     "image_grid": "grids",
+    "lipschitz_report": "slope_report",
     "mode_coverage": "quality",
     "rank_gans": "ranking",
     "sample_quality": "quality",
