@@ -44,12 +44,12 @@ def image_grid(images: Any, columns: int = 8, scale: int | None = None, gap: int
         scale = max(1, _TARGET // max(x.shape[-2:]))
     check_int("scale", scale, 1)
     x = x[:, None] if x.ndim == 3 else x
-    x = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).repeat(scale, 2).repeat(scale, 3)
-    n, planes, height, width = x.shape
+    pixels = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).repeat(scale, 2).repeat(scale, 3)
+    n, planes, height, width = pixels.shape
     rows = -(-n // columns)
     columns = min(columns, n)
     out = np.full((planes, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, np.uint8)
-    for i, image in enumerate(x):
+    for i, image in enumerate(pixels):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         out[:, top : top + height, left : left + width] = image
     return out[0] if planes == 1 else out.transpose(1, 2, 0)

@@ -67,7 +67,7 @@ def ring(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def ring_networks(shape: tuple[int, ...], z_dim: int) -> tuple[nn.Module, nn.Module]:
     """Fully connected, 128-128, an unbounded generator without batch normalisation."""
     generator = nn.Sequential(
-        nn.Linear(z_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, *shape)
+        nn.Linear(z_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, shape[0])
     )  # fmt: skip
     return generator, gan_networks(shape, z_dim, (128, 128))[1]
 
