@@ -176,7 +176,7 @@ def bigan() -> Table:
         {"loop as published": run, "BiGANQP.fit": lambda: model.fit(x, steps=STEPS)},
         peer="loop as published",
         packages=("torch",),
-        repeats=9,
+        repeats=5,
         remarks=["BiGANQP.fit also builds its networks and encodes all samples at the end."],
     )
 
