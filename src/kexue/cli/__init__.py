@@ -32,6 +32,7 @@ from kexue.cli.common import (
     print_table,
 )
 from kexue.cli.drift import drift
+from kexue.cli.gan import gan_app
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.similarity import similarity_app
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(words_app, name="words")
 app.add_typer(similarity_app, name="similarity")
+app.add_typer(gan_app, name="gan")
 app.command()(grow)
 for command in (drift, pretrain, score, suggest, generate):
     app.command()(command)

@@ -1,0 +1,195 @@
+"""How good generated samples are: precision, recall, density, coverage (精确率、召回率、密度、覆盖率), and modes found.
+
+Source: Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991 (precision, recall); Naeem et al. 2020,
+https://arxiv.org/abs/2002.09797 (density, coverage). With B(x) the ball around x up to its k-th neighbour in its set:
+
+    precision = share of fakes inside some B(real)          recall   = share of reals inside some B(fake)
+    density   = mean over fakes of #{reals whose B holds it} / k
+    coverage  = share of reals with a fake inside their B
+
+Precision and density ask whether samples are real, recall and coverage whether all of reality is sampled; a few
+programs give the first two with their names exchanged. The Frechet distance of features (FID) is
+:func:`kexue.stats.frechet_distance`.
+
+What we do differently, and why: distances are one matrix product per block of rows, in float64 around the mean of the
+data, so that memory is a block and nothing cancels; balls are closed and equal points are at distance 0 exactly, so
+that duplicates are inside each other's ball.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kexue._checks import check_int, check_real
+from kexue._tensors import check_float
+
+__all__ = ["ModeCoverage", "SampleQuality", "mode_coverage", "nearest", "sample_quality"]
+
+_BLOCK = 2**21  # distances at a time
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """What :func:`sample_quality` returns.
+
+    Args:
+        precision: Share of the fakes that look real.
+        recall: Share of the reals that the fakes reach.
+        density: How deep the fakes lie among the reals; 1 for samples of the same distribution, more in dense parts.
+        coverage: Share of the reals that have a fake nearby.
+
+    Example:
+        >>> SampleQuality(1.0, 0.5, 1.0, 0.5).recall
+        0.5
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class ModeCoverage:
+    """What :func:`mode_coverage` returns.
+
+    Args:
+        modes: Modes found.
+        total: Modes there are.
+        inside: Share of the samples that are near a mode.
+
+    Example:
+        >>> ModeCoverage(7, 8, 0.5).modes
+        7
+    """
+
+    modes: int
+    total: int
+    inside: float
+
+
+def _rows(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor) and hasattr(x, "__array__"):
+        x = torch.as_tensor(x)
+    check_float(name, x)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (N, d) with d >= 1; got {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} must be finite; got {int((~torch.isfinite(x)).sum())} values that are not")
+    return x.detach().double()
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances (n, m) of centred rows; equal rows are at 0 exactly."""
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+    found = torch.addmm(lengths, a, b.T, alpha=-2)
+    # What is left of equal rows is rounding of the lengths.
+    return found.masked_fill_(found <= 4e-15 * a.shape[1] ** 0.5 * lengths, 0.0)
+
+
+def nearest(queries: Tensor, stored: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Euclidean distances and numbers of the k nearest stored rows, (Q, k) each, nearest first.
+
+    Args:
+        queries: (Q, d) float64.
+        stored: (N, d) float64.
+        k: At most N.
+    """
+    centre = stored.mean(0)
+    stored, queries = stored - centre, queries - centre
+    parts = [
+        squared_distances(part, stored).topk(k, 1, largest=False)
+        for part in queries.split(max(1, _BLOCK // len(stored)))
+    ]
+    return torch.cat([p.values for p in parts]).sqrt_(), torch.cat([p.indices for p in parts])
+
+
+def sample_quality(real: Any, fake: Any, k: int = 5) -> SampleQuality:
+    """Precision, recall, density and coverage from the k nearest neighbours.
+
+    They are measured in the space of the given features: the last hidden layer of a classifier, or the samples as they
+    are. Time O((N + M)^2 d), memory of a block of distances.
+
+    Args:
+        real: (N, d) features, tensor or array.
+        fake: (M, d) features.
+        k: Neighbour that ends a ball; below N and M.
+
+    Returns:
+        The four figures.
+
+    Raises:
+        TypeError: Features that are not floating.
+        ValueError: Widths that differ, k not below the number of rows, values that are not finite.
+
+    Reference:
+        https://arxiv.org/abs/1904.06991, https://arxiv.org/abs/2002.09797
+
+    Example:
+        >>> real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> sample_quality(real, torch.tensor([[0.4], [0.5], [0.6]]), k=1)
+        SampleQuality(precision=1.0, recall=0.0, density=2.0, coverage=0.5)
+    """
+    a, b = _rows("real", real), _rows("fake", fake)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"real and fake must have the same width; got {a.shape[1]} and {b.shape[1]}")
+    check_int("k", k, 1)
+    if k >= min(len(a), len(b)):
+        raise ValueError(f"k must be below the number of rows; got k {k} for {len(a)} real and {len(b)} fake rows")
+    centre = a.mean(0)
+    a, b = a - centre, b - centre.to(b.device)
+    b = b.to(a.device)
+    radius_a, radius_b = _radii(a, k), _radii(b, k)
+    precise = recalled = covered = 0
+    inside_balls = torch.zeros(len(b), dtype=torch.long, device=a.device)
+    rows = max(1, _BLOCK // len(b))
+    for part, radius in zip(a.split(rows), radius_a.split(rows), strict=True):
+        d = squared_distances(part, b)
+        inside = d <= radius[:, None]
+        inside_balls += inside.sum(0)
+        covered += int(inside.any(1).sum())
+        recalled += int((d <= radius_b).any(1).sum())
+    precise = int((inside_balls > 0).sum())
+    n, m = len(a), len(b)
+    return SampleQuality(precise / m, recalled / n, float(inside_balls.sum()) / (k * m), covered / n)
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Squared distance of each row to its k-th neighbour, itself not counted."""
+    blocks = x.split(max(1, _BLOCK // len(x)))
+    return torch.cat([squared_distances(part, x).topk(k + 1, 1, largest=False).values[:, -1] for part in blocks])
+
+
+def mode_coverage(samples: Any, centres: Any, radius: float, minimum: int = 2) -> ModeCoverage:
+    """How many modes of a known mixture are found.
+
+    Args:
+        samples: (N, d) tensor or array.
+        centres: (K, d) centres of the modes.
+        radius: A sample belongs to its nearest mode if it is at most so far from it (4 standard deviations).
+        minimum: Samples that make a mode count as found.
+
+    Returns:
+        Modes found, modes there are, and the share of samples that belong to one.
+
+    Raises:
+        TypeError: Samples that are not floating.
+        ValueError: Widths that differ, no sample or centre, a radius that is not positive.
+
+    Example:
+        >>> mode_coverage(torch.tensor([[0.1], [-0.1], [5.0]]), torch.tensor([[0.0], [3.0]]), radius=0.5)
+        ModeCoverage(modes=1, total=2, inside=0.6666666666666666)
+    """
+    x, c = _rows("samples", samples), _rows("centres", centres)
+    if x.shape[1] != c.shape[1] or not len(x) or not len(c):
+        raise ValueError(f"samples and centres must be (N, d) and (K, d); got {tuple(x.shape)} and {tuple(c.shape)}")
+    check_real("radius", radius, above=0.0)
+    check_int("minimum", minimum, 1)
+    distance, mode = nearest(x, c.to(x.device), 1)
+    near = distance[:, 0] <= radius
+    counts = torch.bincount(mode[near, 0], minlength=len(c))
+    return ModeCoverage(int((counts >= minimum).sum()), len(c), float(near.double().mean()))
