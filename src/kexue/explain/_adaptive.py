@@ -19,10 +19,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kexue.explain._evaluations import Along
@@ -42,6 +42,7 @@ class _Panel:
     places: list[float]  # where F is known: its ends, and places in between that split it further
     values: list[float]
     cuts: set[float] = field(default_factory=set)  # where it will be cut
+    hidden: bool = False  # the values of F do not show why
 
     @property
     def width(self) -> float:
@@ -55,7 +56,7 @@ class _Row:
     low: float
     high: float
     allowed: float  # what the tolerance of the gap leaves
-    whole: float = 1.0  # estimate of the L1 norm of the attributions, at least 1
+    whole: float = 0.0  # estimate of the L1 norm of the attributions, from below
     open: float = 1.0  # length of the path that is not accepted yet
     used: int = 2  # evaluations, with those that are planned
     gap: float = 0.0  # sum of the sizes of the gaps
@@ -66,6 +67,13 @@ class _Row:
     def see(self, places: list[float], values: list[float]) -> None:
         self.low, self.high = min(self.low, *values), max(self.high, *values)
         self.profile.update(zip(places, values, strict=True))
+
+    def accept(self, width: float, found: _Found) -> None:
+        self.gap += found.gap
+        self.error += max(found.error, found.gap)
+        self.size += found.size
+        self.open -= width
+        self.allowed = max(0.0, self.allowed - found.gap)
 
 
 @dataclass
@@ -119,30 +127,28 @@ def integrate(
     nodes = first
     while panels:
         failed: list[_Panel] = []
-        evaluated = list(_evaluated(along, panels, nodes))
+        evaluated = [(p, one) for block, found in _evaluated(along, panels, nodes) for p, one in zip(block, found)]
         for row in rows:
-            row.whole = max(1.0, row.size)
-        for block, found in evaluated:
-            for panel, size in zip(block, found.size.tolist(), strict=True):
-                rows[panel.row].whole += size
-        for block, found in evaluated:
-            order = np.argsort(found.gap, kind="stable")
-            for k in order.tolist():  # small gaps first: they leave more for the others
-                panel, row = block[k], rows[block[k].row]
-                row.see(found.places[k].tolist(), found.values[k].tolist())
-                gap, error, size = float(found.gap[k]), float(found.error[k]), float(found.size[k])
-                share = max(0.125, panel.width / max(row.open, panel.width))
-                fits = gap <= max(share * row.allowed, noise * max(abs(row.low), abs(row.high)))
-                agrees = error <= max(share * (relative * row.whole - row.error), noise * size)
-                hopeless = panel.width <= least or row.used + 2 * LATER > max_evals
-                if (fits and agrees) or hopeless:
-                    _accept(row, total, panel, found, k)
-                    continue
-                row.used += 2 * LATER  # the least that a cut costs; what it costs more is added when it is known
-                places = [panel.places[0], *found.places[k].tolist(), panel.places[-1]]
-                values = [panel.values[0], *found.values[k].tolist(), panel.values[-1]]
-                worst = int(found.worst[k])
-                failed.append(_Panel(panel.row, places, values, {places[worst], places[worst + 1]}))
+            row.whole = row.size
+        for panel, one in evaluated:
+            rows[panel.row].see(one.places, one.values)
+            if one.error < 0.1 * one.size:  # else its norm says nothing
+                rows[panel.row].whole += one.size
+        evaluated.sort(key=lambda pair: pair[1].gap)  # small gaps first: they leave more for the others
+        for panel, one in evaluated:
+            row = rows[panel.row]
+            share = max(0.125, panel.width / max(row.open, panel.width))
+            fits = one.gap <= max(share * row.allowed, noise * max(abs(row.low), abs(row.high)))
+            agrees = one.error <= max(share * (relative * max(1.0, 0.8 * row.whole) - row.error), noise * one.size)
+            hopeless = panel.width <= least or row.used + 2 * LATER > max_evals
+            if (fits and agrees) or hopeless:
+                total[panel.row] += one.part
+                row.accept(panel.width, one)
+                continue
+            row.used += 2 * LATER  # the least that a cut costs; what it costs more is added when it is known
+            places = [panel.places[0], *one.places, panel.places[-1]]
+            values = [panel.values[0], *one.values, panel.values[-1]]
+            failed.append(_Panel(panel.row, places, values, {places[i] for i in one.cuts}, one.hidden))
         _narrow(along, rows, failed, least, max_evals)
         panels = []
         for panel in failed:
@@ -158,61 +164,64 @@ def integrate(
 _SUMS = ("gap", "error", "size")
 
 
-@dataclass
-class _Found:
-    """The rule on K panels: places and values (K, n) of the nodes, contributions (K, ...), and three numbers of each."""
+class _Found(NamedTuple):
+    """The rule on a panel.
 
-    places: NDArray[np.float64]
-    values: NDArray[np.float64]
-    parts: Tensor
-    gap: NDArray[np.float64]
-    error: NDArray[np.float64]
-    size: NDArray[np.float64]
-    worst: NDArray[np.int64]
+    Attributes:
+        places: Of the n nodes.
+        values: F there.
+        part: (...) contributions.
+        gap: Size of what their sum is off by.
+        error: Estimate of the L1 error.
+        size: L1 norm.
+        cuts: Where it should be cut, as numbers of its n + 2 known places.
+        hidden: The values of F do not show why: what is wrong cancels in their sum.
+    """
+
+    places: list[float]
+    values: list[float]
+    part: Tensor
+    gap: float
+    error: float
+    size: float
+    cuts: tuple[int, int]
+    hidden: bool
 
 
-def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[list[_Panel], _Found]]:
+def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[list[_Panel], Iterator[_Found]]]:
     """The panels in blocks, evaluated."""
     rule = panel_rule(n)
     device = along.x.device
-    size = max(1, along.block // n)
-    for start in range(0, len(panels), size):
-        block = panels[start : start + size]
+    count = max(1, along.block // n)
+    for start in range(0, len(panels), count):
+        block = panels[start : start + count]
         left = np.array([p.places[0] for p in block])
         width = np.array([p.width for p in block])
         places = left[:, None] + width[:, None] * rule.nodes
         rows = torch.tensor([p.row for p in block], device=device).repeat_interleave(n)
         values, slopes = along.slopes(rows, torch.from_numpy(places).reshape(-1).to(device))
         slopes = slopes.reshape(len(block), n, -1)
-        scale = torch.from_numpy(width).to(slopes)[:, None]
         weights = torch.from_numpy(np.stack([rule.weights, rule.null])).to(slopes)
-        both = weights @ slopes  # (K, 2, features)
-        parts = both[:, 0] * scale
-        sizes = torch.stack([both[:, 0].abs().sum(-1), both[:, 1].abs().sum(-1)], 1).double().cpu().numpy()
+        both = weights @ slopes  # (K, 2, features): by the rule, and how far the coarser one is from it
+        parts = (both[:, 0] * torch.from_numpy(width).to(slopes)[:, None]).reshape(len(block), *along.x.shape[1:])
+        norm, coarse = (both.abs().sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]).T
+        heights = slopes.abs().sum(-1, dtype=torch.float64).cpu().numpy() * np.abs(rule.null)
         sums = slopes.sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]
         known = values.double().cpu().numpy().reshape(len(block), n)
         ends = np.array([[p.values[0], p.values[-1]] for p in block])
         steps = -np.diff(np.concatenate([ends[:, :1], known, ends[:, 1:]], axis=1))
         off = np.abs(sums @ rule.between.T - steps)
-        norm, coarse = sizes[:, 0] * width, sizes[:, 1] * width
-        # The error of the finer rule from the distance to the coarser one: about its square; to be safe, power 1.5.
+        gap = np.abs(sums @ rule.weights + ends[:, 1] - ends[:, 0])
+        # The error of the finer rule from the relative distance r to the coarser one: its square, times 10 to be safe.
         distance = np.maximum(coarse, off.sum(1))
         larger = np.maximum(norm, distance)
-        error = np.where(larger > 0, distance * np.sqrt(distance / np.where(larger > 0, larger, 1)), 0)
-        yield block, _Found(
-            places, known, parts.reshape(len(block), *along.x.shape[1:]),
-            np.abs(sums @ rule.weights - (ends[:, 0] - ends[:, 1])), error, norm, off.argmax(1),
-        )  # fmt: skip
-
-
-def _accept(row: _Row, total: Tensor, panel: _Panel, found: _Found, k: int) -> None:
-    gap = float(found.gap[k])
-    total[panel.row] += found.parts[k]
-    row.gap += gap
-    row.error += max(float(found.error[k]), gap)
-    row.size += float(found.size[k])
-    row.open -= panel.width
-    row.allowed = max(0.0, row.allowed - gap)
+        error = distance * np.minimum(1.0, 10 * distance / np.where(larger > 0, larger, 1))
+        # Where a part is off, or, if the features cancel in all parts, around the largest gradient.
+        hidden = off.sum(1) < 0.01 * coarse
+        first = np.where(hidden, heights.argmax(1), off.argmax(1))
+        cuts = zip(first.tolist(), (first + 1 + hidden).tolist(), strict=True)
+        numbers = (gap.tolist(), error.tolist(), norm.tolist())
+        yield block, map(_Found, places.tolist(), known.tolist(), parts, *numbers, cuts, hidden.tolist())
 
 
 def _narrow(along: Along, rows: list[_Row], panels: list[_Panel], least: float, max_evals: int) -> None:
@@ -247,7 +256,7 @@ def _cut(panel: _Panel, flat: float, room: int) -> list[_Panel]:
     while len(sums) > 2:
         pairs = [a + b for a, b in itertools.pairwise(sums)]
         at = int(np.argmin(pairs))
-        if pairs[at] > flat and len(sums) <= max(room, 2):
+        if (pairs[at] > flat or panel.hidden) and len(sums) <= max(room, 2):
             break
         sums[at : at + 2] = [pairs[at]]
         del bounds[at + 1]

@@ -151,10 +151,12 @@ class Along:
         return out
 
     def slopes(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The explained number (N,), and how much each input adds to its fall along the path (N, ...): -grad * path'.
+        """The explained number (N,), and how much each input adds to its fall along the path (N, ...): -grad * path'."""
+        parts = [self._slopes(r, a) for r, a in zip(rows.split(self.block), places.split(self.block), strict=True)]
+        values, slopes = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(slopes)
 
-        At most ``block`` points at a time.
-        """
+    def _slopes(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         points, direction = self.point(rows, places)
         with torch.enable_grad():
             leaf = points.detach().to(self.x.dtype).requires_grad_()
@@ -168,7 +170,7 @@ class Along:
             return out.detach(), torch.zeros_like(direction)
         slope = -gradient.to(direction.dtype) * direction
         if not bool(torch.isfinite(slope).all()):
-            bad = int((~torch.isfinite(slope)).flatten(1).any(1).nonzero()[0])
+            bad = int((~torch.isfinite(slope)).view(len(slope), -1).any(1).nonzero()[0])
             raise ValueError(
                 f"the gradient of f must be finite; it is not for example {int(rows[bad])} at {float(places[bad]):.6g} "
                 "of the way to the baseline"

@@ -59,8 +59,8 @@ class IntegratedGradients:
         target: (B,) column of the output; None for an output with one number.
         n_grad: Evaluations of f with a gradient, of all examples together.
         n_forward: Evaluations without.
-        at_baseline: (B,) bool: F hardly changes along the path except in its last tenth, next to the baseline, as for
-            a model that does not see the scale of its input.
+        at_baseline: (B,) bool: F hardly changes along the path except in its last tenth, next to the baseline, or jumps
+            there, as for a model that does not see the scale of its input.
     """
 
     attributions: Tensor
@@ -144,9 +144,8 @@ def integrated_gradients(
     )  # fmt: skip
     if bool(found.at_baseline.any()):
         warnings.warn(
-            f"{int(found.at_baseline.sum())} of {len(x)} examples: the output changes in the last tenth of the path "
-            "only, next to the baseline, as it does in a model that does not see the scale of its input; the "
-            "attributions describe that jump. Take another baseline, such as 'pad', 'mask' or 'mean'",
+            f"{int(found.at_baseline.sum())} of {len(x)} examples: the output jumps next to the baseline, or changes "
+            "there only, as in a model that does not see the scale of its input; the attributions describe that jump. Take another baseline, such as 'pad', 'mask' or 'mean'",
             stacklevel=3,
         )
     return found
@@ -210,9 +209,9 @@ def attribute(
             total, gaps, error, size, profiles = made.total, made.gap, made.error, made.size, made.profiles
         else:
             total, error, profiles = _fixed(along, method, n or _NODES, value, before)
-            size = total.flatten(1).abs().sum(1).double().cpu()
+            size = _flat(total).abs().sum(1).double().cpu()
             gaps = torch.zeros_like(size)
-    summed = total.flatten(1).sum(1, dtype=torch.float64).cpu()
+    summed = _flat(total).sum(1, dtype=torch.float64).cpu()
     if along.detached and bool((change != 0).any()):
         raise ValueError("the output of f changes with x but has no gradient with respect to it; is it detached?")
     gap = (summed - change).abs()
@@ -305,19 +304,22 @@ def _fixed(
             profiles[row][float(nodes[node])] = v
     error = torch.full((b,), float("nan"), dtype=torch.float64)
     if null is not None:
-        coarse, size = (y.flatten(1).abs().sum(1).double().cpu() for y in (difference, total))
+        coarse, size = (_flat(y).abs().sum(1).double().cpu() for y in (difference, total))
         larger = torch.maximum(coarse, size)
-        error = torch.where(larger > 0, coarse * (coarse / larger).sqrt(), 0.0)
+        error = torch.where(larger > 0, coarse * (10 * coarse / larger).clamp(max=1), 0.0)
     return total, error, profiles
 
 
 def _at_baseline(profiles: list[dict[float, float]], change: Tensor, tolerance: Tensor) -> Tensor:
-    """(B,): F is flat up to a tenth of the path from the baseline, where it falls."""
+    """(B,): F is flat up to a tenth of the path from the baseline, or jumps in its last ten-thousandth."""
     near = []
     for profile, whole, small in zip(profiles, change.tolist(), tolerance.tolist(), strict=True):
         inside = [v for a, v in profile.items() if 0.0 < a <= 0.91]
         off = max((abs(v - profile[0.0]) for v in inside), default=0.0)
-        near.append(len(inside) > 2 and abs(whole) > small and off <= 0.05 * abs(whole))
+        flat = len(inside) > 2 and abs(whole) > small and off <= 0.05 * abs(whole)
+        jump = max((abs(v - profile[1.0]) for a, v in profile.items() if a >= 1 - 1e-4), default=0.0)
+        span = max(profile.values()) - min(profile.values())
+        near.append(flat or (jump > small and jump >= 0.25 * span))
     return torch.tensor(near, dtype=torch.bool)
 
 
@@ -335,7 +337,7 @@ def _averaged(
         attributions=total.abs() if absolute else total,
         change=change,
         value=made[0].value,
-        gap=(total.flatten(1).sum(1, dtype=torch.float64).cpu() - change).abs(),
+        gap=(_flat(total).sum(1, dtype=torch.float64).cpu() - change).abs(),
         error=torch.stack([one.error for one in made]).mean(0),
         converged=torch.stack([one.converged for one in made]).all(0),
         target=made[0].target,
@@ -343,6 +345,11 @@ def _averaged(
         n_forward=sum(one.n_forward for one in made),
         at_baseline=torch.stack([one.at_baseline for one in made]).any(0),
     )
+
+
+def _flat(y: Tensor) -> Tensor:
+    """(B, ...) -> (B, features)."""
+    return y.flatten(1) if y.dim() > 1 else y[:, None]
 
 
 def _nothing(x: Tensor) -> IntegratedGradients:

@@ -135,8 +135,8 @@ def explain_text(
                 left = [left[k] for k in again]
     if moved:
         warnings.warn(
-            f"{len(moved)} times the output changed next to the baseline {moved[0][0]!r} only, as it does in a model "
-            f"that does not see the scale of its embeddings; {moved[0][1]!r} was taken instead",
+            f"{len(moved)} times the output jumped next to the baseline {moved[0][0]!r}, as in a model that does not see "
+            f"the scale of its embeddings; {moved[0][1]!r} was taken instead",
             stacklevel=3,
         )
     if stuck:
