@@ -30,10 +30,12 @@ from kexue.explain._quadrature import panel_rule
 
 __all__ = ["Integrals", "integrate"]
 
-FIRST = 7  # nodes of the first panel, the whole path: with both ends nine values of F
+FIRST = 9  # nodes of the first panel, the whole path: with both ends eleven values of F
 LATER = 5  # nodes of the others
-JUMP = 0.3  # share of the range of F above which the step between two places is narrowed without gradients
-FLAT = 0.25  # share of the tolerance below which steps are left together
+JUMP = 0.4  # share of the range of F above which the step between two places is narrowed without gradients
+FOOT = 0.02  # the same for a step that is STEEP times as long as one beside it: the foot of a flip
+STEEP = 4.5
+FLAT = 4.0  # multiple of the tolerance below which steps are left together
 
 
 @dataclass(eq=False)
@@ -127,7 +129,9 @@ def integrate(
     nodes = first
     while panels:
         failed: list[_Panel] = []
-        evaluated = [(p, one) for block, found in _evaluated(along, panels, nodes) for p, one in zip(block, found)]
+        evaluated = [
+            pair for block, found in _evaluated(along, panels, nodes) for pair in zip(block, found, strict=True)
+        ]
         for row in rows:
             row.whole = row.size
         for panel, one in evaluated:
@@ -201,10 +205,10 @@ def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[lis
         rows = torch.tensor([p.row for p in block], device=device).repeat_interleave(n)
         values, slopes = along.slopes(rows, torch.from_numpy(places).reshape(-1).to(device))
         slopes = slopes.reshape(len(block), n, -1)
-        weights = torch.from_numpy(np.stack([rule.weights, rule.null])).to(slopes)
-        both = weights @ slopes  # (K, 2, features): by the rule, and how far the coarser one is from it
-        parts = (both[:, 0] * torch.from_numpy(width).to(slopes)[:, None]).reshape(len(block), *along.x.shape[1:])
-        norm, coarse = (both.abs().sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]).T
+        weights = torch.from_numpy(np.stack([rule.weights, rule.null, rule.odd])).to(slopes)
+        three = weights @ slopes  # (K, 3, features): by the rule, and how far coarser ones are from it
+        parts = (three[:, 0] * torch.from_numpy(width).to(slopes)[:, None]).reshape(len(block), *along.x.shape[1:])
+        norm, coarse, odd = (three.abs().sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]).T
         heights = slopes.abs().sum(-1, dtype=torch.float64).cpu().numpy() * np.abs(rule.null)
         sums = slopes.sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]
         known = values.double().cpu().numpy().reshape(len(block), n)
@@ -213,9 +217,11 @@ def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[lis
         off = np.abs(sums @ rule.between.T - steps)
         gap = np.abs(sums @ rule.weights + ends[:, 1] - ends[:, 0])
         # The error of the finer rule from the relative distance r to the coarser one: its square, times 10 to be safe.
-        distance = np.maximum(coarse, off.sum(1))
-        larger = np.maximum(norm, distance)
-        error = distance * np.minimum(1.0, 10 * distance / np.where(larger > 0, larger, 1))
+        # Distances of consecutive degrees fall like powers of one number, so that "odd" says what to expect of "null".
+        larger = np.maximum(norm, np.maximum(odd, np.maximum(coarse, off.sum(1))))
+        larger = np.where(larger > 0, larger, 1)
+        distance = np.maximum(np.maximum(coarse, off.sum(1)), larger * (odd / larger) ** ((n - 1) / max(1, n - 2)))
+        error = distance * np.minimum(1.0, 10 * distance / larger)
         # Where a part is off, or, if the features cancel in all parts, around the largest gradient.
         hidden = off.sum(1) < 0.01 * coarse
         first = np.where(hidden, heights.argmax(1), off.argmax(1))
@@ -231,9 +237,11 @@ def _narrow(along: Along, rows: list[_Row], panels: list[_Panel], least: float, 
         wanted: list[tuple[_Panel, float]] = []
         for panel in looking:
             row = rows[panel.row]
-            for i in range(len(panel.places) - 1):
-                a, b = panel.places[i : i + 2]
-                large = abs(panel.values[i + 1] - panel.values[i]) > JUMP * (row.high - row.low)
+            span, steps = row.high - row.low, np.diff(panel.places)
+            for i, (a, b) in enumerate(itertools.pairwise(panel.places)):
+                change = abs(panel.values[i + 1] - panel.values[i])
+                near = min(steps[max(0, i - 1)], steps[min(len(steps) - 1, i + 1)])
+                large = change > JUMP * span or (change > FOOT * span and b - a > STEEP * near)
                 if large and b - a > least and row.used + 1 + LATER <= max_evals:
                     wanted.append((panel, (a + b) / 2))
                     row.used += 1

@@ -21,6 +21,8 @@ class Panel(NamedTuple):
         nodes: (n,) in (0, 1), ascending.
         weights: (n,).
         null: (n,) weights minus those of the rule without its middle node, which is exact up to degree n - 2.
+        odd: (n,) the same one degree lower, 0 for polynomials up to degree n - 3: what is antisymmetric about the middle
+            escapes ``null``, what is symmetric ``odd``. All 0 for n < 3.
         between: (n + 1, n): row k integrates the polynomial through the nodes from node k - 1 to node k, where node -1
             is 0 and node n is 1; the rows sum to the weights.
     """
@@ -28,6 +30,7 @@ class Panel(NamedTuple):
     nodes: Array
     weights: Array
     null: Array
+    odd: Array
     between: Array
 
 
@@ -43,13 +46,15 @@ def panel_rule(n: int) -> Panel:
     # Differences of order n - 1, the one functional of n values that is 0 for all polynomials of degree n - 2.
     difference = np.array([1 / np.prod(x - np.delete(nodes, i)) for i, x in enumerate(nodes)])
     null = weights[n // 2] * difference / difference[n // 2]
+    odd = null * (nodes - 0.5)
+    odd *= 0.0 if n < 3 else np.abs(null).sum() / np.abs(odd).sum()
     # Legendre polynomials instead of powers: well conditioned.
     ends = 2 * np.concatenate([[0.0], nodes, [1.0]]) - 1
     basis = np.linalg.inv(np.polynomial.legendre.legvander(2 * nodes - 1, n - 1))  # values at the nodes -> coefficients
     primitive = np.stack(
         [np.polynomial.legendre.legval(ends, np.polynomial.legendre.legint(row)) / 2 for row in np.eye(n)], axis=1
     )
-    return Panel(nodes, weights, null, np.diff(primitive, axis=0) @ basis)
+    return Panel(nodes, weights, null, odd, np.diff(primitive, axis=0) @ basis)
 
 
 def fixed_rule(method: str, n: int) -> tuple[Array, Array]:
