@@ -32,6 +32,7 @@ from kexue.cli.common import (
     print_table,
 )
 from kexue.cli.drift import drift
+from kexue.cli.explain import explain
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.similarity import similarity_app
@@ -47,7 +48,7 @@ app = typer.Typer(
 app.add_typer(words_app, name="words")
 app.add_typer(similarity_app, name="similarity")
 app.command()(grow)
-for command in (drift, pretrain, score, suggest, generate):
+for command in (drift, explain, pretrain, score, suggest, generate):
     app.command()(command)
 
 
@@ -157,7 +158,7 @@ def similar(
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a workspace holds and how good it is."""
     from kexue.workbench import Workspace
-    from kexue.workbench.lexicon import explain
+    from kexue.workbench.lexicon import explain as explain_choice
     from kexue.workbench.steps import summary
 
     found = Workspace.open(folder).info()
@@ -167,7 +168,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
     print(f"{folder}: built from {found['source']} with kexue {found['kexue']}")
     for name, figures in found["figures"].items():
         print(f"  {name:9} {summary(figures)}")
-    if chosen := explain(found["figures"].get("tokenise", {}).get("choice", {})):
+    if chosen := explain_choice(found["figures"].get("tokenise", {}).get("choice", {})):
         print(f"  words: {chosen}")
     for title, rows in found["evaluation"].items():
         print(f"\n{title}")

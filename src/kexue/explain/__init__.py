@@ -9,22 +9,27 @@ if TYPE_CHECKING:
     from kexue.explain._text_result import TextExplanation, TextExplanations
     from kexue.explain.attribution import IntegratedGradients, integrated_gradients
     from kexue.explain.path_kernel import PathKernel
+    from kexue.explain.similarity import PairExplanation, explain_pair
     from kexue.explain.text import explain_text
 
 __all__ = [
     "IntegratedGradients",
+    "PairExplanation",
     "PathKernel",
     "TextExplanation",
     "TextExplanations",
+    "explain_pair",
     "explain_text",
     "integrated_gradients",
 ]
 
 _MODULES = {
     "IntegratedGradients": "attribution",
+    "PairExplanation": "similarity",
     "PathKernel": "path_kernel",
     "TextExplanation": "_text_result",
     "TextExplanations": "_text_result",
+    "explain_pair": "similarity",
     "explain_text": "text",
     "integrated_gradients": "attribution",
 }

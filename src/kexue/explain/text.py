@@ -131,7 +131,7 @@ def explain_text(
                     if k not in again:
                         made[row] = jobs.explanation(row, k, result, name, reduce)
                         stuck += jumps[k]
-                moved += [(name, names[0])] * len(again)
+                moved += [(name, names[0]) for _ in again]
                 left = [left[k] for k in again]
     if moved:
         warnings.warn(
