@@ -20,7 +20,8 @@ from kexue.models import KexueConfig, KexueForCausalLM, KexueForMaskedLM, KexueF
 from kexue.reproduce._review_classifier import batch, review, train
 from kexue.reproduce._review_classifier import tokenizer as character_tokenizer
 
-WORDS = "[PAD] [CLS] [SEP] [MASK] [UNK] the cat dog sees likes a bird river good bad book".split()
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "the", "cat", "dog", "sees", "likes"]
+WORDS += ["a", "bird", "river", "good", "bad", "book"]
 TEXTS = ["the cat sees a bird", "good book", "the dog likes the bad river"]
 
 
@@ -54,12 +55,12 @@ def language_model(kind):
                     bos_token_id=1, eos_token_id=2,
                 )
             )  # fmt: skip
-        cls = {"causal": KexueForCausalLM, "bidirectional": KexueForMaskedLM, "diagonal": KexueForTextAutoencoding}[kind]
+        kinds = {"causal": KexueForCausalLM, "bidirectional": KexueForMaskedLM, "diagonal": KexueForTextAutoencoding}
         config = KexueConfig(
             len(WORDS), hidden_size=32, num_layers=2, num_heads=2, attn_mode=kind, position="learned", max_position=32,
             mask_token_id=3, initializer_range=0.2,
         )  # fmt: skip
-        return cls(config)
+        return kinds[kind](config)
 
 
 def ids_of(tokenizer, text):

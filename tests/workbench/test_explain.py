@@ -50,9 +50,7 @@ def test_language_models_of_this_package(tmp_path):
     documents = [Document(str(i), "The cat sees the bird. The dog likes the river." * 4, "", ()) for i in range(20)]
     for objective in ("one-pass", "mlm", "clm"):
         folder = tmp_path / objective
-        pretrain(
-            documents, folder, PretrainSettings(objective, steps=3, vocab_size=300, max_length=32, batch_size=4)
-        )
+        pretrain(documents, folder, PretrainSettings(objective, steps=3, vocab_size=300, max_length=32, batch_size=4))
         text = "The cat sees" if objective == "clm" else "The cat [MASK] the bird"
         done = run(folder, text, "--json")
         assert done.exit_code == 0, done.output

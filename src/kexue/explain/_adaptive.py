@@ -3,8 +3,8 @@
     on any [a, b]   F(a) - F(b) = sum_i integral over [a, b] of slope_i,   slope_i = -grad_i * path'_i
 
 so that the error of the sum is known exactly for the price of F at the ends. A panel is a Gauss-Legendre rule on a
-sub-interval; a gradient brings F at its node with it, so that a panel of n nodes has n + 2 values of F on a profile and
-n + 1 parts whose sums can be compared. A round evaluates the open panels of all examples at once. A panel is accepted if
+sub-interval; a gradient brings F at its node with it, so that a panel of n nodes has n + 2 values of F on a profile
+and n + 1 parts whose sums can be compared. A round evaluates the open panels of all examples. A panel is accepted if
 
 - its share of the gap fits into what the tolerance leaves for the rest of the path, and
 - its attributions, in the L1 norm, agree with a coarser rule on the same nodes, and its parts with the profile: the gap
@@ -118,8 +118,7 @@ def integrate(
     least = max(noise, 1e-12)  # two places closer than this may be one point
     first = max(1, min(FIRST, max_evals - 2))
     rows = [
-        _Row(min(a, b), max(a, b), t, profile={0.0: a, 1.0: b})
-        for a, b, t in zip(start, end, tolerance, strict=True)
+        _Row(min(a, b), max(a, b), t, profile={0.0: a, 1.0: b}) for a, b, t in zip(start, end, tolerance, strict=True)
     ]
     panels = [_Panel(i, [0.0, 1.0], [a, b]) for i, (a, b) in enumerate(zip(start, end, strict=True))]
     for row in rows:
@@ -161,11 +160,8 @@ def integrate(
             row.used += LATER * (len(pieces) - 2)
             panels += pieces
         nodes = LATER
-    columns = [torch.tensor([getattr(row, name) for row in rows], dtype=torch.float64) for name in _SUMS]
-    return Integrals(total, *columns, [row.profile for row in rows])
-
-
-_SUMS = ("gap", "error", "size")
+    sums = torch.tensor([[row.gap, row.error, row.size] for row in rows], dtype=torch.float64)
+    return Integrals(total, sums[:, 0], sums[:, 1], sums[:, 2], [row.profile for row in rows])
 
 
 class _Found(NamedTuple):
@@ -268,6 +264,4 @@ def _cut(panel: _Panel, flat: float, room: int) -> list[_Panel]:
             break
         sums[at : at + 2] = [pairs[at]]
         del bounds[at + 1]
-    return [
-        _Panel(panel.row, panel.places[a : b + 1], panel.values[a : b + 1]) for a, b in itertools.pairwise(bounds)
-    ]
+    return [_Panel(panel.row, panel.places[a : b + 1], panel.values[a : b + 1]) for a, b in itertools.pairwise(bounds)]

@@ -49,9 +49,11 @@ def baseline_tensor(baseline: Any, x: Tensor, modules: Sequence[nn.Module] = ())
 def _named(name: str, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     if name == "zero":
         return x.new_zeros(())
-    models = [m for m in modules if hasattr(m, "get_input_embeddings")]
-    tables = [(m, _table(m)) for m in models]
-    tables = [(m, t) for m, t in tables if t is not None and x.dim() > 1 and t.shape[1] == x.shape[-1]]
+    tables: list[tuple[Any, Tensor]] = []
+    for module in modules:
+        table = _table(module) if hasattr(module, "get_input_embeddings") else None
+        if table is not None and x.dim() > 1 and table.shape[1] == x.shape[-1]:
+            tables.append((module, table))
     if name == "mean":
         if tables:
             return tables[0][1].float().mean(0)
@@ -111,7 +113,8 @@ def curve(path: Callable[[Tensor], Tensor], x: Tensor, baseline: Any) -> tuple[T
         for place in places.unique():
             here = places == place
             argument = (place if forwards else 1 - place).to(work)
-            where, speed = torch.func.jvp(path, (argument,), (torch.ones_like(argument),))
+            moving: Any = torch.func.jvp(path, (argument,), (torch.ones_like(argument),))
+            where, speed = moving
             points[here] = where.detach().to(work)[rows[here]]
             speeds[here] = speed.detach().to(work)[rows[here]]
         return points, speeds if forwards else -speeds

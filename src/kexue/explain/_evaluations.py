@@ -103,7 +103,7 @@ class Along:
         self.detached = False
 
     def outputs(self, rows: Tensor, points: Tensor) -> Tensor:
-        """f at the points, checked: (N,) or (N, C)."""
+        """Outputs at the points, checked: (N,) or (N, C)."""
         given = [a[rows] if isinstance(a, Tensor) else a for a in self.args]
         out = self.f(points.to(self.x.dtype), *given)
         if not isinstance(out, Tensor):
@@ -151,7 +151,7 @@ class Along:
         return out
 
     def slopes(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The explained number (N,), and how much each input adds to its fall along the path (N, ...): -grad * path'."""
+        """The explained number (N,), and what each input adds to its fall along the path (N, ...): -grad * path'."""
         parts = [self._slopes(r, a) for r, a in zip(rows.split(self.block), places.split(self.block), strict=True)]
         values, slopes = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(slopes)

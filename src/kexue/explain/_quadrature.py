@@ -21,8 +21,8 @@ class Panel(NamedTuple):
         nodes: (n,) in (0, 1), ascending.
         weights: (n,).
         null: (n,) weights minus those of the rule without its middle node, which is exact up to degree n - 2.
-        odd: (n,) the same one degree lower, 0 for polynomials up to degree n - 3: what is antisymmetric about the middle
-            escapes ``null``, what is symmetric ``odd``. All 0 for n < 3.
+        odd: (n,) the same one degree lower, 0 for polynomials up to degree n - 3: what is antisymmetric about the
+            middle escapes ``null``, what is symmetric ``odd``. All 0 for n < 3.
         between: (n + 1, n): row k integrates the polynomial through the nodes from node k - 1 to node k, where node -1
             is 0 and node n is 1; the rows sum to the weights.
     """

@@ -1,4 +1,4 @@
-"""What :func:`kexue.explain.explain_text` knows of models and tokenizers: ids, embeddings, and the output in question."""
+"""What :func:`kexue.explain.explain_text` knows of models and tokenizers: ids, embeddings, outputs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ class TextModel:
         options: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        made = self.tokenizer(clean, return_offsets_mapping=True, **options) if fast else self.tokenizer(clean, **options)
+        made = (
+            self.tokenizer(clean, return_offsets_mapping=True, **options) if fast else self.tokenizer(clean, **options)
+        )
         ids = [int(i) for i in made["input_ids"]]
         types = [int(i) for i in made["token_type_ids"]] if "token_type_ids" in made else None
         spans = [(int(a), int(b)) for a, b in made["offset_mapping"]] if fast else None
@@ -257,9 +259,7 @@ class TextModel:
             return out.sigmoid() if output == "prob" else nn.functional.logsigmoid(out)
         return out.softmax(1) if output == "prob" else out.log_softmax(1)
 
-    def word_scores(
-        self, e: Tensor, ids: Tensor, types: Tensor | None, places: Tensor, words: Tensor
-    ) -> Tensor:
+    def word_scores(self, e: Tensor, ids: Tensor, types: Tensor | None, places: Tensor, words: Tensor) -> Tensor:
         """(N,) log-probability of words (N, m): at the masked places, or one after another behind the text."""
         if self.kind == "masked":
             log_p = self._log_probs(self.logits(ids, e, types), places)

@@ -67,7 +67,8 @@ class TextExplanation:
     @property
     def shown(self) -> list[tuple[str, float]]:
         """Pieces of the text in order, with their strength in [-1, 1]: the scores over the largest one, 0 for what is
-        between the tokens. Special tokens are left out."""
+        between the tokens. Special tokens are left out.
+        """
         rows = [(token, score, place) for place, (token, score, fixed) in
                 enumerate(zip(self.tokens, self.scores.tolist(), self.fixed, strict=True)) if not fixed]  # fmt: skip
         largest = max((abs(score) for _, score, _ in rows), default=0.0) or 1.0
@@ -113,9 +114,7 @@ class TextExplanation:
             "baseline": self.baseline,
             "tokens": [
                 {"token": token, "score": score, "special": fixed, "start": span and span[0], "end": span and span[1]}
-                for token, score, fixed, span in zip(
-                    self.tokens, self.scores.tolist(), self.fixed, spans, strict=True
-                )
+                for token, score, fixed, span in zip(self.tokens, self.scores.tolist(), self.fixed, spans, strict=True)
             ],
         }
 

@@ -145,7 +145,8 @@ def integrated_gradients(
     if bool(found.at_baseline.any()):
         warnings.warn(
             f"{int(found.at_baseline.sum())} of {len(x)} examples: the output jumps next to the baseline, or changes "
-            "there only, as in a model that does not see the scale of its input; the attributions describe that jump. Take another baseline, such as 'pad', 'mask' or 'mean'",
+            "there only, as in a model that does not see the scale of its input; the attributions describe that "
+            "jump. Take another baseline, such as 'pad', 'mask' or 'mean'",
             stacklevel=3,
         )
     return found

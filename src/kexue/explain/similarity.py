@@ -1,7 +1,7 @@
 """Which pairs of tokens make two texts similar: integrated gradients on both sides of a cosine.
 
-The vector z(a) of a text is a sum over its tokens, z(a) - z(a') = sum_i v_i, where v_i is what integrated gradients give
-token i in each of the D coordinates and a' is the baseline; so is z(b). The cosine of unit vectors is then
+The vector z(a) of a text is a sum over its tokens, z(a) - z(a') = sum_i v_i, where v_i is what integrated gradients
+give token i in each of the D coordinates and a' is the baseline; so is z(b). The cosine of unit vectors is then
 
     <z(a), z(b)> = sum_ij <v_i, u_j> + <z(a), z(b')> + <z(a'), z(b)> - <z(a'), z(b')>
 

@@ -14,7 +14,7 @@ groups of equal length: nothing is ever padded, no model can trip over padding, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -112,9 +112,7 @@ def explain_text(
     reader = TextModel(model, tokenizer)
     with quiet([model]):
         encoded = [reader.encode(text, max_length) for text in listed]
-        targets, others = (
-            _each(name, one, len(listed)) for name, one in (("target", target), ("against", against))
-        )
+        targets, others = (_each(name, one, len(listed)) for name, one in (("target", target), ("against", against)))
         jobs = _Jobs(reader, encoded, output, targets, others)
         settings = {"method": method, "tol": tol, "max_evals": max_evals, "n": n, "block": block}
         made: list[TextExplanation | None] = [None] * len(listed)
@@ -135,8 +133,8 @@ def explain_text(
                 left = [left[k] for k in again]
     if moved:
         warnings.warn(
-            f"{len(moved)} times the output jumped next to the baseline {moved[0][0]!r}, as in a model that does not see "
-            f"the scale of its embeddings; {moved[0][1]!r} was taken instead",
+            f"{len(moved)} times the output jumped next to the baseline {moved[0][0]!r}, as in a model that does not "
+            f"see the scale of its embeddings; {moved[0][1]!r} was taken instead",
             stacklevel=3,
         )
     if stuck:
@@ -186,8 +184,7 @@ def _candidates(baseline: Any, reader: TextModel) -> list[Any]:
         return [baseline if isinstance(baseline, Tensor) else float(baseline)]
     has = {"zero": True, "pad": getattr(reader.tokenizer, "pad_token_id", None) is not None,
            "mask": reader.mask_id is not None, "mean": True}  # fmt: skip
-    names = [name for name in NAMES[NAMES.index(baseline) :] if has[name]]
-    return names
+    return [name for name in NAMES[NAMES.index(baseline) :] if has[name]]
 
 
 class _Jobs:
@@ -226,7 +223,8 @@ class _Jobs:
         """Rows with equal numbers of tokens, places and chosen words."""
         found: dict[Any, list[int]] = {}
         for row, one in enumerate(self.encoded):
-            sizes = [len(words) if isinstance(words, list) else words is None for words in (self.given[row], self.others[row])]
+            chosen = (self.given[row], self.others[row])
+            sizes = [len(words) if isinstance(words, list) else words is None for words in chosen]
             key = (len(one.ids), len(one.places), one.types is None, *sizes)
             found.setdefault(key, []).append(row)
         return list(found.values())
@@ -270,9 +268,7 @@ class _Jobs:
             classes = reader.class_scores(e[:1], ids[:1], None if types is None else types[:1], output).shape[1]
         chosen: list[Any] = []
         for name, wanted in (("target", self.given), ("against", self.others)):
-            numbers = [
-                None if wanted[row] is None else reader.class_number(name, wanted[row], classes) for row in rows
-            ]
+            numbers = [None if wanted[row] is None else reader.class_number(name, wanted[row], classes) for row in rows]
             chosen.append(None if numbers[0] is None else torch.tensor(numbers))
 
         def f(e: Tensor, ids: Tensor, types: Any) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POSITIVE = tuple("好看 精彩 喜欢 满意 值得 推荐 优秀 感动 实用 漂亮".split())
-NEGATIVE = tuple("糟糕 难看 失望 黑心 后悔 无聊 垃圾 破损 混乱 讨厌".split())
-SUBJECTS = tuple("这是一本 这家店 这部电影 这个手机 这件衣服 客服态度 物流速度 图片内容".split())
-ADVERBS = tuple("真 很 太 非常 有点 确实 总体来说 说实话".split())
-TAILS = tuple("的书 了 啊 孩子集中 下次再来 看不懂重点 讲故事的时候 三天才到".split())
+POSITIVE = ("好看", "精彩", "喜欢", "满意", "值得", "推荐", "优秀", "感动", "实用", "漂亮")
+NEGATIVE = ("糟糕", "难看", "失望", "黑心", "后悔", "无聊", "垃圾", "破损", "混乱", "讨厌")
+SUBJECTS = ("这是一本", "这家店", "这部电影", "这个手机", "这件衣服", "客服态度", "物流速度", "图片内容")
+ADVERBS = ("真", "很", "太", "非常", "有点", "确实", "总体来说", "说实话")
+TAILS = ("的书", "了", "啊", "孩子集中", "下次再来", "看不懂重点", "讲故事的时候", "三天才到")
 CHARACTERS = sorted(set("".join(POSITIVE + NEGATIVE + SUBJECTS + ADVERBS + TAILS)))
 LONGEST = 34
 BATCH = 32
@@ -40,7 +40,8 @@ class Review:
 def review(draw: random.Random, label: int | None = None) -> Review:
     """A random review."""
     label = draw.randint(0, 1) if label is None else label
-    text, planted = "", []
+    text = ""
+    planted: list[int] = []
     for _ in range(2 if draw.random() < 0.7 else 1):
         text += draw.choice(SUBJECTS) + draw.choice(ADVERBS)
         word = draw.choice(POSITIVE if label else NEGATIVE)

@@ -80,7 +80,7 @@ def _measured(seed: int, steps: int, texts: int, size: dict[str, int]) -> dict[s
     evident = int(change[1] > change[0])
     rows = [i for i, label in enumerate(labels) if label == evident]
     scores = {"integrated gradients": [found[i].scores[1:-1].abs() for i in rows]}
-    scores |= {name: some for name, some in _gradients(model, [reviews[i] for i in rows]).items()}
+    scores |= _gradients(model, [reviews[i] for i in rows])
     share = np.mean([
         float(s[sorted(reviews[i].planted)].sum() / s.sum())
         for i, s in zip(rows, scores["integrated gradients"], strict=True)
@@ -171,5 +171,10 @@ def _box(x: float, y: float, color: tuple[float, float, float], framed: bool) ->
     from matplotlib.patches import Rectangle
 
     return Rectangle(
-        (x, y + 0.35), 0.92, 0.55, facecolor=color, edgecolor="black" if framed else "0.85", linewidth=1.5 * framed + 0.5
+        (x, y + 0.35),
+        0.92,
+        0.55,
+        facecolor=color,
+        edgecolor="black" if framed else "0.85",
+        linewidth=1.5 * framed + 0.5,
     )
