@@ -205,6 +205,7 @@ class _Jobs:
         self.given = [self._resolved("target", i, one) for i, one in enumerate(targets)]
         self.others = [self._resolved("against", i, one) for i, one in enumerate(others)]
         self.found: dict[int, list[int]] = {}
+        self.classes: int | None = None  # how many the model has, when that is known
 
     def _resolved(self, name: str, row: int, chosen: Any) -> Any:
         """Words as ids; classes are looked up when their number is known."""
@@ -264,8 +265,11 @@ class _Jobs:
         self, rows: list[int], e: Tensor, start: Tensor, ids: Tensor, types: Tensor | None, settings: dict[str, Any]
     ) -> IntegratedGradients:
         reader, output = self.reader, self.output
-        with torch.no_grad():
-            classes = reader.class_scores(e[:1], ids[:1], None if types is None else types[:1], output).shape[1]
+        if self.classes is None:
+            with torch.no_grad():
+                scores = reader.class_scores(e[:1], ids[:1], None if types is None else types[:1], output)
+            self.classes = scores.shape[1]
+        classes = self.classes
         chosen: list[Any] = []
         for name, wanted in (("target", self.given), ("against", self.others)):
             numbers = [None if wanted[row] is None else reader.class_number(name, wanted[row], classes) for row in rows]
