@@ -55,7 +55,7 @@ class IntegratedGradients:
         error: (B,) estimate of the L1 norm of the error of the attributions, float64; NaN for the fixed rules other
             than "gauss", which have none.
         converged: (B,) bool: the gaps of the parts of the path together are at most ``tol * max(1, |change|)``, and
-            ``error`` is at most ``tol`` times that or times the L1 norm of the attributions.
+            ``error`` is at most ``30 * tol`` times the larger of 1, ``|change|`` and their L1 norm.
         target: (B,) column of the output; None for an output with one number.
         n_grad: Evaluations of f with a gradient, of all examples together.
         n_forward: Evaluations without.
@@ -109,7 +109,8 @@ def integrated_gradients(
         method: "adaptive", or a fixed rule on n nodes of the way from x (0) to the baseline (1): "gauss", "left",
             "right" (that of the article), "midpoint", "trapezoid". Some count from the baseline: their "left" is this
             "right".
-        tol: Largest gap, relative to max(1, \\|change\\|), and largest relative error of the attributions.
+        tol: Largest gap, relative to max(1, \\|change\\|); 30 times as much is allowed for the estimated error of the
+            attributions one by one.
         max_evals: Most evaluations of f for an example (and baseline), with and without gradient; at least 3.
         n: Nodes of a fixed rule; None: 20.
         args: Further inputs of f with one row for each example, such as masks; they stay the same along the path.
