@@ -26,15 +26,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kexue._checks import check_choice, check_real
 from kexue.adversarial._piecewise import check_critic, check_first_order, check_rows, frozen, score_and_square, scores
 from kexue.adversarial._spectral import SpectralNorms
-from kexue.adversarial.normalization import check_eps, gradient_normalize
+from kexue.adversarial.normalization import check_eps, normalized
 from kexue.adversarial.penalties import between, check_pair, clip_weights_, div, penalty
+from kexue.adversarial.qp import QPLoss
 
 __all__ = ["LipschitzCritic"]
 
 METHODS = ("none", "clip", "sn", "gp", "gp1", "r1", "div", "gn", "gran", "qp")
 LOSSES = ("bce", "hinge", "wasserstein")
 BY_GRADIENT = ("gp", "gp1", "r1", "div", "gn", "gran")
-QP_EPS = 1e-8
 
 
 def _critic_loss(real: Tensor, fake: Tensor, loss: str) -> Tensor:
@@ -43,13 +43,6 @@ def _critic_loss(real: Tensor, fake: Tensor, loss: str) -> Tensor:
     if loss == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return fake.mean() - real.mean()
-
-
-def _qp_loss(real: Tensor, fake: Tensor, x_real: Tensor, x_fake: Tensor, lam: float) -> Tensor:
-    """Mean of -delta + delta^2 / (2 lam d), d the mean absolute difference of the pair."""
-    delta = real - fake
-    distance = lam * (x_real - x_fake).to(delta.dtype).abs().flatten(1).mean(1)
-    return (delta.square() / (2 * (distance + QP_EPS)) - delta).mean()
 
 
 class LipschitzCritic(nn.Module):
@@ -131,7 +124,7 @@ class LipschitzCritic(nn.Module):
 
     def _score(self, x: Tensor, first_order: bool | str) -> Tensor:
         if self.method in ("gn", "gran"):
-            out = gradient_normalize(self.net, x, self.method, self.eps, first_order=first_order)
+            out = normalized(*score_and_square(self.net, x, first_order, checked=True), self.method, self.eps)
         elif self.spectral is not None:
             weights = self.spectral(self.net)
             out = scores(lambda rows: functional_call(self.net, weights, (rows,)), x)
@@ -197,7 +190,7 @@ class LipschitzCritic(nn.Module):
             return _critic_loss(score * self.scale, others, self.loss) + penalty(square, "r1", self.lam)
         high, low = self._both(real, fake)
         if self.method == "qp":
-            return _qp_loss(high, low, real, fake, self.lam)
+            return QPLoss(self.lam, validate=False).critic(high, low, real, fake)
         loss = _critic_loss(high, low, self.loss)
         if self.method in ("gp", "gp1"):
             points = between(real, fake, generator)

@@ -198,6 +198,10 @@ def lipschitz_report(
     check_pair(x_real, x_fake, equal_rows=True)
     check_rows("x_real", x_real, critic.net)
     check_critic(critic.net)
+    if torch.is_inference_mode_enabled():  # slopes need a graph, which inference mode cannot make
+        with torch.inference_mode(False):
+            x_real, x_fake = x_real.clone(), x_fake.clone()
+            return lipschitz_report(critic, x_real, x_fake, points=points, repeats=repeats, generator=generator)
     real, fake = x_real.detach(), x_fake.detach()
     buffers = [(b, b.clone()) for b in critic.buffers()]  # the vectors of spectral normalisation move with every call
     try:
