@@ -218,6 +218,17 @@ def test_tracing_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_spectral_norm_of_torch_makes_one_iteration_a_call():
+    norm = nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(0)
+    net = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 1))).double()
+    other, x = copy.deepcopy(net), torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradient_normalize(net, x, first_order=True), gradient_normalize(other, x[:], first_order=False)
+    )
+    torch.testing.assert_close(net.state_dict(), other.state_dict())
+
+
 def test_transforms_of_torch_func():
     net, x = critic()
     y = gradient_normalize(net, x)

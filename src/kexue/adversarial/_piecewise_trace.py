@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from kexue.adversarial._piecewise_rules import ALIASES, MAPS, MODULES, Unsupported, module_weights
+from kexue.adversarial._piecewise_rules import ALIASES, MAPS, MODULES, WEIGHTED, Unsupported
 
 ASSIGNED = {
     operator.iadd: operator.add,
@@ -169,8 +169,9 @@ class Program:
                 source = source.args[0]
             if len(source.users) > 1:
                 raise Unsupported("an operation in place on a value that is used again")
-        elif module is not None and len(before.users) == 1 and before.op == "call_module":  # a value of its own
-            self.overwrite |= {node} if module_weights(modules[str(before.target)]) else set()
+        elif module is not None and len(before.users) == 1 and before.op == "call_module":
+            fresh = isinstance(modules[str(before.target)], WEIGHTED)  # a value of its own
+            self.overwrite |= {node} if fresh else set()
 
     def _may_share(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         """Whether a value may lie in the memory of the one that it is made of."""
