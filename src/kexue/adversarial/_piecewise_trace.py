@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from kexue.adversarial._piecewise_rules import ALIASES, MAPS, MODULES, WEIGHTED, Unsupported
 
-ASSIGNED = {
+ASSIGNED: dict[Any, Any] = {  # what changes its first argument, and what gives the same value
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
