@@ -96,16 +96,17 @@ def _trace(net: nn.Module) -> fx.Graph:
 
 OF_TORCH = frozenset(nn.Module().__dict__) - {"training"}  # attributes of every module
 PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+LONG = 100  # items; a trace costs less than a copy
 BY_IDENTITY = (Tensor, nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def _setting(value: Any, opaque: list[Any]) -> Any:
-    """A copy of an attribute, to be compared later; objects of the user's own are added to ``opaque``."""
+    """A copy of an attribute, to be compared later; what is long or of the user's own is added to ``opaque``."""
     if type(value) in PLAIN:
         return value
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and len(value) <= LONG:
         return [_setting(v, opaque) for v in value]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and len(value) <= LONG:
         return [(_setting(k, opaque), _setting(v, opaque)) for k, v in value.items()]
     if not isinstance(value, BY_IDENTITY):
         opaque.append(value)
