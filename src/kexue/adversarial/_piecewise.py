@@ -50,6 +50,11 @@ OF_SHAPES = (
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return any(module.__dict__.get(hooks) for hooks in HOOKS)
+
+
 def _modules(net: nn.Module) -> dict[str, nn.Module]:
     return dict(net.named_modules(remove_duplicate=False))
 
@@ -224,8 +229,7 @@ def _first_order(net: nn.Module, x: Tensor, modules: dict[str, nn.Module]) -> tu
     if torch_module._has_any_global_hook():
         raise Unsupported("a hook on all modules")
     for name, module in modules.items():
-        own = module.__dict__
-        if any(own.get(hooks) for hooks in HOOKS):
+        if has_hooks(module):
             raise Unsupported(f"a hook on {name or 'the critic'}")
     program = program_of(net, modules)
     groups = [module_weights(modules[name]) for name in program.calls]  # once: a parametrization computes them anew

@@ -1,9 +1,10 @@
 """What a critic's slope is in fact (判别器斜率的实测): norms of gradients, jumps of the score, the price of a step.
 
-Source: 科学空间 8757. A gradient-normalised score has a slope of at most 1 inside every cell of a piecewise-linear
-    critic,
-yet jumps where two cells meet. Along the segments between real and fake rows, the interval with the largest change
-of the score is halved again and again: what a continuous score changes goes to 0 with the width, a jump stays.
+Source: 科学空间 8757.
+
+A gradient-normalised score has a slope of at most 1 inside every cell of a piecewise-linear critic, yet jumps where
+two cells meet. Along the segments between real and fake rows, the interval with the largest change of the score is
+halved again and again: what a continuous score changes goes to 0 with the width, a jump stays.
 """
 
 from __future__ import annotations
