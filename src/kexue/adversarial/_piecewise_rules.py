@@ -115,7 +115,7 @@ class ConvRule(Rule):
         return self._convolve(h[0], self.weights[1])
 
     def pull(self, delta: Tensor) -> tuple[Tensor, ...]:
-        shape_only = delta.new_empty(1).expand(self.shape)  # its values take no part in the gradient of the input
+        shape_only = delta.new_empty(self.shape)  # values take no part; of an expanded number torch makes a copy
         return (self._backward(delta, shape_only, [True, False, False])[0],)
 
     def push(self, a: Tensor | None, *v: Tensor) -> Tensor:
