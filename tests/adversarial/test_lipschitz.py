@@ -90,6 +90,23 @@ def test_a_penalty_on_normalised_scores_is_differentiated_twice():
             torch.testing.assert_close(found, expected)
 
 
+def test_a_penalty_sees_what_a_subclass_or_a_hook_makes_of_the_scores():
+    class Tripled(LipschitzCritic):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    net, (x, _) = network(), rows()
+    expected = 9 * gradient_penalty(net, x, x, "r1")
+    torch.testing.assert_close(gradient_penalty(Tripled(net, "none"), x, x, "r1"), expected)
+    critic = LipschitzCritic(net, "none")
+    critic.register_forward_hook(lambda module, args, out: out * 3)
+    torch.testing.assert_close(gradient_penalty(critic, x, x, "r1"), expected)
+    tripled = Tripled(net, "gn", first_order=False)
+    torch.testing.assert_close(
+        gradient_penalty(tripled, x, x, "r1"), 9 * gradient_penalty(LipschitzCritic(net, "gn"), x, x, "r1")
+    )
+
+
 @pytest.mark.parametrize("loss", ["bce", "hinge", "wasserstein"])
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_equal_their_formulas(method, loss):

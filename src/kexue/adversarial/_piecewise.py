@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from kexue._tensors import as_recorded, check_float, compute_dtype, once_differentiable
 from kexue.adversarial._piecewise_rules import (
-    MODULES,
     Rule,
     Unsupported,
     by_row,
@@ -39,6 +37,7 @@ from kexue.adversarial._piecewise_rules import (
     module_rule,
     module_weights,
 )
+from kexue.adversarial._piecewise_trace import ASSIGNED, Program, program_of
 
 Critic = nn.Module | Callable[[Tensor], Tensor]
 OF_SHAPES = (
@@ -48,109 +47,16 @@ OF_SHAPES = (
     operator.floordiv,
     operator.getitem,
 )  # what shapes may go through
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _table_type(module: nn.Module) -> bool:
-    """Whether the module is one of the table and computes what its type says."""
-    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
-    return kind in MODULES and "forward" not in module.__dict__
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _table_type(m) or (super().is_leaf_module(m, module_qualified_name) and type(m) is not nn.ModuleList)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 
 def _modules(net: nn.Module) -> dict[str, nn.Module]:
     return dict(net.named_modules(remove_duplicate=False))
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _signature(modules: dict[str, nn.Module]) -> tuple[Any, ...]:
-    """What a trace depends on: the modules, and the plain settings of those that are traced through."""
-    found: list[Any] = []
-    for name, module in modules.items():
-        found.append((name, id(module), type(module), module.__dict__.get("inplace")))
-        if not _table_type(module):
-            found.extend((k, v) for k, v in module.__dict__.items() if type(v) in (bool, int, float, str))
-    return tuple(found)
-
-
-def _single_call() -> fx.Graph:
-    """The graph of a critic that is itself a module of the table."""
-    graph = fx.Graph()
-    graph.output(graph.call_module("", (graph.placeholder("x"),)))
-    return graph
-
-
-class Program:
-    """A traced critic: nodes of torch.fx in order, checked as far as this is possible without inputs."""
-
-    def __init__(self, net: nn.Module, modules: dict[str, nn.Module]) -> None:
-        try:
-            graph = _single_call() if _table_type(net) else _Tracer().trace(net)
-        except Exception as error:  # fx raises whatever the user's forward raises on proxies
-            raise Unsupported(f"a forward that torch.fx cannot trace ({type(error).__name__})") from error
-        self.nodes = list(graph.nodes)
-        self.overwrite: set[fx.Node] = set()  # activations that may write over their input
-        placeholders = [n for n in self.nodes if n.op == "placeholder"]
-        for node in self.nodes:
-            if node.op == "get_attr":
-                raise Unsupported(f"a direct use of the parameter {node.target}")
-            self._check_in_place(node, modules)
-        if len(placeholders) != 1 or not isinstance(self.nodes[-1].args[0], fx.Node):
-            raise Unsupported("a forward that does not take one tensor and return one")
-        self.input, self.output = placeholders[0], self.nodes[-1].args[0]
-        self.calls = [str(node.target) for node in self.nodes if node.op == "call_module"]
-        foreign = [type(modules[name]).__name__ for name in self.calls if not _table_type(modules[name])]
-        if foreign:
-            raise Unsupported(foreign[0])
-        self.steps = [(n, list(n.all_input_nodes)) for n in self.nodes if n.op not in ("placeholder", "output")]
-        for node, inputs in self.steps:
-            if node.op == "call_module" and (len(inputs) != 1 or len(node.args) != 1 or node.kwargs):
-                raise Unsupported(f"a call of {node.target} with other arguments than one tensor")
-        last = {n: i for i, (_, inputs) in enumerate(self.steps) for n in inputs}
-        self.done = [[n for n in inputs if last[n] == i] for i, (_, inputs) in enumerate(self.steps)]
-
-    def _check_in_place(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-        module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
-        before: Any = node.args[0] if node.args else None
-        if not isinstance(before, fx.Node):
-            return
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        changes = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
-        if changes or name in ("iadd", "isub") or (name.endswith("_") and not name.endswith("__")):
-            source: Any = before
-            while len(source.users) == 1 and source.op != "placeholder" and self._is_view(source, modules):
-                source = source.args[0]
-            if len(source.users) > 1:
-                raise Unsupported("an operation in place on a value that is used again")
-        elif module is not None and len(before.users) == 1 and before.op == "call_module":  # a value of its own
-            self.overwrite |= {node} if module_weights(modules[str(before.target)]) else set()
-
-    def _is_view(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-        kind = type(modules[str(node.target)]) if node.op == "call_module" else None
-        return isinstance(node.args[0], fx.Node) and (node.op == "call_method" or kind in (nn.Flatten, nn.Identity))
-
-
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Program | Unsupported]] = weakref.WeakKeyDictionary()
-
-
-def _program(net: nn.Module, modules: dict[str, nn.Module]) -> Program:
-    """The trace of a critic, kept until one of its modules or settings changes. Raises Unsupported."""
-    signature = _signature(modules)
-    if net not in _PROGRAMS or _PROGRAMS[net][0] != signature:
-        try:
-            found: Program | Unsupported = Program(net, modules)
-        except Unsupported as error:
-            found = Unsupported(*error.args)  # without the traceback, which holds the critic
-        _PROGRAMS[net] = (signature, found)
-    program = _PROGRAMS[net][1]
-    if isinstance(program, Unsupported):
-        raise Unsupported(*program.args)
-    return program
 
 
 class _Run:
@@ -200,11 +106,12 @@ class _Run:
     def _function(self, node: fx.Node, inputs: list[fx.Node], values: dict[fx.Node, Any]) -> Rule:
         """The rule of a function or method."""
         fixed = {n: values[n] for n in node.all_input_nodes if n not in inputs}
-        target: Any = node.target
+        target: Any = ASSIGNED.get(node.target, node.target) if node.op == "call_function" else node.target
 
         def arguments(*tensors: Tensor | None) -> tuple[Any, Any]:
             table = {**fixed, **dict(zip(inputs, tensors, strict=True))}
-            return fx.map_arg((node.args, dict(node.kwargs)), lambda n: table[n])
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: table[n])
+            return args, {k: v for k, v in kwargs.items() if k != "inplace"}  # which is known to change no value
 
         def call(*tensors: Tensor) -> Tensor:
             args, kwargs = arguments(*tensors)
@@ -212,7 +119,7 @@ class _Run:
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return target(*args, **kwargs)
 
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        name = str(node.target) if node.op == "call_method" else getattr(target, "__name__", str(target))
         args, kwargs = arguments(*[None] * len(inputs))
         tensors = sum(n is not None for n in _tensor_places(node, inputs))
         if tensors != len(inputs):  # x + x
@@ -316,12 +223,15 @@ class _ScoreAndSquare(torch.autograd.Function):
         return None, to_x, *(g if need else None for g, need in zip(found, needed, strict=True))
 
 
-def _first_order(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    modules = _modules(net)
+def _first_order(net: nn.Module, x: Tensor, modules: dict[str, nn.Module]) -> tuple[Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():
+        raise Unsupported("a transform of torch.func")
+    if torch_module._has_any_global_hook():
+        raise Unsupported("a hook on all modules")
     for name, module in modules.items():
-        if any(getattr(module, hooks, None) for hooks in HOOKS):
+        if has_hooks(module):
             raise Unsupported(f"a hook on {name or 'the critic'}")
-    program = _program(net, modules)
+    program = program_of(net, modules)
     groups = [module_weights(modules[name]) for name in program.calls]  # once: a parametrization computes them anew
     if torch.is_autocast_enabled(x.device.type):  # the casts are recorded, the gradients return to the weights' dtype
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -343,6 +253,14 @@ def _second_order(net: Critic, x: Tensor) -> tuple[Tensor, Tensor]:
     """Score and squared slope by double backward."""
     recording = torch.is_grad_enabled()
     net = getattr(net, "_twice_differentiable", net)
+    if torch._C._are_functorch_transforms_active():  # which know no requires_grad_
+
+        def summed(rows: Tensor) -> tuple[Tensor, Tensor]:
+            out = scores(net, rows)
+            return out.sum(), out
+
+        found, s = torch.func.grad(summed, has_aux=True)(x)
+        return s, found.flatten(1).to(compute_dtype(x)).square().sum(1)
     with torch.enable_grad():
         leaf = x if recording and x.requires_grad else x.detach().requires_grad_()
         s = scores(net, leaf)
@@ -355,12 +273,17 @@ def _second_order(net: Critic, x: Tensor) -> tuple[Tensor, Tensor]:
     return (s, square) if recording else (s.detach(), square.detach())
 
 
-def check_critic(net: Any) -> None:
-    """Raise TypeError unless the critic is callable, ValueError if it uses the statistics of the batch."""
+def check_critic(net: Any, modules: dict[str, nn.Module] | None = None) -> None:
+    """Raise TypeError unless the critic is callable, ValueError if it uses the statistics of the batch.
+
+    Args:
+        net: The critic.
+        modules: Its modules by name, if they are known.
+    """
     if not callable(net):
         raise TypeError(f"the critic must be an nn.Module or a function; got {type(net).__name__}")
     if isinstance(net, nn.Module):
-        for name, module in net.named_modules():
+        for name, module in (modules or _modules(net)).items():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 raise ValueError(
                     f"the critic must score every row by itself; got {type(module).__name__} ({name or 'the critic'}) "
@@ -386,7 +309,9 @@ def check_first_order(first_order: Any) -> None:
         raise ValueError(f"first_order must be 'auto', True or False; got {first_order!r}")
 
 
-def score_and_square(net: Critic, x: Tensor, first_order: bool | str = "auto") -> tuple[Tensor, Tensor]:
+def score_and_square(
+    net: Critic, x: Tensor, first_order: bool | str = "auto", *, checked: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scores (B,) and squared norms (B,) of their gradients in x, both differentiable in x and in the weights.
 
     Args:
@@ -394,17 +319,20 @@ def score_and_square(net: Critic, x: Tensor, first_order: bool | str = "auto") -
         x: Inputs, not changed.
         first_order: "auto" uses the rule of piecewise-linear critics where it applies, False differentiates twice,
             True raises ValueError where the rule does not apply.
+        checked: Whether :func:`check_rows` has seen ``x``.
     """
+    check_first_order(first_order)
+    if not checked:
+        check_rows("x", x, net)
     if torch.compiler.is_compiling():  # a break in the graph: neither torch.fx nor double backward can be traced
         return torch.compiler.disable(_score_and_square)(net, x, first_order)
     return _score_and_square(net, x, first_order)
 
 
 def _score_and_square(net: Critic, x: Tensor, first_order: bool | str) -> tuple[Tensor, Tensor]:
-    check_first_order(first_order)
-    check_critic(net)
-    check_rows("x", x, net)
     net = getattr(net, "_orig_mod", net)  # what torch.compile wraps
+    modules = _modules(net) if isinstance(net, nn.Module) else {}
+    check_critic(net, modules)
     inner, scale = getattr(net, "_scaled_network", (None, 1.0))  # a LipschitzCritic whose scores are those of a network
     if inner is not None:
         score, square = _score_and_square(inner, x, first_order)
@@ -417,7 +345,7 @@ def _score_and_square(net: Critic, x: Tensor, first_order: bool | str) -> tuple[
     try:
         if not isinstance(net, nn.Module):
             raise Unsupported("a function that is no nn.Module")
-        return _first_order(net, x)
+        return _first_order(net, x, modules)
     except Unsupported as error:
         if first_order is True:
             raise ValueError(f"first_order=True needs a critic of known piecewise-linear layers; got {error}") from None

@@ -115,7 +115,7 @@ class ConvRule(Rule):
         return self._convolve(h[0], self.weights[1])
 
     def pull(self, delta: Tensor) -> tuple[Tensor, ...]:
-        shape_only = delta.new_empty(1).expand(self.shape)  # its values take no part in the gradient of the input
+        shape_only = delta.new_empty(self.shape)  # values take no part; of an expanded number torch makes a copy
         return (self._backward(delta, shape_only, [True, False, False])[0],)
 
     def push(self, a: Tensor | None, *v: Tensor) -> Tensor:
@@ -370,12 +370,14 @@ MAP_MODULES: tuple[type, ...] = (
     nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d,
     nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample,
 )  # fmt: skip
+# Modules whose value may be their input itself, or a view of it
+ALIASES: tuple[Any, ...] = (*MAP_MODULES, nn.modules.dropout._DropoutNd)
 ELEMENTWISE_MODULES: tuple[type, ...] = (nn.Hardtanh, nn.ReLU6, nn.Hardshrink)
 WEIGHTED: tuple[Any, ...] = (nn.Linear, *CONVOLUTIONS, _BatchNorm)
-MODULES: tuple[type, ...] = (
+MODULES: frozenset[Any] = frozenset((
     nn.Linear, *CONVOLUTIONS, *MAX_POOLS, *MAP_MODULES, *ELEMENTWISE_MODULES, nn.ReLU, nn.LeakyReLU, nn.PReLU,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-)  # fmt: skip
+))  # fmt: skip
 
 # Functions and methods by name; torch.x, F.x and x.method share their meaning.
 RELU, LEAKY = ("relu", "relu_"), ("leaky_relu", "leaky_relu_")
@@ -383,7 +385,7 @@ MAPS = (
     "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "neg", "avg_pool1d", "avg_pool2d",
     "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
 )  # fmt: skip
-REDUCTIONS, SCALAR_MAPS, SHIFTS = ("sum", "mean"), ("mul", "truediv", "div"), ("add", "sub", "iadd", "isub")
+REDUCTIONS, SCALAR_MAPS, SHIFTS = ("sum", "mean"), ("mul", "truediv", "div"), ("add", "sub")
 ELEMENTWISE = ("abs", "hardtanh", "relu6", "clamp", "maximum", "minimum")
 
 
@@ -445,7 +447,7 @@ def function_rule(
             return LeakyRule(slope, False)
         if name in MAPS or (name in REDUCTIONS and _within_rows(args, kwargs)):
             return MapRule(call)
-        if name in SCALAR_MAPS and (name == "mul" or args[0] is None):
+        if name in SCALAR_MAPS and not kwargs and (name == "mul" or args[0] is None):
             return MapRule(call)
         if name in SHIFTS:
             return ShiftRule(call)

@@ -1,8 +1,7 @@
 """Gradient-normalised critics (梯度归一化): GN-GAN and GraN-GAN.
 
 Source: 科学空间 8757 (WGAN新方案:通过梯度归一化来实现L约束); GN: Wu et al. 2021 (arXiv 2109.02235), GraN: Bhaskara
-    et al. 2022
-(arXiv 2111.03162).
+    et al. 2022 (arXiv 2111.03162).
 
     GN     D / (|grad D| + |D|)              in [-1, 1]
     GraN   D |grad D| / (|grad D|^2 + eps)

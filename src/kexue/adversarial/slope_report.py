@@ -1,9 +1,10 @@
 """What a critic's slope is in fact (判别器斜率的实测): norms of gradients, jumps of the score, the price of a step.
 
-Source: 科学空间 8757. A gradient-normalised score has a slope of at most 1 inside every cell of a piecewise-linear
-    critic,
-yet jumps where two cells meet. Along the segments between real and fake rows, the interval with the largest change
-of the score is halved again and again: what a continuous score changes goes to 0 with the width, a jump stays.
+Source: 科学空间 8757.
+
+A gradient-normalised score has a slope of at most 1 inside every cell of a piecewise-linear critic, yet jumps where
+two cells meet. Along the segments between real and fake rows, the interval with the largest change of the score is
+halved again and again: what a continuous score changes goes to 0 with the width, a jump stays.
 """
 
 from __future__ import annotations
@@ -198,6 +199,10 @@ def lipschitz_report(
     check_pair(x_real, x_fake, equal_rows=True)
     check_rows("x_real", x_real, critic.net)
     check_critic(critic.net)
+    if torch.is_inference_mode_enabled():  # slopes need a graph, which inference mode cannot make
+        with torch.inference_mode(False):
+            x_real, x_fake = x_real.clone(), x_fake.clone()
+            return lipschitz_report(critic, x_real, x_fake, points=points, repeats=repeats, generator=generator)
     real, fake = x_real.detach(), x_fake.detach()
     buffers = [(b, b.clone()) for b in critic.buffers()]  # the vectors of spectral normalisation move with every call
     try:
