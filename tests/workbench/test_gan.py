@@ -143,6 +143,23 @@ def test_a_folder_of_images(tmp_path):
     assert GanModel(tmp_path / "model").sample(2).shape == (2, 3, 8, 8)
 
 
+def test_deep_gray_and_turned_images(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    expected = (ramp / 257).round().astype(np.uint8)
+    for name, x in (("16.png", ramp.astype(np.uint16)), ("32.tif", ramp.astype(np.int32)), ("f.tif", ramp / 65535)):
+        (tmp_path / name[:2]).mkdir()
+        Image.fromarray(x.astype(np.float32) if x.dtype == float else x).save(tmp_path / name[:2] / name)
+        np.testing.assert_allclose(read_pictures(tmp_path / name[:2]).data[0].astype(int), expected, atol=1)
+    Image.fromarray((ramp * 9).astype(np.float32)).save(tmp_path / "16" / "far.tif")
+    with pytest.raises(ValueError, match=r"far.tif .* within 0 to 1; got 0 to 589815"):
+        read_pictures(tmp_path / "16")
+    (tmp_path / "turned").mkdir()
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter
+    Image.fromarray(expected).save(tmp_path / "turned" / "a.png", exif=exif)
+    assert np.array_equal(read_pictures(tmp_path / "turned").data[0], np.rot90(expected, -1))
+
+
 def test_bad_images_are_named_or_left_out(tmp_path):
     folder = images(tmp_path / "pictures", ("L", (8, 8)), ("L", (8, 8)))
     whole = (folder / "0.png").read_bytes()
@@ -190,6 +207,10 @@ def test_arrays(tmp_path):
     path.write_bytes(b"no array")
     with pytest.raises(ValueError, match="no array that can be read"):
         read_pictures(path)
+    np.savez(tmp_path / "several.npz", a=inside)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(ValueError, match="archive of several"):
+        read_pictures(tmp_path / "several.npy")
     np.save(path, np.array([[object()]]), allow_pickle=True)
     with pytest.raises(ValueError, match="no array that can be read"):
         read_pictures(path)
