@@ -126,7 +126,8 @@ class _Distances:
                 found.append((values, columns.view(-1, k).gather(1, order)))
             else:
                 d[pairs[:, 0], columns] = exact
-                found.append(tuple(d.topk(k, 1, largest=False)))
+                nearest_k = d.topk(k, 1, largest=False)
+                found.append((nearest_k.values, nearest_k.indices))
         return torch.cat([values for values, _ in found]), torch.cat([columns for _, columns in found])
 
     def within(self, part: slice, d: Tensor, off: Tensor, radius: Tensor) -> Tensor:
