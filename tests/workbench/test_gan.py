@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from PIL import Image
 from typer.testing import CliRunner
 
 from kexue.adversarial import image_grid
-from kexue.cli import app
+from kexue.cli import app, main
 from kexue.workbench import WorkspaceError
 from kexue.workbench import gan as module
 from kexue.workbench.gan import GanModel, GanSettings, train_gan
@@ -56,6 +58,7 @@ def test_digits_are_learned_with_figures_and_grids(trained):
 def test_samples_come_as_a_grid_or_an_array(trained, tmp_path):
     out = trained[1]
     assert kexue("gan", "sample", out, "--out", tmp_path / "new.png", "-n", 9).exit_code == 0
+    assert kexue("gan", "sample", out, "--out", tmp_path / "deep" / "new.png", "-n", 1).exit_code == 0
     with Image.open(tmp_path / "new.png") as grid:
         assert grid.size == (3 * 49 - 1,) * 2
     result = kexue("gan", "sample", out, "--out", tmp_path / "new.npy", "-n", 5, "--seed", 1, "--json")
@@ -239,6 +242,32 @@ def test_wrong_use(tmp_path):
     (tmp_path / "file.txt").touch()
     with pytest.raises(ValueError, match=r"no folder and no .npy"):
         read_pictures(tmp_path / "file.txt")
+
+
+def test_a_training_that_diverges_says_so_in_a_line(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "x.npy", PICTURES.data)
+    monkeypatch.setattr(sys, "argv", [
+        "kexue", "gan", "train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "model"), "--lr", "1e20",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the term ")
+    assert "Lower the learning rate" in last
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_nobody_can_write_is_told_from_one_in_use(tmp_path, monkeypatch):
+    def held(lock):
+        raise Timeout(lock.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", held)
+    with pytest.raises(WorkspaceError, match="cannot be written to"):
+        train_gan(PICTURES, tmp_path / "model", FEW)
+    (tmp_path / ".model.lock").touch()
+    with pytest.raises(WorkspaceError, match="another run is writing"):
+        train_gan(PICTURES, tmp_path / "model", FEW)
 
 
 def test_grids():
