@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -172,6 +173,33 @@ def test_bytes_and_float64_are_the_same_data():
     assert c.sample(2).dtype == np.float64
 
 
+def test_frozen_weights_of_given_networks_stay_as_they_are():
+    generator, encoder, critic = networks()
+    critic.features.requires_grad_(False)
+    model = small(generator=generator, encoder=encoder, critic=critic).fit(X, steps=3, batch_size=8)
+    assert torch.equal(model.critic_.features.weight, critic.features.weight)
+    assert [p.requires_grad for p in model.critic_.parameters()] == [False, False, True, True, True, True]
+    assert not torch.equal(model.critic_.head[0].weight, critic.head[0].weight)
+
+
+def test_new_settings_wait_for_the_next_fit(fitted, tmp_path):
+    model = copy.deepcopy(fitted).set_params(z_dim=7)
+    assert np.array_equal(model.sample(3), fitted.sample(3))
+    assert np.array_equal(model.inverse_transform(model.codes_), fitted.inverse_transform(fitted.codes_))
+    model.save(tmp_path / "model")
+    loaded = BiGANQP.load(tmp_path / "model")
+    assert loaded.z_dim == 7
+    assert np.array_equal(loaded.sample(3), fitted.sample(3))
+
+
+def test_reversed_arrays_and_lists_are_samples(fitted):
+    assert np.array_equal(small().fit(X[::-1], steps=2, batch_size=8).codes_,
+                          small().fit(X[::-1].copy(), steps=2, batch_size=8).codes_)  # fmt: skip
+    assert np.array_equal(fitted.interpolate(X[0].tolist(), X[1][::-1], 3), fitted.interpolate(X[0], X[1, ::-1], 3))
+    with pytest.raises(TypeError, match="a must be an array"):
+        fitted.interpolate("a", X[0])
+
+
 class Stop(Exception):
     pass
 
@@ -273,6 +301,8 @@ def test_a_loss_that_is_not_finite_names_its_term():
         ({}, {}, "digits", TypeError, "str"),
         ({}, {"steps": 0}, X, ValueError, "steps must be at least 1; got 0"),
         ({}, {"batch_size": 2.5}, X, TypeError, "batch_size"),
+        ({}, {"batch_size": 1}, X, ValueError, "batch_size must be at least 2 where there is batch normalisation"),
+        ({}, {}, X.astype(object), TypeError, "dtype object"),
         ({}, {"critic_steps": 0}, X, ValueError, "critic_steps"),
         ({"z_dim": 0}, {}, X, ValueError, "z_dim"),
         ({"lam": 0}, {}, X, ValueError, "lam"),

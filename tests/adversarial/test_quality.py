@@ -22,6 +22,43 @@ def test_quality_agrees_with_loops(n, m, k, shift, monkeypatch):
     np.testing.assert_allclose(dataclasses.astuple(got), reference.quality(real, fake, k), rtol=1e-12)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", ["grid", "digits", "same", "outlier", "equal", "tight"])
+def test_what_ties_with_the_edge_of_a_ball_is_inside(kind, k, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 1000)
+    rng = np.random.default_rng(0)
+    grid, digits = rng.integers(0, 4, (60, 3)).astype(float), rng.integers(0, 17, (50, 20)) / 8 - 1
+    far = np.concatenate([rng.normal(size=(30, 5)), [[1e8] * 5]])
+    clusters = rng.normal(size=(60, 5)) * 1e-6 + 1e3 * rng.choice([-1, 1], (60, 1))  # closer than their squares tell
+    real, fake = {
+        "grid": (grid, rng.integers(0, 4, (45, 3)).astype(float)), "digits": (digits, digits[::-1]),
+        "same": (far[:30], far[:30]), "outlier": (far, rng.normal(size=(25, 5))),
+        "equal": (np.ones((9, 2)), np.ones((8, 2))), "tight": (clusters[:35], clusters[35:]),
+    }[kind]  # fmt: skip
+    got = sample_quality(real, fake, k)
+    np.testing.assert_allclose(dataclasses.astuple(got), reference.quality(real, fake, k), rtol=1e-12)
+    distance, number = nearest(torch.tensor(fake.copy()), torch.tensor(real), k)
+    full = np.linalg.norm(fake[:, None] - real[None], axis=2)
+    np.testing.assert_allclose(distance, np.sort(full, 1)[:, :k], rtol=1e-12)
+    np.testing.assert_allclose(np.take_along_axis(full, number.numpy(), 1), np.sort(full, 1)[:, :k], rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e170])
+def test_figures_do_not_depend_on_the_unit(scale):
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(30, 4)), rng.normal(size=(20, 4))
+    assert sample_quality(real * scale, fake * scale, 3) == sample_quality(real, fake, 3)
+
+
+def test_arrays_that_torch_does_not_take_are_copied():
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    expected = sample_quality(x, x[:9], 2)
+    for real in (x[::-1], x.astype(">f8"), np.asfortranarray(x), frozen, x.tolist()):
+        assert sample_quality(real, x[:9], 2) == expected
+
+
 def test_precision_is_about_the_fakes_and_recall_about_the_reals():
     rng = np.random.default_rng(0)
     real = np.concatenate([rng.normal(size=(50, 2)), rng.normal(size=(50, 2)) + 20])

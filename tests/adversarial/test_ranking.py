@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from torch import nn
 
@@ -81,6 +83,24 @@ def test_other_judges():
         Judge(lambda x: x[:1]).features(X)
 
 
+@pytest.mark.parametrize("kind", [LogisticRegression, KNeighborsClassifier])
+def test_any_classifier_judges(kind):
+    judge = kind().fit(X.numpy(), (X > 0).sum(1).numpy())
+    scores = judge.decision_function if hasattr(judge, "decision_function") else judge.predict_proba
+    np.testing.assert_allclose(Judge(judge).features(X), scores(X.numpy()), rtol=1e-6)
+    found = rank_gans(X, ["sgan"], judge, np.int64(1), steps=1, batch_size=8, z_dim=2)
+    assert found.total == 4
+    with pytest.raises(ValueError, match="not fitted"):
+        rank_gans(X, ["sgan"], kind(), 1, steps=1)
+
+
+def test_a_judge_of_other_samples_is_rejected():
+    judge = MLPClassifier((4,), max_iter=200, tol=0.5).fit(X[:, :2].numpy(), (X[:, 0] > 0).numpy())
+    with pytest.raises(ValueError, match="2 numbers a sample; got samples of 3"):
+        Judge(judge).features(X)
+    assert Judge(nn.Linear(3, 2).double()).features(X).shape == (120, 2)
+
+
 def test_a_failed_training_is_said_and_ranks_last():
     class Broken(nn.Module):
         def __init__(self, net):
@@ -102,6 +122,11 @@ def test_a_failed_training_is_said_and_ranks_last():
         for m, f, b in (("a", math.nan, True), ("b", 2.0, False))
     ]
     assert Ranking(runs, 0.1).best == "b"
+    runs[0]["seconds"] = 0.001  # it ended early
+    assert [row["cost"] for row in Ranking(runs, 0.1).summary()] == [1.0, 0.001]
+    with pytest.raises(ValueError, match="no training was completed"):
+        _ = Ranking(runs[:1], 0.1).best
+    assert Ranking(runs[:1], 0.1).figure().axes
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from PIL import Image
 from typer.testing import CliRunner
 
 from kexue.adversarial import image_grid
-from kexue.cli import app
+from kexue.cli import app, main
 from kexue.workbench import WorkspaceError
 from kexue.workbench import gan as module
 from kexue.workbench.gan import GanModel, GanSettings, train_gan
@@ -56,6 +58,7 @@ def test_digits_are_learned_with_figures_and_grids(trained):
 def test_samples_come_as_a_grid_or_an_array(trained, tmp_path):
     out = trained[1]
     assert kexue("gan", "sample", out, "--out", tmp_path / "new.png", "-n", 9).exit_code == 0
+    assert kexue("gan", "sample", out, "--out", tmp_path / "deep" / "new.png", "-n", 1).exit_code == 0
     with Image.open(tmp_path / "new.png") as grid:
         assert grid.size == (3 * 49 - 1,) * 2
     result = kexue("gan", "sample", out, "--out", tmp_path / "new.npy", "-n", 5, "--seed", 1, "--json")
@@ -143,6 +146,23 @@ def test_a_folder_of_images(tmp_path):
     assert GanModel(tmp_path / "model").sample(2).shape == (2, 3, 8, 8)
 
 
+def test_deep_gray_and_turned_images(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    expected = (ramp / 257).round().astype(np.uint8)
+    for name, x in (("16.png", ramp.astype(np.uint16)), ("32.tif", ramp.astype(np.int32)), ("f.tif", ramp / 65535)):
+        (tmp_path / name[:2]).mkdir()
+        Image.fromarray(x.astype(np.float32) if x.dtype == float else x).save(tmp_path / name[:2] / name)
+        np.testing.assert_allclose(read_pictures(tmp_path / name[:2]).data[0].astype(int), expected, atol=1)
+    Image.fromarray((ramp * 9).astype(np.float32)).save(tmp_path / "16" / "far.tif")
+    with pytest.raises(ValueError, match=r"far.tif .* within 0 to 1; got 0 to 589815"):
+        read_pictures(tmp_path / "16")
+    (tmp_path / "turned").mkdir()
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter
+    Image.fromarray(expected).save(tmp_path / "turned" / "a.png", exif=exif)
+    assert np.array_equal(read_pictures(tmp_path / "turned").data[0], np.rot90(expected, -1))
+
+
 def test_bad_images_are_named_or_left_out(tmp_path):
     folder = images(tmp_path / "pictures", ("L", (8, 8)), ("L", (8, 8)))
     whole = (folder / "0.png").read_bytes()
@@ -190,6 +210,10 @@ def test_arrays(tmp_path):
     path.write_bytes(b"no array")
     with pytest.raises(ValueError, match="no array that can be read"):
         read_pictures(path)
+    np.savez(tmp_path / "several.npz", a=inside)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(ValueError, match="archive of several"):
+        read_pictures(tmp_path / "several.npy")
     np.save(path, np.array([[object()]]), allow_pickle=True)
     with pytest.raises(ValueError, match="no array that can be read"):
         read_pictures(path)
@@ -218,6 +242,32 @@ def test_wrong_use(tmp_path):
     (tmp_path / "file.txt").touch()
     with pytest.raises(ValueError, match=r"no folder and no .npy"):
         read_pictures(tmp_path / "file.txt")
+
+
+def test_a_training_that_diverges_says_so_in_a_line(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "x.npy", PICTURES.data)
+    monkeypatch.setattr(sys, "argv", [
+        "kexue", "gan", "train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "model"), "--lr", "1e20",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the term ")
+    assert "Lower the learning rate" in last
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_nobody_can_write_is_told_from_one_in_use(tmp_path, monkeypatch):
+    def held(lock):
+        raise Timeout(lock.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", held)
+    with pytest.raises(WorkspaceError, match="cannot be written to"):
+        train_gan(PICTURES, tmp_path / "model", FEW)
+    (tmp_path / ".model.lock").touch()
+    with pytest.raises(WorkspaceError, match="another run is writing"):
+        train_gan(PICTURES, tmp_path / "model", FEW)
 
 
 def test_grids():

@@ -42,7 +42,7 @@ def save(model: BiGANQP, folder: str | os.PathLike[str]) -> None:
         "own": model._own,
         "networks": [type(m).__name__ for m in networks],
         "shape": list(model.shape_),
-        "samples": len(model.codes_),
+        "codes": list(model.codes_.shape),
         "params": params,
         "history": model.history_,
     }
@@ -74,14 +74,14 @@ def load(cls: type[Any], folder: str | os.PathLike[str], given: tuple[Any, Any, 
             if any(m is not None for m in given):
                 raise ValueError("this folder holds its own networks; load it without them")
             with torch.random.fork_rng(devices=[]):
-                networks: Any = bigan_networks(shape, model.z_dim)
+                networks: Any = bigan_networks(shape, int(head["codes"][1]))
         else:
             if not all(isinstance(m, nn.Module) for m in given):
                 raise ValueError(f"the networks are the caller's own ({', '.join(head['networks'])}); give all three")
             networks = copy.deepcopy(given)
             model.generator, model.encoder, model.critic = given
         like = next(networks[0].parameters())
-        stored = _Stored(networks, torch.empty(int(head["samples"]), model.z_dim, dtype=like.dtype))
+        stored = _Stored(networks, torch.empty(*map(int, head["codes"]), dtype=like.dtype))
         weights = load_file(source / WEIGHTS)
         missing, unexpected = stored.load_state_dict(weights, strict=False)
         shared = {name for name in missing if _has_twin(stored, name, weights)}

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.adversarial import _bigan_files as files
+from kexue.adversarial._arrays import as_tensor
 from kexue.adversarial.games import BiGANGame
 from kexue.adversarial.loop import OnStep, Samples, Stopped, as_floats, play
 from kexue.adversarial.networks import bigan_networks
@@ -191,7 +192,7 @@ class BiGANQP(TransformerMixin, BaseEstimator):
         return self
 
     def _take(self, networks: tuple[nn.Module, ...], data: Tensor, history: dict[str, list[float]]) -> None:
-        self.generator_, self.encoder_, self.critic_ = (m.requires_grad_(True).eval() for m in networks)
+        self.generator_, self.encoder_, self.critic_ = (m.eval() for m in networks)
         self.shape_, self.history_ = tuple(data.shape[1:]), history
         self.n_features_in_ = int(np.prod(self.shape_))
         self.codes_ = self._codes(data)
@@ -262,7 +263,7 @@ class BiGANQP(TransformerMixin, BaseEstimator):
         check_is_fitted(self, "generator_")
         check_int("n", n, 1)
         seed = self.random_state if random_state is None else random_state
-        return draw(self.generator_, n, self.z_dim, seed).cpu().numpy()
+        return draw(self.generator_, n, self.codes_.shape[1], seed).cpu().numpy()
 
     def transform(self, X: Any) -> NDArray[Any]:
         """Codes of samples.
@@ -287,8 +288,9 @@ class BiGANQP(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "generator_")
         codes = check_samples("Z", Z)
-        if codes.dtype == torch.uint8 or tuple(codes.shape[1:]) != (self.z_dim,):
-            raise ValueError(f"Z must be floating codes (N, {self.z_dim}); got {tuple(codes.shape)}, {codes.dtype}")
+        width = self.codes_.shape[1]
+        if codes.dtype == torch.uint8 or tuple(codes.shape[1:]) != (width,):
+            raise ValueError(f"Z must be floating codes (N, {width}); got {tuple(codes.shape)}, {codes.dtype}")
         like = next(self.generator_.parameters())
         return in_blocks(self.generator_, codes.to(like.device, like.dtype)).cpu().numpy()
 
@@ -310,7 +312,7 @@ class BiGANQP(TransformerMixin, BaseEstimator):
         return self.inverse_transform((1 - share) * ends[0] + share * ends[1])
 
     def _one(self, name: str, x: Any) -> Tensor:
-        x = torch.as_tensor(x) if not isinstance(x, Tensor) else x
+        x = as_tensor(name, x)
         x = x[None] if tuple(x.shape) == self.shape_ else x
         if tuple(x.shape) != (1, *self.shape_):
             raise ValueError(f"{name} must be one sample of shape {self.shape_}; got {tuple(x.shape)}")
@@ -332,7 +334,7 @@ class BiGANQP(TransformerMixin, BaseEstimator):
         check_choice("metric", metric, ("euclidean", "cosine"))
         if k > len(self.codes_):
             raise ValueError(f"k must be at most the {len(self.codes_)} samples learned from; got {k}")
-        x = torch.as_tensor(x) if not isinstance(x, Tensor) else x
+        x = as_tensor("x", x)
         codes = torch.from_numpy(self.transform(x[None] if tuple(x.shape) == self.shape_ else x)).double()
         stored = torch.from_numpy(self.codes_).double()
         if metric == "cosine":

@@ -20,25 +20,27 @@ _ACTIVATIONS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = 
     "tanh": np.tanh,
     "logistic": lambda h: 0.5 * (1 + np.tanh(h / 2)),
 }
+_SCORES = ("decision_function", "predict_proba")
 
 
 class Judge:
     """Features and classes of samples.
 
     Args:
-        judge: None: the samples themselves, flattened. A fitted scikit-learn ``MLPClassifier``: its last hidden layer,
-            and its classes. A ``torch.nn.Module``: its output. Another classifier with ``transform`` or a function of
-            an (N, ...) array: what it gives. ``predict``, where there is one, tells the classes.
+        judge: None: the samples themselves, flattened. A fitted scikit-learn ``MLPClassifier``: its last hidden layer.
+            A ``torch.nn.Module``, an object with ``transform``, or a function of an (N, ...) array: what it gives.
+            Another fitted classifier: its ``decision_function``, or else its ``predict_proba``. ``predict``, where
+            there is one, tells the classes.
 
     Raises:
         TypeError: Something else.
     """
 
     def __init__(self, judge: Any = None) -> None:
-        known = judge is None or isinstance(judge, nn.Module) or callable(judge) or hasattr(judge, "transform")
-        if not known and not hasattr(judge, "coefs_"):
+        known = judge is None or isinstance(judge, nn.Module) or callable(judge)
+        if not known and not any(hasattr(judge, name) for name in ("coefs_", "transform", *_SCORES)):
             raise TypeError(
-                "judge must be None, a fitted MLPClassifier, a torch Module, an object with transform, or a function; "
+                "judge must be None, a classifier, a torch Module, an object with transform, or a function; "
                 f"got {type(judge).__name__}"
             )
         self.judge = judge
@@ -49,13 +51,16 @@ class Judge:
         if judge is None:
             found: Any = flat
         elif isinstance(judge, nn.Module):
-            found = in_blocks(judge, x)
+            like = next((p for p in judge.parameters() if p.is_floating_point()), None)
+            found = in_blocks(judge, x.detach() if like is None else x.detach().to(like.device, like.dtype))
         elif hasattr(judge, "coefs_"):
             found = _hidden(judge, flat.double().numpy())
         elif hasattr(judge, "transform"):
             found = judge.transform(flat.numpy())
-        else:
+        elif callable(judge):
             found = judge(x.detach().cpu().numpy())
+        else:
+            found = next(getattr(judge, name) for name in _SCORES if hasattr(judge, name))(flat.numpy())
         found = torch.as_tensor(found).detach().cpu().double().flatten(1)
         if len(found) != len(x):
             raise ValueError(f"judge must give a row of features for each of {len(x)} samples; got {len(found)}")
@@ -77,6 +82,9 @@ class Judge:
 
 def _hidden(judge: Any, x: NDArray[np.float64]) -> NDArray[np.float64]:
     """The last hidden layer of an MLPClassifier."""
+    width = len(judge.coefs_[0])
+    if x.shape[1] != width:
+        raise ValueError(f"judge was fitted to {width} numbers a sample; got samples of {x.shape[1]}")
     activation = _ACTIVATIONS[judge.activation]
     for weight, bias in list(zip(judge.coefs_, judge.intercepts_, strict=True))[:-1]:
         x = activation(x @ weight + bias)

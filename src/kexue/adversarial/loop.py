@@ -193,6 +193,9 @@ def play(
     with joined(device) as processes, ExitStack() as stack:
         if processes.world > 1:
             raise ValueError(f"adversarial training takes one process; got {processes.world}")
+        stack.enter_context(train_mode(game))
+        if plan.batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) and m.training for m in game.modules()):
+            raise ValueError("batch_size must be at least 2 where there is batch normalisation; got 1")
         run: Run | None = None
         history: History = {}
         if folder is not None:
@@ -202,7 +205,6 @@ def play(
             run = Run(folder, game, list(optimizers), config, processes, keep=1)
             run.open(resume=True)
         done = 0 if run is None else run.done
-        stack.enter_context(train_mode(game))
         stack.enter_context(kept_random_state(device))
         if run is not None and folder is not None:
             stack.enter_context(run.metrics())

@@ -12,12 +12,15 @@ programs give the first two with their names exchanged. The Frechet distance of 
 :func:`kexue.stats.frechet_distance`.
 
 What we do differently, and why: distances are one matrix product per block of rows, in float64 around the mean of the
-data, so that memory is a block and nothing cancels; balls are closed and equal points are at distance 0 exactly, so
-that duplicates are inside each other's ball.
+data, so that memory is a block. A product is off by some rounding, which decides where distances tie (digits, counts,
+duplicates) and where clusters are tight; whatever lies so close to the edge of a ball is measured again as
+sum (x - y)^2. Balls are closed: what is as far as the k-th neighbour is inside.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from kexue._checks import check_int, check_real
 from kexue._tensors import check_float
+from kexue.adversarial._arrays import as_tensor
 
 __all__ = ["ModeCoverage", "SampleQuality", "mode_coverage", "nearest", "sample_quality"]
 
@@ -73,22 +77,68 @@ class ModeCoverage:
 
 
 def _rows(name: str, x: Any) -> Tensor:
-    if not isinstance(x, Tensor) and hasattr(x, "__array__"):
-        x = torch.as_tensor(x)
+    x = as_tensor(name, x)
     check_float(name, x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name} must have shape (N, d) with d >= 1; got {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite; got {int((~torch.isfinite(x)).sum())} values that are not")
-    return x.detach().double()
+    return x.double()
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (n, m) of centred rows; equal rows are at 0 exactly."""
-    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
-    found = torch.addmm(lengths, a, b.T, alpha=-2)
-    # What is left of equal rows is rounding of the lengths.
-    return found.masked_fill_(found <= 4e-15 * a.shape[1] ** 0.5 * lengths, 0.0)
+class _Distances:
+    """Squared distances between two sets of rows, some rows of the first at a time.
+
+    Args:
+        a: (N, d) float64.
+        b: (M, d) float64.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        centre = b.mean(0)
+        self.a, self.b, self.near_a, self.near_b = a, b, a - centre, b - centre
+        self.lengths_a, self.lengths_b = self.near_a.square().sum(1), self.near_b.square().sum(1)
+        self.share = 4 * (a.shape[1] + 8) * torch.finfo(torch.float64).eps  # of the lengths: more than rounding can be
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of the first set, their distances (n, M) to the second, and how far off these may be."""
+        rows = max(1, _BLOCK // len(self.b))
+        for start in range(0, len(self.a), rows):
+            part = slice(start, start + rows)
+            lengths = self.lengths_a[part, None] + self.lengths_b
+            yield part, torch.addmm(lengths, self.near_a[part], self.near_b.T, alpha=-2), lengths.mul_(self.share)
+
+    def exact(self, part: slice, pairs: Tensor) -> Tensor:
+        """Distances of pairs (P, 2) of rows of a block, without rounding of the lengths."""
+        rows = max(1, _BLOCK // self.a.shape[1])
+        first = self.a[part]
+        return torch.cat([(first[p[:, 0]] - self.b[p[:, 1]]).square_().sum(1) for p in pairs.split(rows)])
+
+    def smallest(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k smallest of each row of the first set, (N, k), exact and in order, and where they are."""
+        found = []
+        for part, d, off in self.blocks():
+            edge = d.topk(k, 1, largest=False).values[:, -1:]
+            pairs = (d <= off.mul_(2).add_(edge)).nonzero()
+            exact, columns = self.exact(part, pairs), pairs[:, 1]
+            if len(pairs) == k * len(d):  # no row has a tie for its last place
+                values, order = exact.view(-1, k).sort(stable=True)
+                found.append((values, columns.view(-1, k).gather(1, order)))
+            else:
+                d[pairs[:, 0], columns] = exact
+                nearest_k = d.topk(k, 1, largest=False)
+                found.append((nearest_k.values, nearest_k.indices))
+        return torch.cat([values for values, _ in found]), torch.cat([columns for _, columns in found])
+
+    def within(self, part: slice, d: Tensor, off: Tensor, radius: Tensor) -> Tensor:
+        """Which distances of a block are at most the squared radius, (n, 1) or (M,)."""
+        gap = d - radius
+        inside = gap <= 0
+        pairs = (gap.abs_() <= off).nonzero()
+        if len(pairs):
+            rows, columns = pairs.T
+            inside[rows, columns] = self.exact(part, pairs) <= radius.expand_as(d)[rows, columns]
+        return inside
 
 
 def nearest(queries: Tensor, stored: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -99,13 +149,8 @@ def nearest(queries: Tensor, stored: Tensor, k: int) -> tuple[Tensor, Tensor]:
         stored: (N, d) float64.
         k: At most N.
     """
-    centre = stored.mean(0)
-    stored, queries = stored - centre, queries - centre
-    parts = [
-        squared_distances(part, stored).topk(k, 1, largest=False)
-        for part in queries.split(max(1, _BLOCK // len(stored)))
-    ]
-    return torch.cat([p.values for p in parts]).sqrt_(), torch.cat([p.indices for p in parts])
+    distance, number = _Distances(queries, stored).smallest(k)
+    return distance.sqrt_(), number
 
 
 def sample_quality(real: Any, fake: Any, k: int = 5) -> SampleQuality:
@@ -140,28 +185,20 @@ def sample_quality(real: Any, fake: Any, k: int = 5) -> SampleQuality:
     check_int("k", k, 1)
     if k >= min(len(a), len(b)):
         raise ValueError(f"k must be below the number of rows; got k {k} for {len(a)} real and {len(b)} fake rows")
-    centre = a.mean(0)
-    a, b = a - centre, b - centre.to(b.device)
     b = b.to(a.device)
-    radius_a, radius_b = _radii(a, k), _radii(b, k)
-    precise = recalled = covered = 0
-    inside_balls = torch.zeros(len(b), dtype=torch.long, device=a.device)
-    rows = max(1, _BLOCK // len(b))
-    for part, radius in zip(a.split(rows), radius_a.split(rows), strict=True):
-        d = squared_distances(part, b)
-        inside = d <= radius[:, None]
-        inside_balls += inside.sum(0)
+    _, exponent = math.frexp(max(float(a.abs().max()), float(b.abs().max())))
+    a, b = (torch.ldexp(x, torch.tensor(-exponent, device=a.device)) for x in (a, b))  # no square leaves the range
+    radius_a, radius_b = (_Distances(x, x).smallest(k + 1)[0][:, -1] for x in (a, b))  # itself is not counted
+    recalled = covered = 0
+    balls = torch.zeros(len(b), dtype=torch.long, device=a.device)  # of reals that hold each fake
+    both = _Distances(a, b)
+    for part, d, off in both.blocks():
+        inside = both.within(part, d, off, radius_a[part, None])
+        balls += inside.sum(0)
         covered += int(inside.any(1).sum())
-        recalled += int((d <= radius_b).any(1).sum())
-    precise = int((inside_balls > 0).sum())
+        recalled += int(both.within(part, d, off, radius_b).any(1).sum())
     n, m = len(a), len(b)
-    return SampleQuality(precise / m, recalled / n, float(inside_balls.sum()) / (k * m), covered / n)
-
-
-def _radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th neighbour, itself not counted."""
-    blocks = x.split(max(1, _BLOCK // len(x)))
-    return torch.cat([squared_distances(part, x).topk(k + 1, 1, largest=False).values[:, -1] for part in blocks])
+    return SampleQuality(int((balls > 0).sum()) / m, recalled / n, float(balls.sum()) / (k * m), covered / n)
 
 
 def mode_coverage(samples: Any, centres: Any, radius: float, minimum: int = 2) -> ModeCoverage:

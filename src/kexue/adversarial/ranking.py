@@ -106,7 +106,8 @@ class Ranking:
         """
         methods = list(dict.fromkeys(run["method"] for run in self.runs))
         rows = [self._row(method) for method in methods]
-        cheapest = min((row["seconds"] for row in rows if row["seconds"] > 0), default=1.0)
+        times = [row["seconds"] for row in rows if row["seconds"] > 0 and row["failed"] < row["seeds"]]
+        cheapest = min(times, default=math.nan)
         for row in rows:
             row["cost"] = row["seconds"] / cheapest
         return sorted(rows, key=lambda row: (math.isnan(row["fid"]), row["fid"]))
@@ -121,13 +122,16 @@ class Ranking:
                 row[name] = float(np.median(values)) if values else math.nan
         found = [run["fid"] for run in fine]
         row["fid_range"] = (min(found), max(found)) if found else (math.nan, math.nan)
-        row["seconds"] = float(np.median([run["seconds"] for run in runs]))
+        row["seconds"] = float(np.median([run["seconds"] for run in fine or runs]))  # a failed run ends early
         return row
 
     @property
     def best(self) -> str:
-        """The method with the lowest median FID."""
-        return str(self.summary()[0]["method"])
+        """The method with the lowest median FID; ValueError if every training failed."""
+        first = self.summary()[0]
+        if first["failed"] == first["seeds"]:
+            raise ValueError(f"no training was completed; got {len(self.runs)} that failed")
+        return str(first["method"])
 
     def __str__(self) -> str:
         found = "found" if self.total is None else f"found of {self.total}"
@@ -166,7 +170,7 @@ def draw_ranking(ranking: Ranking, figure: Any) -> None:
     left.plot([run["fid"] for run in fine], [place[run["method"]] for run in fine], "k.", ms=4, label="a seed")
     left.axvline(max(ranking.floor, 1e-12), color="#d62728", lw=1, label="two halves of the real samples")
     left.set_yticks(range(len(rows)), [f"{row['method']}  ({row['cost']:.2f}x CPU)" for row in rows])
-    left.set(xscale="log", xlabel="FID (lower is better)")
+    left.set(xscale="log" if fine else "linear", xlabel="FID (lower is better)")
     left.legend(fontsize=7, loc="lower right")
     for row in (row for row in rows if "precision" in row):
         right.plot(row["recall"], row["precision"], "o")
@@ -203,8 +207,8 @@ def rank_gans(
         methods: Of "sgan", "wgan-clip" (weights within .1), "wgan-sn", "wgan-gp", "wgan-gp1", "wgan-div", "r1", "gn",
             "gran", "gan-qp", "bigan-qp" (which always makes two critic steps, with betas .5 and .999).
         judge: What sees the samples: None takes them as they are; a fitted scikit-learn ``MLPClassifier`` gives the
-            features of its last hidden layer and its classes; a torch Module, an object with ``transform`` or a
-            function gives features (N, d).
+            features of its last hidden layer, another classifier its scores, and both their classes; a torch Module,
+            an object with ``transform`` or a function gives features (N, d).
         seeds: Number of seeds, from 0, or the seeds.
         steps: Steps of the generator.
         batch_size: Samples of a step.
@@ -238,7 +242,7 @@ def rank_gans(
     """
     data = check_samples("X", X)
     chosen = _methods(methods)
-    used = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    used = list(range(int(seeds))) if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool) else seeds
     if not isinstance(used, Sequence) or isinstance(used, str):
         raise TypeError(f"seeds must be a number of seeds or a sequence of them; got {seeds!r}")
     if not used:

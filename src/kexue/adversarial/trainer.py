@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kexue._checks import check_int, check_real
+from kexue.adversarial._arrays import as_tensor
 from kexue.adversarial.games import PlainGame
 from kexue.adversarial.loop import History, OnStep, Plan, Samples, play
 
@@ -23,17 +24,14 @@ def check_samples(name: str, x: Any) -> Tensor:
         TypeError: No array or tensor, or numbers of another kind.
         ValueError: No sample, no second dimension, or values that are not finite.
     """
-    if not isinstance(x, Tensor):
-        if not hasattr(x, "__array__") and not isinstance(x, list | tuple):
-            raise TypeError(f"{name} must be an array or a tensor; got {type(x).__name__}")
-        x = torch.as_tensor(x)
+    x = as_tensor(name, x)
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise TypeError(f"{name} must be floating, or uint8 for 0 to 255; got dtype {x.dtype}")
     if x.dim() < 2 or x.shape[0] == 0 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (N, ...) with at least one sample; got {tuple(x.shape)}")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite; got {int((~torch.isfinite(x)).sum())} values that are not")
-    return x.detach()
+    return x
 
 
 def check_plan(

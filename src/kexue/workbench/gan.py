@@ -377,7 +377,7 @@ class GanModel:
         """Generate pictures into a file.
 
         Args:
-            path: A .png for a grid, a .npy for an array in [-1, 1].
+            path: A .png for a grid, a .npy for an array in [-1, 1]; its folder is made.
             n: Number of pictures.
             seed: Seed of their noise.
 
@@ -388,9 +388,11 @@ class GanModel:
 
         from kexue._files import atomic_path
 
-        target, x = Path(path), self.sample(n, seed)
+        target = Path(path)
         if target.suffix not in (".png", ".npy"):
             raise ValueError(f"the file must end in .png or .npy; got {target.name}")
+        x = self.sample(n, seed)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary, open(temporary, "wb") as file:
             if target.suffix == ".npy":
                 np.save(file, x)

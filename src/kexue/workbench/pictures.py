@@ -57,8 +57,9 @@ def read_pictures(
 
     Args:
         source: "digits" for the 1797 digits of scikit-learn; a folder, whose images are read with those of its
-            subfolders; or a .npy file with an array (N, H, W), (N, C, H, W), (N, H, W, C) or (N, D). Bytes stand for
-            -1 to 1; other numbers are stretched from their least and largest to that, unless they are in it.
+            subfolders (gray of 16 bits as 0 to 65535, of floats as 0 to 1); or a .npy file with an array (N, H, W),
+            (N, C, H, W), (N, H, W, C) or (N, D). Bytes stand for -1 to 1; other numbers are stretched from their least
+            and largest to that, unless they are in it.
         size: Side that images of a folder are cut (to their middle square) and scaled to; None keeps squares of one
             size up to 64 and makes 32 of others.
         skip_bad: Leave out images that cannot be read.
@@ -91,6 +92,8 @@ def read_pictures(
 def _array(path: Path) -> NDArray[Any]:
     try:
         x = np.load(path, allow_pickle=False)
+        if not isinstance(x, np.ndarray):
+            raise ValueError("it is an archive of several; give one of them")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} holds no array that can be read: {error}") from None
     if x.dtype == bool:
@@ -118,7 +121,7 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 def _folder(folder: Path, size: int | None, skip_bad: bool, log: Callable[[str], None]) -> Pictures:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     if not files:
@@ -139,7 +142,8 @@ def _folder(folder: Path, size: int | None, skip_bad: bool, log: Callable[[str],
     for path, _, _ in read:
         try:
             with Image.open(path) as image:
-                images.append(_square(image.convert("RGBA" if _transparent(image) else mode), size, mode))
+                upright = _bytes(ImageOps.exif_transpose(image))
+                images.append(_square(upright.convert("RGBA" if _transparent(upright) else mode), size, mode))
         except (OSError, SyntaxError, ValueError) as error:
             _bad(path, error, skip_bad, log)
     if not images:
@@ -149,7 +153,19 @@ def _folder(folder: Path, size: int | None, skip_bad: bool, log: Callable[[str],
 
 
 def _coloured(image: Any) -> bool:
-    return image.mode not in ("1", "L", "LA", "I", "I;16", "F")
+    return image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
+
+
+def _bytes(image: Any) -> Any:
+    """Gray of 16 bits or of floats as bytes; a conversion of Pillow's would cut it off at 255."""
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    x, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+    if not (x.min() >= 0 and x.max() <= top):
+        raise ValueError(f"its numbers must lie within 0 to {top}; got {x.min():g} to {x.max():g}")
+    return Image.fromarray((x * (255 / top)).round().astype(np.uint8))
 
 
 def _transparent(image: Any) -> bool:
