@@ -225,8 +225,8 @@ def test_page_and_figure(tokenizer, tmp_path):
     assert "&lt;b&gt;cat&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "[CLS]" not in page
-    assert "".join(token for token, _ in found[0].shown) == "the <b>cat</b> & a  bird"
-    assert max(abs(strength) for _, strength in found[0].shown) == 1
+    assert "".join(token for token, _ in found[0].shown()) == "the <b>cat</b> & a  bird"
+    assert max(abs(strength) for _, strength in found[0].shown()) == 1
     found.plot().savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert found[0].to_dict()["tokens"][0]["special"] is True

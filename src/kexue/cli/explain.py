@@ -37,12 +37,18 @@ def explain(
     against: Annotated[
         str | None, typer.Option(metavar="CLASS|TEXT", help="Why the target rather than this one.")
     ] = None,
+    every_class: Annotated[
+        bool, typer.Option("--every-class", help="Explain each class of a classifier, not the target alone.")
+    ] = False,
     baseline: Annotated[
         str, typer.Option(metavar="pad|mask|mean|zero", help="What the tokens are compared with.")
     ] = "pad",
     output: Annotated[str, typer.Option(metavar="logit|log-prob|prob", help="What of a classifier.")] = "logit",
     tol: Annotated[float, typer.Option(help="Largest gap between the change and the sum of the scores.")] = 1e-3,
     max_evals: Annotated[int, typer.Option(min=3, help="Most evaluations for a text.")] = 200,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text that are read; without, all.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Strongest tokens that are listed.")] = 5,
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
     as_json: Json = False,
@@ -59,7 +65,8 @@ def explain(
     if not tol > 0:
         raise typer.BadParameter(f"must be above 0; got {tol}", param_hint="--tol")
     if is_similarity(model):
-        useless = {"--target": target, "--against": against, "--html": page}
+        useless = {"--target": target, "--against": against, "--html": page, "--max-length": max_length,
+                   "--every-class": every_class or None}  # fmt: skip
         for name, value in useless.items():
             if value is not None:
                 raise typer.BadParameter(f"{name} has no effect on a model of similarity")
@@ -72,7 +79,7 @@ def explain(
     with interruptible("interrupted"):
         found = explain_texts(
             model, listed, target=target, against=against, baseline=baseline, output=output, tol=tol,
-            max_evals=max_evals,
+            max_evals=max_evals, every_class=every_class, max_length=max_length,
         )  # fmt: skip
     if page is not None:
         found.to_html(page)
@@ -83,10 +90,11 @@ def explain(
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
+    scale = found.scale
     for one in found:
         console.print(Text(one.headline, style="bold"))
         line = Text()
-        for token, strength in one.shown:
+        for token, strength in one.shown(scale):
             line.append(token, style=_style(strength))
         console.print(line)
         rows = [
