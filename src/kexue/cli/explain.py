@@ -46,9 +46,7 @@ def explain(
     output: Annotated[str, typer.Option(metavar="logit|log-prob|prob", help="What of a classifier.")] = "logit",
     tol: Annotated[float, typer.Option(help="Largest gap between the change and the sum of the scores.")] = 1e-3,
     max_evals: Annotated[int, typer.Option(min=3, help="Most evaluations for a text.")] = 200,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text that are read; without, all.")
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text that are read; without, all.")] = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Strongest tokens that are listed.")] = 5,
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
     as_json: Json = False,
@@ -64,6 +62,16 @@ def explain(
     listed = [text for part in _batches(texts) for text in part]
     if not tol > 0:
         raise typer.BadParameter(f"must be above 0; got {tol}", param_hint="--tol")
+    for option, chosen, known in (
+        ("--baseline", baseline, ("pad", "mask", "mean", "zero")),
+        ("--output", output, ("logit", "log-prob", "log_prob", "prob")),
+    ):
+        if chosen not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}; got {chosen!r}", param_hint=option)
+    if every_class and target is not None:
+        raise typer.BadParameter("--every-class explains all classes; leave --target out")
+    if page is not None and not page.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {page.parent}", param_hint="--html")
     if is_similarity(model):
         useless = {"--target": target, "--against": against, "--html": page, "--max-length": max_length,
                    "--every-class": every_class or None}  # fmt: skip
@@ -89,13 +97,15 @@ def explain(
     from rich.console import Console
     from rich.text import Text
 
+    from kexue.explain._text_result import visible
+
     console = Console(highlight=False, soft_wrap=True)
     scale = found.scale
     for one in found:
-        console.print(Text(one.headline, style="bold"))
+        console.print(Text(visible(one.headline), style="bold"))
         line = Text()
         for token, strength in one.shown(scale):
-            line.append(token, style=_style(strength))
+            line.append(visible(token), style=_style(strength))
         console.print(line)
         rows = [
             (score, token)
@@ -103,7 +113,7 @@ def explain(
             if not fixed
         ]
         for score, token in sorted(rows, key=lambda row: -abs(row[0]))[:k]:
-            console.print(Text(f"  {score:+8.3f}  {token.strip() or repr(token)}", style="dim"))
+            console.print(Text(f"  {score:+8.3f}  {visible(token).strip() or repr(token)}", style="dim"))
     if page is not None:
         print(f"page: {page}")
 

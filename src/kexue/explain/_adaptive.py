@@ -125,7 +125,8 @@ def integrate(
     """
     x = along.x
     noise = 4 * torch.finfo(x.dtype).eps
-    least = max(noise, 1e-12)  # two places closer than this may be one point
+    # Two places closer than this may be one point; in half precision they still differ in some of many coordinates.
+    least = max(min(noise, 1e-4), 1e-12)
     first = max(1, min(FIRST, max_evals - 2))
     rows = [
         _Row(min(a, b), max(a, b), t, profile={0.0: a, 1.0: b}) for a, b, t in zip(start, end, tolerance, strict=True)

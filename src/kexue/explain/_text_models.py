@@ -17,7 +17,13 @@ from kexue._tensors import compute_dtype
 __all__ = ["OUTPUTS", "Encoded", "TextModel"]
 
 OUTPUTS = ("logit", "log_prob", "prob")
-_POSITIONS = ("position_embeddings", "embed_positions", "position_embedding", "position", "wpe")  # names of tables with an end
+_POSITIONS = (
+    "position_embeddings",
+    "embed_positions",
+    "position_embedding",
+    "position",
+    "wpe",
+)  # names of tables with an end
 
 
 @dataclass
@@ -101,8 +107,8 @@ class TextModel:
             out = self.logits(torch.zeros(1, 3, dtype=torch.long, device=self.device), None)
         if out.dim() == 3 and 2 * out.shape[-1] < self.embedding.weight.shape[0]:
             raise ValueError(
-                f"model must have one row of scores for a text, or scores of its {self.embedding.weight.shape[0]} tokens; "
-                f"{name} returns {tuple(out.shape)} for {tuple(out.shape[:2])} tokens"
+                "model must have one row of scores for a text, or scores of its "
+                f"{self.embedding.weight.shape[0]} tokens; {name} returns {tuple(out.shape)} for 3 tokens"
             )
         if out.dim() == 3:
             generates = getattr(self.model, "can_generate", lambda: False)
@@ -181,7 +187,13 @@ class TextModel:
             places = [len(ids) - 1]
         fixed = [one in self.special or (self.kind == "masked" and one == self.mask_id) for one in ids]
         return Encoded(
-            clean, ids, types[: len(ids)] if types else None, spans[: len(ids)] if spans else None, tokens, fixed, places
+            clean,
+            ids,
+            types[: len(ids)] if types else None,
+            spans[: len(ids)] if spans else None,
+            tokens,
+            fixed,
+            places,
         )
 
     def word_ids(self, name: str, word: Any) -> list[int]:

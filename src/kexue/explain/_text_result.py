@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["TextExplanation", "TextExplanations"]
 
 _LEAST, _LEAST_PROB = 0.1, 0.02  # where hardly anything changes, nothing is shown in full colour
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabulators and line feeds
 RED, BLUE = (214, 39, 40), (31, 119, 180)
 
 
@@ -171,7 +173,8 @@ class TextExplanations(Sequence[TextExplanation]):
         """
         scale = self.scale
         body = "\n".join(
-            f"<section><h2>{html.escape(one.headline)}</h2>\n<p>{''.join(map(_span, one.shown(scale)))}</p></section>"
+            f"<section><h2>{html.escape(visible(one.headline))}</h2>\n"
+            f"<p>{''.join(map(_span, one.shown(scale)))}</p></section>"
             for one in self
         )
         page = _PAGE.replace("{body}", body)
@@ -234,11 +237,16 @@ def _mixed(strength: float) -> tuple[float, float, float]:
 
 
 def _span(piece: tuple[str, float]) -> str:
-    text, strength = html.escape(piece[0]).replace("\n", "<br>"), piece[1]
-    if not strength:
+    text, strength = html.escape(visible(piece[0])).replace("\n", "<br>"), piece[1]
+    if abs(strength) < 0.0005:  # shown as 0
         return text
     r, g, b = RED if strength > 0 else BLUE
     return f'<span style="background:rgba({r},{g},{b},{0.8 * abs(strength):.3f})" title="{strength:+.3f}">{text}</span>'
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are no longer any, so that it cannot command a terminal."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def _finite(value: float) -> float | None:

@@ -73,7 +73,7 @@ def explain_text(
             classifier a class, by number or name. Of a language model a token id, or text: the sum of the
             log-probabilities of its tokens, one after another behind the text, or at the masked places.
         against: The same; its output is subtracted: why ``target`` rather than this.
-        every_class: Explain all C classes of a classifier: C explanations of the first text, C of the second, and so on.
+        every_class: Explain all C classes of a classifier: C explanations of the first text, then C of the second ...
         method: As in :func:`kexue.explain.integrated_gradients`.
         tol: As there.
         max_evals: As there.
