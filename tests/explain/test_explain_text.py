@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kexue._transformers import (
     PreTrainedTokenizerFast,
     find_class,
 )
-from kexue.explain import explain_pair, explain_text
+from kexue.explain import TextExplanations, explain_pair, explain_text
 from kexue.models import KexueConfig, KexueForCausalLM, KexueForMaskedLM, KexueForTextAutoencoding
 from kexue.reproduce._review_classifier import batch, review, train
 from kexue.reproduce._review_classifier import tokenizer as character_tokenizer
@@ -225,13 +226,104 @@ def test_page_and_figure(tokenizer, tmp_path):
     assert "&lt;b&gt;cat&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "[CLS]" not in page
-    assert "".join(token for token, _ in found[0].shown) == "the <b>cat</b> & a  bird"
-    assert max(abs(strength) for _, strength in found[0].shown) == 1
+    assert "".join(token for token, _ in found[0].shown()) == "the <b>cat</b> & a  bird"
+    assert max(abs(strength) for _, strength in found[0].shown()) == 1
     found.plot().savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert found[0].to_dict()["tokens"][0]["special"] is True
     assert len(found[:1]) == 1
     assert len(explain_text(bert(), tokenizer, [])) == 0
+
+
+def test_colours_of_texts_can_be_compared(tokenizer):
+    long, nothing = explain_text(bert(), tokenizer, ["the cat sees a bird", "good"], target=0)
+    both = TextExplanations([long, replace(nothing, scores=nothing.scores * 0 + 1e-4)])
+    assert both.scale == long.scores[1:-1].abs().max()
+    assert both[1].scale == 0.1  # hardly any change: no full colour on its own either
+    assert max(abs(strength) for _, strength in both[1].shown()) == pytest.approx(1e-3)
+    assert both.to_html().count("<span style") == 5
+
+
+def test_bytes_of_one_character_are_one_piece(tokenizer):
+    (one,) = explain_text(bert(), tokenizer, "good", target=0)
+    made = replace(
+        one, text="书 a", tokens=["书", "书", "书", "a"], scores=torch.tensor([0.5, -1.0, 2.0, 0.25]),
+        fixed=[False] * 4, spans=[(0, 1), (0, 1), (0, 1), (2, 3)],
+    )  # fmt: skip
+    assert made.pieces == [("书", 1.5), (" ", 0.0), ("a", 0.25)]
+    assert replace(made, scores=made.scores.abs(), reduce="max").pieces[0] == ("书", 2.0)
+
+
+def test_every_class(tokenizer):
+    model = bert()
+    found = explain_text(model, tokenizer, TEXTS[:2], every_class=True)
+    assert [one.target_ids for one in found] == [[0], [1], [2]] * 2
+    assert [one.text for one in found] == [TEXTS[0]] * 3 + [TEXTS[1]] * 3
+    alone = explain_text(model, tokenizer, TEXTS[1], target=2)[0]
+    torch.testing.assert_close(found[5].scores, alone.scores, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="target must be None, got 1"):
+        explain_text(model, tokenizer, TEXTS, every_class=True, target=1)
+    with pytest.raises(ValueError, match="has no classes"):
+        explain_text(language_model("gpt2"), tokenizer, TEXTS, every_class=True)
+
+
+def test_another_baseline_with_two_classes():
+    model = find_class("LlamaForSequenceClassification")
+    config = find_class("LlamaConfig")(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        num_labels=3, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    reader = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model(config)
+    with pytest.warns(UserWarning, match="next to the baseline 'zero'"):
+        found = explain_text(model, reader, TEXTS, "zero", target=0, against=2)
+    assert all(one.against == "LABEL_2" and one.baseline != "zero" for one in found)
+
+
+def test_what_a_model_cannot_read(tokenizer):
+    with pytest.raises(ValueError, match="at most 8 tokens.*got 22 of.*max_length=8"):
+        explain_text(bert(max_position_embeddings=8), tokenizer, "good " * 20)
+    assert len(explain_text(bert(max_position_embeddings=8), tokenizer, "good " * 20, max_length=8)[0].tokens) == 8
+    with pytest.raises(ValueError, match="33 tokens|must fit into the 32 positions"):
+        explain_text(language_model("gpt2"), tokenizer, "good " * 28, target="bad " * 5)
+    small = bert()
+    small.set_input_embeddings(torch.nn.Embedding(14, 32))
+    with pytest.raises(ValueError, match="has 14 tokens; it makes the id 15"):
+        explain_text(small, tokenizer, "a book")
+    with torch.random.fork_rng():
+        tags = find_class("BertForTokenClassification")(bert().config)
+    with pytest.raises(ValueError, match="one row of scores for a text"):
+        explain_text(tags, tokenizer, "a [MASK]")
+
+
+def test_lone_surrogates_can_be_written(tokenizer, tmp_path):
+    found = explain_text(bert(), tokenizer, "good \udce9 book")
+    assert found[0].text == "good ? book"
+    found.to_html(tmp_path / "page.html")
+
+
+def test_a_model_without_a_known_name_is_left_as_it_was(tokenizer):
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm, self.drop = torch.nn.Embedding(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout()
+
+        def get_input_embeddings(self):
+            return self.table
+
+        def forward(self, input_ids):
+            return self.drop(self.norm(self.table(input_ids).mean(1)))[:, :2]
+
+    model = Noisy()
+    state = torch.get_rng_state()
+    explain_text(model, tokenizer, TEXTS)
+    assert torch.equal(state, torch.get_rng_state())
+    assert int(model.norm.num_batches_tracked) == 0
+    assert model.drop.training
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_texts_are_explained_in_words_json_and_html(classifier, tmp_path):
     assert "negative rather than positive: logit" in done.stdout
     assert "这家店真黑心了" in done.stdout
     assert done.stdout.count("\n  ") == 3
-    assert "<span" in page.read_text(encoding="utf-8")
+    assert "<p>这家店真黑心了</p>" in page.read_text(encoding="utf-8")  # hardly any change, so no colour
     made = json.loads(run(classifier, "--json", "--baseline", "zero", text="这家店真黑心了\n很好看啊\n").stdout)
     assert [one["text"] for one in made] == ["这家店真黑心了", "很好看啊"]
     for one in made:
@@ -90,3 +90,16 @@ def test_what_is_no_model_is_refused(classifier, tmp_path):
     wrong = run(classifier, "好", "--target", "neutral")
     assert wrong.exit_code == 1
     assert "'negative', 'positive'; got 'neutral'" in str(wrong.exception)
+
+
+def test_every_class_hostile_texts_and_wrong_usage(classifier, tmp_path):
+    page = tmp_path / "page.html"
+    done = run(classifier, "真\x1b[31m黑<script>", "--every-class", "--max-length", 6, "--html", page, "-k", 1)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("from the baseline") == 2
+    assert "\x1b" not in done.stdout
+    assert "\x1b" not in page.read_text(encoding="utf-8")
+    assert "<script" not in page.read_text(encoding="utf-8")
+    for wrong in (["--baseline", "x"], ["--output", "x"], ["--html", tmp_path / "no" / "page.html"],
+                  ["--every-class", "--target", "negative"]):  # fmt: skip
+        assert run(classifier, "真", *wrong).exit_code == 2

@@ -37,12 +37,16 @@ def explain(
     against: Annotated[
         str | None, typer.Option(metavar="CLASS|TEXT", help="Why the target rather than this one.")
     ] = None,
+    every_class: Annotated[
+        bool, typer.Option("--every-class", help="Explain each class of a classifier, not the target alone.")
+    ] = False,
     baseline: Annotated[
         str, typer.Option(metavar="pad|mask|mean|zero", help="What the tokens are compared with.")
     ] = "pad",
     output: Annotated[str, typer.Option(metavar="logit|log-prob|prob", help="What of a classifier.")] = "logit",
     tol: Annotated[float, typer.Option(help="Largest gap between the change and the sum of the scores.")] = 1e-3,
     max_evals: Annotated[int, typer.Option(min=3, help="Most evaluations for a text.")] = 200,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text that are read; without, all.")] = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Strongest tokens that are listed.")] = 5,
     page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
     as_json: Json = False,
@@ -58,8 +62,19 @@ def explain(
     listed = [text for part in _batches(texts) for text in part]
     if not tol > 0:
         raise typer.BadParameter(f"must be above 0; got {tol}", param_hint="--tol")
+    for option, chosen, known in (
+        ("--baseline", baseline, ("pad", "mask", "mean", "zero")),
+        ("--output", output, ("logit", "log-prob", "log_prob", "prob")),
+    ):
+        if chosen not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}; got {chosen!r}", param_hint=option)
+    if every_class and target is not None:
+        raise typer.BadParameter("--every-class explains all classes; leave --target out")
+    if page is not None and not page.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {page.parent}", param_hint="--html")
     if is_similarity(model):
-        useless = {"--target": target, "--against": against, "--html": page}
+        useless = {"--target": target, "--against": against, "--html": page, "--max-length": max_length,
+                   "--every-class": every_class or None}  # fmt: skip
         for name, value in useless.items():
             if value is not None:
                 raise typer.BadParameter(f"{name} has no effect on a model of similarity")
@@ -72,7 +87,7 @@ def explain(
     with interruptible("interrupted"):
         found = explain_texts(
             model, listed, target=target, against=against, baseline=baseline, output=output, tol=tol,
-            max_evals=max_evals,
+            max_evals=max_evals, every_class=every_class, max_length=max_length,
         )  # fmt: skip
     if page is not None:
         found.to_html(page)
@@ -82,12 +97,15 @@ def explain(
     from rich.console import Console
     from rich.text import Text
 
+    from kexue.explain._text_result import visible
+
     console = Console(highlight=False, soft_wrap=True)
+    scale = found.scale
     for one in found:
-        console.print(Text(one.headline, style="bold"))
+        console.print(Text(visible(one.headline), style="bold"))
         line = Text()
-        for token, strength in one.shown:
-            line.append(token, style=_style(strength))
+        for token, strength in one.shown(scale):
+            line.append(visible(token), style=_style(strength))
         console.print(line)
         rows = [
             (score, token)
@@ -95,7 +113,7 @@ def explain(
             if not fixed
         ]
         for score, token in sorted(rows, key=lambda row: -abs(row[0]))[:k]:
-            console.print(Text(f"  {score:+8.3f}  {token.strip() or repr(token)}", style="dim"))
+            console.print(Text(f"  {score:+8.3f}  {visible(token).strip() or repr(token)}", style="dim"))
     if page is not None:
         print(f"page: {page}")
 

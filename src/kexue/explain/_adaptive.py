@@ -11,7 +11,9 @@ and n + 1 parts whose sums can be compared. A round evaluates the open panels of
   is one number in which the errors of many features can cancel, and a bump between two nodes is invisible to it.
 
 One that is not is cut where the largest error of a part is. Where F changes by more than a share of its range between
-two known places, the place is narrowed by bisection without gradients first.
+two known places, the place is narrowed by bisection without gradients first. The sizes of the gradients that were seen
+inside a panel before it was cut out are remembered: one whose own nodes are all much lower has missed something. The
+worst panels are cut first, so that evaluations that run out are missed where it matters least.
 """
 
 from __future__ import annotations
@@ -45,10 +47,18 @@ class _Panel:
     values: list[float]
     cuts: set[float] = field(default_factory=set)  # where it will be cut
     hidden: bool = False  # the values of F do not show why
+    heights: dict[float, float] = field(default_factory=dict)  # L1 norms of the slopes that were seen inside
 
     @property
     def width(self) -> float:
         return self.places[-1] - self.places[0]
+
+    def insert(self, place: float, value: float) -> int:
+        """Remember F at a place; its number."""
+        at = int(np.searchsorted(self.places, place))
+        self.places.insert(at, place)
+        self.values.insert(at, value)
+        return at
 
 
 @dataclass
@@ -115,7 +125,8 @@ def integrate(
     """
     x = along.x
     noise = 4 * torch.finfo(x.dtype).eps
-    least = max(noise, 1e-12)  # two places closer than this may be one point
+    # Two places closer than this may be one point; in half precision they still differ in some of many coordinates.
+    least = max(min(noise, 1e-4), 1e-12)
     first = max(1, min(FIRST, max_evals - 2))
     rows = [
         _Row(min(a, b), max(a, b), t, profile={0.0: a, 1.0: b}) for a, b, t in zip(start, end, tolerance, strict=True)
@@ -128,9 +139,7 @@ def integrate(
     nodes = first
     while panels:
         failed: list[_Panel] = []
-        evaluated = [
-            pair for block, found in _evaluated(along, panels, nodes) for pair in zip(block, found, strict=True)
-        ]
+        evaluated = list(_evaluated(along, panels, nodes))
         for row in rows:
             row.whole = row.size
         for panel, one in evaluated:
@@ -138,20 +147,27 @@ def integrate(
             if one.error < 0.1 * one.size:  # else its norm says nothing
                 rows[panel.row].whole += one.size
         evaluated.sort(key=lambda pair: pair[1].gap)  # small gaps first: they leave more for the others
+        worst: list[tuple[float, _Panel, _Found]] = []
         for panel, one in evaluated:
             row = rows[panel.row]
             share = max(0.125, panel.width / max(row.open, panel.width))
+            budget = relative * max(1.0, 0.8 * row.whole)
             fits = one.gap <= max(share * row.allowed, noise * max(abs(row.low), abs(row.high)))
-            agrees = one.error <= max(share * (relative * max(1.0, 0.8 * row.whole) - row.error), noise * one.size)
-            hopeless = panel.width <= least or row.used + 2 * LATER > max_evals
-            if (fits and agrees) or hopeless:
+            agrees = one.error <= max(share * (budget - row.error), noise * one.size)
+            if (fits and agrees) or panel.width <= least:
+                total[panel.row] += one.part
+                row.accept(panel.width, one)
+            else:
+                worst.append((max(one.gap / tolerance[panel.row], one.error / budget), panel, one))
+        worst.sort(key=lambda entry: -entry[0])  # what the evaluations no longer suffice for should matter least
+        for _, panel, one in worst:
+            row = rows[panel.row]
+            if row.used + 2 * LATER > max_evals:
                 total[panel.row] += one.part
                 row.accept(panel.width, one)
                 continue
             row.used += 2 * LATER  # the least that a cut costs; what it costs more is added when it is known
-            places = [panel.places[0], *one.places, panel.places[-1]]
-            values = [panel.values[0], *one.values, panel.values[-1]]
-            failed.append(_Panel(panel.row, places, values, {places[i] for i in one.cuts}, one.hidden))
+            failed.append(_broken(panel, one, row))
         _narrow(along, rows, failed, least, max_evals)
         panels = []
         for panel in failed:
@@ -176,6 +192,8 @@ class _Found(NamedTuple):
         size: L1 norm.
         cuts: Where it should be cut, as numbers of its n + 2 known places.
         hidden: The values of F do not show why: what is wrong cancels in their sum.
+        heights: L1 norms of the slopes at the nodes.
+        peak: Where the slopes were much larger before, if that is the largest error.
     """
 
     places: list[float]
@@ -186,9 +204,11 @@ class _Found(NamedTuple):
     size: float
     cuts: tuple[int, int]
     hidden: bool
+    heights: list[float]
+    peak: float | None
 
 
-def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[list[_Panel], Iterator[_Found]]]:
+def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[_Panel, _Found]]:
     """The panels in blocks, evaluated."""
     rule = panel_rule(n)
     device = along.x.device
@@ -205,7 +225,7 @@ def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[lis
         three = weights @ slopes  # (K, 3, features): by the rule, and how far coarser ones are from it
         parts = (three[:, 0] * torch.from_numpy(width).to(slopes)[:, None]).reshape(len(block), *along.x.shape[1:])
         norm, coarse, odd = (three.abs().sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]).T
-        heights = slopes.abs().sum(-1, dtype=torch.float64).cpu().numpy() * np.abs(rule.null)
+        heights = slopes.abs().sum(-1, dtype=torch.float64).cpu().numpy()
         sums = slopes.sum(-1, dtype=torch.float64).cpu().numpy() * width[:, None]
         known = values.double().cpu().numpy().reshape(len(block), n)
         ends = np.array([[p.values[0], p.values[-1]] for p in block])
@@ -220,10 +240,33 @@ def _evaluated(along: Along, panels: list[_Panel], n: int) -> Iterator[tuple[lis
         error = distance * np.minimum(1.0, 10 * distance / larger)
         # Where a part is off, or, if the features cancel in all parts, around the largest gradient.
         hidden = off.sum(1) < 0.01 * coarse
-        first = np.where(hidden, heights.argmax(1), off.argmax(1))
-        cuts = zip(first.tolist(), (first + 1 + hidden).tolist(), strict=True)
-        numbers = (gap.tolist(), error.tolist(), norm.tolist())
-        yield block, map(_Found, places.tolist(), known.tolist(), parts, *numbers, cuts, hidden.tolist())
+        first = np.where(hidden, (heights * np.abs(rule.null)).argmax(1), off.argmax(1))
+        for k, panel in enumerate(block):
+            missed, peak = _missed(panel, heights[k].tolist())
+            yield panel, _Found(
+                places[k].tolist(), known[k].tolist(), parts[k], float(gap[k]), float(error[k] + missed),
+                float(norm[k]), (int(first[k]), int(first[k] + 1 + hidden[k])), bool(hidden[k]),
+                heights[k].tolist(), peak if missed > error[k] else None,
+            )  # fmt: skip
+
+
+def _missed(panel: _Panel, heights: list[float]) -> tuple[float, float | None]:
+    """L1 norm of what the nodes of a panel miss of the slopes that were seen inside it before, and where."""
+    known = ((height, place) for place, height in panel.heights.items() if panel.places[0] < place < panel.places[-1])
+    height, peak = max(known, default=(0.0, None))
+    return max(0.0, height - 2 * max(heights)) * panel.width / len(heights), peak
+
+
+def _broken(panel: _Panel, found: _Found, row: _Row) -> _Panel:
+    """A panel with all that is known of it, and where it should be cut."""
+    places = [panel.places[0], *found.places, panel.places[-1]]
+    values = [panel.values[0], *found.values, panel.values[-1]]
+    heights = panel.heights | dict(zip(found.places, found.heights, strict=True))
+    out = _Panel(panel.row, places, values, {places[i] for i in found.cuts}, found.hidden, heights)
+    if found.peak is not None:
+        out.cuts = {found.peak}
+        out.insert(found.peak, row.profile[found.peak])
+    return out
 
 
 def _narrow(along: Along, rows: list[_Row], panels: list[_Panel], least: float, max_evals: int) -> None:
@@ -243,9 +286,7 @@ def _narrow(along: Along, rows: list[_Row], panels: list[_Panel], least: float, 
                     row.used += 1
         values = along.values([panel.row for panel, _ in wanted], [place for _, place in wanted])
         for (panel, place), value in zip(wanted, values, strict=True):
-            at = int(np.searchsorted(panel.places, place))
-            panel.places.insert(at, place)
-            panel.values.insert(at, value)
+            at = panel.insert(place, value)
             panel.cuts.update(panel.places[at - 1 : at + 2])
             rows[panel.row].see([place], [value])
         looking = list({id(panel): panel for panel, _ in wanted}.values())
@@ -264,4 +305,7 @@ def _cut(panel: _Panel, flat: float, room: int) -> list[_Panel]:
             break
         sums[at : at + 2] = [pairs[at]]
         del bounds[at + 1]
-    return [_Panel(panel.row, panel.places[a : b + 1], panel.values[a : b + 1]) for a, b in itertools.pairwise(bounds)]
+    return [
+        _Panel(panel.row, panel.places[a : b + 1], panel.values[a : b + 1], heights=panel.heights)
+        for a, b in itertools.pairwise(bounds)
+    ]

@@ -19,18 +19,51 @@ Point = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def modules_of(f: Any) -> list[nn.Module]:
-    """The modules that a function is, is bound to, closes over or names: those whose mode decides what it returns."""
+    """The modules that a function is, is bound to, closes over, names or holds: their mode decides what it returns."""
     found: list[Any] = [f]
+    seen = {id(f)}
     for thing in found:  # grows while it is read
-        if isinstance(thing, functools.partial):
-            found += [thing.func, *thing.args, *thing.keywords.values()]
-        elif isinstance(thing, types.MethodType):
-            found += [thing.__self__, thing.__func__] if not isinstance(thing.__self__, nn.Module) else [thing.__self__]
-        elif isinstance(thing, types.FunctionType):
-            cells = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-            named = [thing.__globals__.get(name) for name in thing.__code__.co_names]
-            found += [x for x in [*cells, *named, *(thing.__defaults__ or ())] if _leads_on(x, found)]
+        for one in _leads_to(thing):
+            if id(one) not in seen:
+                seen.add(id(one))
+                found.append(one)
     return [thing for thing in found if isinstance(thing, nn.Module)]
+
+
+def _leads_to(thing: Any) -> list[Any]:
+    if isinstance(thing, nn.Module) or _of_a_library(thing):
+        return []
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, types.FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        names = [name for code in _codes(thing.__code__) for name in code.co_names]
+        # Of what a function merely names, only functions and modules: a name may also stand for something enormous.
+        named = [thing.__globals__.get(name) for name in names]
+        named = [one for one in named if isinstance(one, nn.Module | types.FunctionType | functools.partial)]
+        return [*cells, *named, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+    if isinstance(thing, dict):
+        return [one for one in thing.values() if _may_hold(one)]
+    if isinstance(thing, list | tuple):
+        return [one for one in thing if _may_hold(one)]
+    if isinstance(thing, Tensor | type | types.ModuleType):
+        return []
+    return [one for one in getattr(thing, "__dict__", {}).values() if _may_hold(one)]
+
+
+def _may_hold(one: Any) -> bool:
+    kinds = (nn.Module, functools.partial, types.MethodType, types.FunctionType, dict, list, tuple)
+    return isinstance(one, kinds)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of those that are written inside it."""
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _codes(one)
 
 
 def _filled(cell: Any) -> bool:
@@ -41,10 +74,10 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _leads_on(x: Any, found: list[Any]) -> bool:
-    kinds = (nn.Module, functools.partial, types.MethodType, types.FunctionType)
-    library = (getattr(x, "__module__", None) or "").startswith("torch.") and not isinstance(x, nn.Module)
-    return isinstance(x, kinds) and not library and not any(x is y for y in found)
+def _of_a_library(thing: Any) -> bool:
+    # A function's own module, since functools.wraps gives it the name of another one's.
+    home = thing.__globals__.get("__name__") if isinstance(thing, types.FunctionType) else type(thing).__module__
+    return (home or "").startswith(("torch.", "transformers.", "tokenizers."))
 
 
 @contextmanager

@@ -17,6 +17,13 @@ from kexue._tensors import compute_dtype
 __all__ = ["OUTPUTS", "Encoded", "TextModel"]
 
 OUTPUTS = ("logit", "log_prob", "prob")
+_POSITIONS = (
+    "position_embeddings",
+    "embed_positions",
+    "position_embedding",
+    "position",
+    "wpe",
+)  # names of tables with an end
 
 
 @dataclass
@@ -56,8 +63,6 @@ class TextModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
         if not callable(tokenizer):
             raise TypeError(f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}")
         self.model, self.tokenizer = model, tokenizer
@@ -77,6 +82,9 @@ class TextModel:
             getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep", "bos", "eos", "pad")
         } - {None}
         self.mask_id = getattr(tokenizer, "mask_token_id", None)
+        self.pad_id = getattr(tokenizer, "pad_token_id", None)
+        self.most = self._most()
+        self.classes: int | None = None  # how many the model has, when that is known
         self.kind = self._kind()
         names = getattr(self.config, "id2label", None) or {}
         self.labels = {int(i): str(name) for i, name in names.items()} if self.kind == "classes" else {}
@@ -97,10 +105,38 @@ class TextModel:
             return "masked"
         with torch.no_grad():
             out = self.logits(torch.zeros(1, 3, dtype=torch.long, device=self.device), None)
+        if out.dim() == 3 and 2 * out.shape[-1] < self.embedding.weight.shape[0]:
+            raise ValueError(
+                "model must have one row of scores for a text, or scores of its "
+                f"{self.embedding.weight.shape[0]} tokens; {name} returns {tuple(out.shape)} for 3 tokens"
+            )
         if out.dim() == 3:
             generates = getattr(self.model, "can_generate", lambda: False)
             return "next" if generates() else "masked"
         return "classes"
+
+    def _most(self) -> int | None:
+        """How many tokens fit into the table of positions; None: there is no such table."""
+        for name, module in self.model.named_modules():
+            last = name.rpartition(".")[2]
+            if isinstance(module, nn.Embedding) and last in _POSITIONS:
+                # The first ones may not be of use: those of RoBERTa start behind the number of the padding token.
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+                return module.num_embeddings - max(unused, int(getattr(module, "offset", 0)))
+        return None
+
+    def has(self, number: int | None) -> bool:
+        """Whether there is such a token, and an embedding of it."""
+        return number is not None and 0 <= number < len(self.embedding.weight)
+
+    def count_classes(self) -> int:
+        """Number of classes."""
+        if self.kind != "classes":
+            raise ValueError(f"{type(self.model).__name__} has no classes; it predicts tokens")
+        if self.classes is None:
+            with torch.no_grad():
+                self.classes = self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device), None).shape[-1]
+        return self.classes
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -122,6 +158,16 @@ class TextModel:
         if self.kind == "next":  # what ends a text would end it before the continuation
             while len(ids) > 1 and ids[-1] in self.special:
                 ids.pop()
+        if self.most is not None and len(ids) > self.most:
+            raise ValueError(
+                f"a text must have at most {self.most} tokens, which are the positions of the model; got {len(ids)} of "
+                f"{text[:40]!r}...; max_length={self.most} reads its beginning"
+            )
+        if ids and not self.has(max(ids)):
+            raise ValueError(
+                f"the tokenizer must be that of the model, which has {len(self.embedding.weight)} tokens; it makes the "
+                f"id {max(ids)} of {text[:40]!r}"
+            )
         if not ids:
             raise ValueError(f"a text must have at least one token; got {text!r}")
         names = self.tokenizer.convert_ids_to_tokens(ids)
@@ -141,7 +187,13 @@ class TextModel:
             places = [len(ids) - 1]
         fixed = [one in self.special or (self.kind == "masked" and one == self.mask_id) for one in ids]
         return Encoded(
-            text, ids, types[: len(ids)] if types else None, spans[: len(ids)] if spans else None, tokens, fixed, places
+            clean,
+            ids,
+            types[: len(ids)] if types else None,
+            spans[: len(ids)] if spans else None,
+            tokens,
+            fixed,
+            places,
         )
 
     def word_ids(self, name: str, word: Any) -> list[int]:
@@ -157,16 +209,18 @@ class TextModel:
             raise ValueError(f"{name} must be a token id in [0, {size}) or a text; got {word}")
         return [int(word)]
 
-    def class_number(self, name: str, chosen: Any, classes: int) -> int:
+    def class_number(self, name: str, chosen: Any) -> int:
         """Number of a class that is chosen by number or name."""
         if isinstance(chosen, str):
             for number, label in self.labels.items():
                 if label == chosen:
                     return number
-            if not chosen.isdecimal():
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, self.labels.values()))}; got {chosen!r}")
+            if not (chosen.isascii() and chosen.isdecimal()):
+                known = ", ".join(map(repr, self.labels.values())) or "the numbers of the classes"
+                raise ValueError(f"{name} must be one of {known}; got {chosen!r}")
             chosen = int(chosen)
         check_int(name, chosen, 0)
+        classes = self.count_classes()
         if chosen >= classes:
             raise ValueError(f"{name} must be in [0, {classes}); got {chosen}")
         return int(chosen)

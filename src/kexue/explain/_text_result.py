@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TextExplanation", "TextExplanations"]
 
+_LEAST, _LEAST_PROB = 0.1, 0.02  # where hardly anything changes, nothing is shown in full colour
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabulators and line feeds
 RED, BLUE = (214, 39, 40), (31, 119, 180)
 
 
@@ -65,27 +68,38 @@ class TextExplanation:
     reduce: str
 
     @property
-    def shown(self) -> list[tuple[str, float]]:
-        """Pieces of the text in order, with their strength in [-1, 1]: the scores over the largest one, 0 for what is
-        between the tokens. Special tokens are left out.
+    def pieces(self) -> list[tuple[str, float]]:
+        """Pieces of the text in order, with their score; 0 for what is between the tokens. Special tokens are left out.
+
+        Tokens of the same characters, such as the bytes of one, are one piece.
         """
-        rows = [(token, score, place) for place, (token, score, fixed) in
-                enumerate(zip(self.tokens, self.scores.tolist(), self.fixed, strict=True)) if not fixed]  # fmt: skip
-        largest = max((abs(score) for _, score, _ in rows), default=0.0) or 1.0
+        scores = self.scores.tolist()
+        own = [place for place, fixed in enumerate(self.fixed) if not fixed]
         if self.spans is None:
-            return [(token, score / largest) for token, score, _ in rows]
+            return [(self.tokens[place], scores[place]) for place in own]
         out: list[tuple[str, float]] = []
         done = 0
-        for _, score, place in rows:
-            start, end = self.spans[place]
+        for place in own:
+            (start, end), score = self.spans[place], scores[place]
             if start > done:
                 out.append((self.text[done:start], 0.0))
             if end > max(start, done):
-                out.append((self.text[max(start, done) : end], score / largest))
-            elif out and end > start:  # a second token of the same characters, such as a byte of one
-                out[-1] = (out[-1][0], max(out[-1][1], score / largest, key=abs))
+                out.append((self.text[max(start, done) : end], score))
+            elif out and end > start:
+                old = out[-1][1]
+                out[-1] = (out[-1][0], old + score if self.reduce == "sum" else max(old, score))
             done = max(done, end)
         return [*out, (self.text[done:], 0.0)] if done < len(self.text) else out
+
+    @property
+    def scale(self) -> float:
+        """The score that is shown in full colour: the largest one, but at least 0.1 (of probabilities 0.02)."""
+        return max([_LEAST_PROB if self.output == "prob" else _LEAST, *(abs(score) for _, score in self.pieces)])
+
+    def shown(self, scale: float | None = None) -> list[tuple[str, float]]:
+        """``pieces`` with their strength in [-1, 1], the score over ``scale``; None: that of this text."""
+        scale = self.scale if scale is None else scale
+        return [(text, score / scale) for text, score in self.pieces]
 
     @property
     def headline(self) -> str:
@@ -140,6 +154,11 @@ class TextExplanations(Sequence[TextExplanation]):
     def __len__(self) -> int:
         return len(self._found)
 
+    @property
+    def scale(self) -> float:
+        """The score that is shown in full colour in all of them, so that their colours can be compared."""
+        return max((one.scale for one in self), default=1.0)
+
     def __repr__(self) -> str:
         return f"TextExplanations of {len(self)} texts"
 
@@ -152,8 +171,10 @@ class TextExplanations(Sequence[TextExplanation]):
         Returns:
             The page.
         """
+        scale = self.scale
         body = "\n".join(
-            f"<section><h2>{html.escape(one.headline)}</h2>\n<p>{''.join(map(_span, one.shown))}</p></section>"
+            f"<section><h2>{html.escape(visible(one.headline))}</h2>\n"
+            f"<p>{''.join(map(_span, one.shown(scale)))}</p></section>"
             for one in self
         )
         page = _PAGE.replace("{body}", body)
@@ -175,7 +196,7 @@ class TextExplanations(Sequence[TextExplanation]):
             heads[len(lines)] = one.headline
             lines.append([])
             used = 0
-            for token, strength in one.shown:
+            for token, strength in one.shown(self.scale):
                 if used + cell_len(token) > room and lines[-1]:
                     lines.append([])
                     used = 0
@@ -216,11 +237,16 @@ def _mixed(strength: float) -> tuple[float, float, float]:
 
 
 def _span(piece: tuple[str, float]) -> str:
-    text, strength = html.escape(piece[0]).replace("\n", "<br>"), piece[1]
-    if not strength:
+    text, strength = html.escape(visible(piece[0])).replace("\n", "<br>"), piece[1]
+    if abs(strength) < 0.0005:  # shown as 0
         return text
     r, g, b = RED if strength > 0 else BLUE
     return f'<span style="background:rgba({r},{g},{b},{0.8 * abs(strength):.3f})" title="{strength:+.3f}">{text}</span>'
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are no longer any, so that it cannot command a terminal."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def _finite(value: float) -> float | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import compute_dtype
@@ -45,6 +45,7 @@ def explain_text(
     *,
     target: Any = None,
     against: Any = None,
+    every_class: bool = False,
     method: str = "adaptive",
     tol: float = 1e-3,
     max_evals: int = 200,
@@ -72,6 +73,7 @@ def explain_text(
             classifier a class, by number or name. Of a language model a token id, or text: the sum of the
             log-probabilities of its tokens, one after another behind the text, or at the masked places.
         against: The same; its output is subtracted: why ``target`` rather than this.
+        every_class: Explain all C classes of a classifier: C explanations of the first text, then C of the second ...
         method: As in :func:`kexue.explain.integrated_gradients`.
         tol: As there.
         max_evals: As there.
@@ -80,11 +82,12 @@ def explain_text(
         block: Points that the model gets at a time.
 
     Returns:
-        A :class:`TextExplanations`, one :class:`TextExplanation` for each text.
+        A :class:`TextExplanations`, one :class:`TextExplanation` for each text (and class).
 
     Raises:
         TypeError: Wrong kind of argument.
-        ValueError: A choice that does not exist, a text without tokens, a target that the model does not have.
+        ValueError: A choice that does not exist, a text without tokens or with more than the model can read, a target
+            that the model does not have, a model that is none of these.
 
     Reference:
         https://spaces.ac.cn/archives/7533
@@ -109,8 +112,20 @@ def explain_text(
         check_int("max_length", max_length, 1)
     check_int("block", block, 1)
     listed = _check_texts(texts)
-    reader = TextModel(model, tokenizer)
+    if not isinstance(every_class, bool):
+        raise TypeError(f"every_class must be a bool; got {every_class!r}")
+    if every_class and target is not None:
+        raise ValueError(f"every_class explains all classes; target must be None, got {target!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     with quiet([model]):
+        reader = TextModel(model, tokenizer)
+        if every_class:
+            classes = reader.count_classes()
+            target = list(range(classes)) * len(listed)
+            listed = [text for text in listed for _ in range(classes)]
+            if isinstance(against, list | tuple | Tensor):
+                raise ValueError("against must be one class for all texts where every_class explains all classes")
         encoded = [reader.encode(text, max_length) for text in listed]
         targets, others = (_each(name, one, len(listed)) for name, one in (("target", target), ("against", against)))
         jobs = _Jobs(reader, encoded, output, targets, others)
@@ -182,8 +197,7 @@ def _candidates(baseline: Any, reader: TextModel) -> list[Any]:
     """The baseline and what takes its place where the model does not see the scale of its embeddings."""
     if not isinstance(baseline, str):
         return [baseline if isinstance(baseline, Tensor) else float(baseline)]
-    has = {"zero": True, "pad": getattr(reader.tokenizer, "pad_token_id", None) is not None,
-           "mask": reader.mask_id is not None, "mean": True}  # fmt: skip
+    has = {"zero": True, "pad": reader.has(reader.pad_id), "mask": reader.has(reader.mask_id), "mean": True}
     return [name for name in NAMES[NAMES.index(baseline) :] if has[name]]
 
 
@@ -205,13 +219,20 @@ class _Jobs:
         self.given = [self._resolved("target", i, one) for i, one in enumerate(targets)]
         self.others = [self._resolved("against", i, one) for i, one in enumerate(others)]
         self.found: dict[int, list[int]] = {}
-        self.classes: int | None = None  # how many the model has, when that is known
 
     def _resolved(self, name: str, row: int, chosen: Any) -> Any:
-        """Words as ids; classes are looked up when their number is known."""
-        if chosen is None or self.reader.kind == "classes":
-            return chosen
+        """Words as ids, a class as a list of its number."""
+        if chosen is None:
+            return None
+        if self.reader.kind == "classes":
+            return [self.reader.class_number(name, chosen)]
         words = self.reader.word_ids(name, chosen)
+        most = self.reader.most
+        if self.reader.kind == "next" and most is not None and len(self.encoded[row].ids) + len(words) - 1 > most:
+            raise ValueError(
+                f"{name} of {len(words)} tokens behind a text of {len(self.encoded[row].ids)} must fit into the {most} "
+                "positions of the model"
+            )
         places = len(self.encoded[row].places)
         if self.reader.kind == "masked" and len(words) != places:
             raise ValueError(
@@ -265,14 +286,9 @@ class _Jobs:
         self, rows: list[int], e: Tensor, start: Tensor, ids: Tensor, types: Tensor | None, settings: dict[str, Any]
     ) -> IntegratedGradients:
         reader, output = self.reader, self.output
-        if self.classes is None:
-            with torch.no_grad():
-                scores = reader.class_scores(e[:1], ids[:1], None if types is None else types[:1], output)
-            self.classes = scores.shape[1]
-        classes = self.classes
         chosen: list[Any] = []
-        for name, wanted in (("target", self.given), ("against", self.others)):
-            numbers = [None if wanted[row] is None else reader.class_number(name, wanted[row], classes) for row in rows]
+        for wanted in (self.given, self.others):
+            numbers = [None if wanted[row] is None else wanted[row][0] for row in rows]
             chosen.append(None if numbers[0] is None else torch.tensor(numbers))
 
         def f(e: Tensor, ids: Tensor, types: Any) -> Tensor:
@@ -281,19 +297,18 @@ class _Jobs:
         result = attribute(f, e, start, chosen[0], against=chosen[1], args=(ids, types), **settings)
         for row, column in zip(rows, result.target.tolist(), strict=True):  # type: ignore[union-attr]
             self.found[row] = [column]
-        self.others = [None if o is None else [reader.class_number("against", o, classes)] if row in rows else o
-                       for row, o in enumerate(self.others)]  # fmt: skip
         return result
 
     def _baseline(self, baseline: Any, e: Tensor, fixed: Tensor) -> Tensor:
         """(B, T, D)."""
         table = self.reader.embedding.weight.detach()
-        if baseline == "zero" if isinstance(baseline, str) else False:
-            return torch.zeros_like(e)
         if isinstance(baseline, str):
-            one = table.to(compute_dtype(table)).mean(0).to(table.dtype) if baseline == "mean" else None
-            if one is None:
-                number = self.reader.mask_id if baseline == "mask" else self.reader.tokenizer.pad_token_id
+            if baseline == "zero":
+                return torch.zeros_like(e)
+            if baseline == "mean":
+                one = table.to(compute_dtype(table)).mean(0).to(table.dtype)
+            else:
+                number = self.reader.mask_id if baseline == "mask" else self.reader.pad_id
                 one = self.reader.embed(torch.tensor([number], device=table.device))[0]
         elif isinstance(baseline, Tensor):
             if tuple(baseline.shape) != (e.shape[-1],):
