@@ -413,12 +413,13 @@ def test_a_killed_command_leaves_the_model_as_it_was_and_another_can_follow(run,
     before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     large = write(tmp_path / "large.txt", english_lines(200_000))
     command = [sys.executable, "-m", "kexue", "words", "vectors", str(large), "--out", str(out), "--sweeps", "5000"]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    # Python itself dies of SIGINT, 130 to a shell as well, if that arrives while an import executes a string.
+    for number, codes in ((signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGKILL, (-signal.SIGKILL,))):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         time.sleep(4)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
+        assert process.returncode in codes, err
         assert "Traceback" not in err
         assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
     assert run("words", "vectors", zh, "--out", out, "--dim", 6)[0] == 0
