@@ -118,7 +118,8 @@ def test_what_says_that_it_converged_adds_up(slopes, places, seed):
     expected = slow(f, x, torch.zeros_like(x), 4000)
     off = (found.attributions - expected).abs().sum(1)
     assert ((off <= 0.03 * expected.abs().sum(1).clamp(min=1)) | ~found.converged).all()
-    assert found.converged.all()
+    # Three sharp flips one after the other may need more than the default 200 evaluations; then the result says so.
+    assert integrated_gradients(f, x, max_evals=1000).converged.all()
 
 
 def test_a_slope_that_was_seen_is_not_forgotten():
