@@ -9,6 +9,7 @@ would wait in the next collective for ever: hence :meth:`Processes.first` and :m
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -156,6 +157,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a group that a cycle keeps alive would end with its threads running, which aborts the process
 
 
 def _world_of_environment() -> int:
