@@ -56,12 +56,13 @@ def test_tables_split_single_figures_from_columns():
     assert tables["t"] == (["x", "y"], [["1", "p"], ["2", "q"]])
 
 
-def test_a_made_up_verdict_unknown_slugs_and_bad_seeds_are_refused(fake):
+def test_a_made_up_verdict_unknown_slugs_and_bad_seeds_are_refused(fake, monkeypatch):
     fake("splendid")
     with pytest.raises(ValueError, match="'splendid'"):
         run("flatnce")
     with pytest.raises(ValueError, match="unknown method 'nothing'"):
         run("nothing")
+    monkeypatch.setattr("kexue.reproduce.runner.available", lambda: ["flatnce"])
     with pytest.raises(ValueError, match="no reproduction yet"):
         run("bigan-qp")
     with pytest.raises(ValueError, match="seed"):

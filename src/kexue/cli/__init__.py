@@ -32,6 +32,8 @@ from kexue.cli.common import (
     print_table,
 )
 from kexue.cli.drift import drift
+from kexue.cli.explain import explain
+from kexue.cli.gan import gan_app
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.similarity import similarity_app
@@ -46,8 +48,9 @@ app = typer.Typer(
 )
 app.add_typer(words_app, name="words")
 app.add_typer(similarity_app, name="similarity")
+app.add_typer(gan_app, name="gan")
 app.command()(grow)
-for command in (drift, pretrain, score, suggest, generate):
+for command in (drift, explain, pretrain, score, suggest, generate):
     app.command()(command)
 
 
@@ -157,7 +160,7 @@ def similar(
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a workspace holds and how good it is."""
     from kexue.workbench import Workspace
-    from kexue.workbench.lexicon import explain
+    from kexue.workbench.lexicon import explain as explain_choice
     from kexue.workbench.steps import summary
 
     found = Workspace.open(folder).info()
@@ -167,7 +170,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
     print(f"{folder}: built from {found['source']} with kexue {found['kexue']}")
     for name, figures in found["figures"].items():
         print(f"  {name:9} {summary(figures)}")
-    if chosen := explain(found["figures"].get("tokenise", {}).get("choice", {})):
+    if chosen := explain_choice(found["figures"].get("tokenise", {}).get("choice", {})):
         print(f"  words: {chosen}")
     for title, rows in found["evaluation"].items():
         print(f"\n{title}")
@@ -274,7 +277,7 @@ def main() -> None:
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, KeyError) as error:
+    except (ValueError, TypeError, OSError, KeyError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)

@@ -6,11 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kexue.explain._text_result import TextExplanation, TextExplanations
+    from kexue.explain.attribution import IntegratedGradients, integrated_gradients
     from kexue.explain.path_kernel import PathKernel
+    from kexue.explain.similarity import PairExplanation, explain_pair
+    from kexue.explain.text import explain_text
 
-__all__ = ["PathKernel"]
+__all__ = [
+    "IntegratedGradients",
+    "PairExplanation",
+    "PathKernel",
+    "TextExplanation",
+    "TextExplanations",
+    "explain_pair",
+    "explain_text",
+    "integrated_gradients",
+]
 
-_MODULES = {"PathKernel": "path_kernel"}
+_MODULES = {
+    "IntegratedGradients": "attribution",
+    "PairExplanation": "similarity",
+    "PathKernel": "path_kernel",
+    "TextExplanation": "_text_result",
+    "TextExplanations": "_text_result",
+    "explain_pair": "similarity",
+    "explain_text": "text",
+    "integrated_gradients": "attribution",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,13 +31,15 @@ def locked(target: Path) -> Iterator[None]:
     """Keep other runs from writing ``target``.
 
     Raises:
-        WorkspaceError: Another run is writing it.
+        WorkspaceError: Another run is writing it, or nobody can.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
+        if not Path(lock.lock_file).exists():
+            raise WorkspaceError(f"{target.parent} cannot be written to; choose another folder") from None
         raise WorkspaceError(
             f"another run is writing {target} (it holds {lock.lock_file}); wait for it or choose another folder"
         ) from None
