@@ -37,7 +37,7 @@ from kexue.training.order import kept_random_state
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.pictures import Pictures, read_pictures
-from kexue.workbench.targets import check_free, locked, resolved
+from kexue.workbench.targets import begin, check_free, locked, resolved
 
 __all__ = ["MANIFEST", "GanModel", "GanSettings", "train_gan"]
 
@@ -145,7 +145,7 @@ def train_gan(
         say(f"read      {pictures.source}: {count:,} pictures of {' x '.join(map(str, shape))}")
         chosen = settings.chosen(shape)
         key = {"kexue": __version__, "settings": asdict(settings), "pictures": pictures.digest()}
-        _begin(partial, key, say)
+        begin(partial, key, "pictures", say)
         train, held = _held_out(pictures.data, settings.seed)
         say(f"train     {settings.method}, {settings.steps:,} steps on {len(train):,} pictures")
         trained = _train(train, settings, chosen, partial / "training", progress)
@@ -304,23 +304,6 @@ def _draw(trained: _Encoding | _Plain, train: NDArray[Any], held: NDArray[Any], 
     axis.legend()
     figure.savefig(folder / "losses.png", dpi=100)
     return [f"{name}.png" for name in (*grids, "losses")]
-
-
-def _begin(partial: Path, key: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The folder of an unfinished run of the same pictures with the same settings, or a new one."""
-    state = partial / "state.json"
-    try:
-        found = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if found == key:
-        return
-    if partial.exists():
-        if found is not None:
-            say("an unfinished run with other pictures or settings was found; starting over")
-        shutil.rmtree(partial)
-    partial.mkdir()
-    write_json(state, key)
 
 
 class GanModel:

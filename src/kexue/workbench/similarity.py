@@ -26,7 +26,7 @@ from kexue.tasks import SentenceSimilarity
 from kexue.tasks._similarity_training import usual_epochs
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
-from kexue.workbench.targets import check_free, locked, resolved
+from kexue.workbench.targets import begin, check_free, locked, resolved
 
 __all__ = ["MANIFEST", "Match", "SimilarityModel", "SimilaritySettings", "read_groups", "train_similarity"]
 
@@ -202,7 +202,7 @@ def train_similarity(
         for document in documents:
             digest.update(repr((document.text, document.labels[0])).encode("utf-8", "replace"))
         key = {"kexue": __version__, "settings": asdict(settings), "sentences": digest.hexdigest()}
-        _begin(partial, key, say)
+        begin(partial, key, "sentences", say)
         passes = settings.epochs or usual_epochs(len(train), _BATCH)
         model = SentenceSimilarity(
             kind=settings.kind, d=settings.dim, maxlen=settings.max_length, min_count=settings.min_count, epochs=passes,
@@ -249,23 +249,6 @@ def _checked(documents: list[Document]) -> list[Document]:
     if not kept:
         raise ValueError("corpus must hold sentences; got none")
     return kept
-
-
-def _begin(partial: Path, key: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The folder of an unfinished run of the same sentences with the same settings, or a new one."""
-    state = partial / "state.json"
-    try:
-        found = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if found == key:
-        return
-    if partial.exists():
-        if found is not None:
-            say("an unfinished run with other sentences or settings was found; starting over")
-        shutil.rmtree(partial)
-    partial.mkdir()
-    write_json(state, key)
 
 
 class SimilarityModel:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kexue._files import recover_directory
+from kexue._files import recover_directory, write_json
 from kexue.workbench.errors import WorkspaceError
 
-__all__ = ["check_free", "locked", "resolved"]
+__all__ = ["begin", "check_free", "locked", "resolved"]
 
 
 def resolved(out: str | Path) -> Path:
@@ -67,3 +70,27 @@ def check_free(target: Path, manifest: str, what: str, force: bool) -> None:
             raise WorkspaceError(f"{target} exists and is no {what} of kexue; choose another folder")
         if not force:
             raise WorkspaceError(f"{target} exists; choose another folder, or --force to replace it")
+
+
+def begin(partial: Path, key: dict[str, Any], what: str, say: Callable[[str], None]) -> None:
+    """The folder of an unfinished run on the same data with the same settings, or a new one.
+
+    Args:
+        partial: The folder.
+        key: What the data and settings are told by, JSON-compatible.
+        what: What the data are called.
+        say: Called with a line if another unfinished run is thrown away.
+    """
+    state = partial / "state.json"
+    try:
+        found = json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == key:
+        return
+    if partial.exists():
+        if found is not None:
+            say(f"an unfinished run with other {what} or settings was found; starting over")
+        shutil.rmtree(partial)
+    partial.mkdir()
+    write_json(state, key)
