@@ -20,6 +20,8 @@ from kexue._tensors import compute_dtype
 
 __all__ = ["linear_top_indices", "nucleus", "top_indices"]
 
+_HEAP_DEVICES = ("cpu",)
+_HEAP = 256  # the largest heap that is faster than torch.topk
 _PIECE = 1 << 20  # scores that are widened to float32 at a time
 _TABLE_ROWS = 768  # of the vocabulary in one product on a CPU; in one product MKL takes longer
 _HIDDEN_ROWS = 1024
@@ -38,8 +40,8 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     rows, n = scores.shape
     if k >= n or rows == 0:
         return torch.arange(k, device=scores.device).expand(rows, k).contiguous()
-    if scores.device.type != "cpu":
-        return _ordered(scores, k)[1]
+    if scores.device.type not in _HEAP_DEVICES or k > _HEAP:
+        return _chosen(scores, k)
     dtype = compute_dtype(scores)
     keys, index = scores.new_empty((rows, k), dtype=dtype), torch.empty((rows, k), dtype=torch.int64)
     step = rows if scores.dtype == dtype else max(_PIECE // n, 1)
@@ -49,26 +51,29 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return index
 
 
-def _ordered(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest (R, k) with their indices, the largest first, equal ones by index. On any device."""
-    n = scores.shape[1]
-    values, index = scores.topk(min(k + 1, n), dim=1)
-    if k < n:
-        tied = values[:, k - 1] == values[:, k]  # false for NaN: such a row is NaN anyway
-        values, index = values[:, :k], index[:, :k]
-        if bool(tied.any()):
-            index = index.clone()
-            row, edge = scores[tied], values[tied][:, -1:]
-            above, equal = ~(row <= edge), row == edge
-            room = k - above.sum(1, keepdim=True)
-            index[tied] = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+def _chosen(scores: Tensor, k: int) -> Tensor:
+    """:func:`top_indices` by torch.topk, which is put right where it had to choose; k < n."""
+    values, index = scores.topk(k + 1, dim=1)
+    tied = values[:, k - 1] == values[:, k]  # false for NaN: such a row is NaN anyway
+    index = index[:, :k]
+    if bool(tied.any()):
+        index = index.clone()
+        row, edge = scores[tied], values[tied][:, -1:]
+        above, equal = ~(row <= edge), row == edge
+        room = k - above.sum(1, keepdim=True)
+        index[tied] = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+    return index
+
+
+def _in_order(scores: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores at ``index`` (R, k), the largest first and equal ones by index, and the indices."""
     index = index.sort(dim=1).values
     values, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
     return values, index.gather(1, order)
 
 
 def linear_top_indices(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, chunk_bytes: int, product: torch.dtype
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, chunk_bytes: int | None, product: torch.dtype
 ) -> Tensor:
     """:func:`top_indices` of ``hidden @ weight.T + bias``, of which no more than ``chunk_bytes`` exist at a time.
 
@@ -77,17 +82,20 @@ def linear_top_indices(
         weight: (V, D).
         bias: (V,), or None.
         k: At most V.
-        chunk_bytes: Bound on a block of scores; but a block has at least one row and k columns.
+        chunk_bytes: Bound on a block of scores; but a block has at least one row and k columns. None is 4 MiB on a CPU,
+            256 MiB elsewhere.
         product: The dtype of the products.
     """
     hidden, weight = hidden.detach(), weight.detach()
     count, vocabulary = hidden.shape[0], weight.shape[0]
     index = torch.empty((count, k), dtype=torch.int64, device=hidden.device)
+    heaps = hidden.device.type in _HEAP_DEVICES
+    if chunk_bytes is None:
+        chunk_bytes = 1 << 22 if heaps else 1 << 28
     numbers = max(chunk_bytes // 4, 1)
-    on_cpu = hidden.device.type == "cpu"
     width = max(k, min(_TABLE_ROWS, numbers))
     rows = max(1, min(numbers // width, _HIDDEN_ROWS, count))
-    if not on_cpu:
+    if not heaps:
         width = min(max(width, numbers // rows), vocabulary)
     dtype = compute_dtype(hidden.new_empty(0, dtype=product))
     buffer = hidden.new_empty(rows * min(width, vocabulary), dtype=product)
@@ -97,10 +105,11 @@ def linear_top_indices(
         found = index[part]
         keys = some.new_empty(found.shape, dtype=dtype)
         for first, scores in _blocks(some, weight, bias, width, buffer):
-            if on_cpu:
+            if heaps:
                 _scan(scores.to(dtype), first, keys, found)
                 continue
-            values, at = _ordered(scores.to(dtype), min(k, scores.shape[1]))
+            scores = scores.to(dtype)
+            values, at = _in_order(scores, top_indices(scores, min(k, scores.shape[1])))
             at = at + first
             if first:  # what was found before has the lower indices, so that a stable sort keeps the order
                 both, order = torch.cat([keys, values], 1).sort(dim=1, descending=True, stable=True)
@@ -127,15 +136,31 @@ def _blocks(
 def nucleus(scores: Tensor, p: float) -> Tensor:
     """Which scores (R, n) belong to the smallest set of the largest probabilities that sum to p, (R, n) bool.
 
-    Probabilities and their sums are taken in float64 where the device has it.
+    Sums of probabilities are taken in float64 where the device has it.
     """
-    scores = scores.detach()
-    values, order = scores.to(compute_dtype(scores)).sort(dim=1, descending=True, stable=True)
-    chance = values.to(torch.float32 if scores.device.type == "mps" else torch.float64).softmax(1)
-    before = chance.cumsum(1) - chance
-    kept = (before < p) & (chance > 0)
+    scores = scores.detach().to(compute_dtype(scores))
+    n = scores.shape[1]
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    top = scores.amax(1, keepdim=True)
+    total = (scores - top).exp_().sum(1, keepdim=True, dtype=wide)
+    if n <= 4 * _HEAP or torch.compiler.is_compiling():
+        return _first_of(*scores.sort(dim=1, descending=True, stable=True), top, p * total, n)[0]
+    kept, whole = _first_of(*_in_order(scores, top_indices(scores, _HEAP)), top, p * total, n)
+    if not bool(whole.all()):  # some rows need more than the best few: they are sorted
+        some = scores[~whole]
+        ordered = some.sort(dim=1, descending=True, stable=True)
+        kept[~whole] = _first_of(*ordered, top[~whole], p * total[~whole], n)[0]
+    return kept
+
+
+def _first_of(values: Tensor, order: Tensor, top: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Mask (R, n) of the first of the ordered scores that reach the mass, and which rows reach it (R,)."""
+    chance = (values - top).exp_().to(mass.dtype)
+    sums = chance.cumsum(1)
+    kept = (sums - chance < mass) & (chance > 0)
     kept[:, :1] = True  # also where the row is NaN
-    return torch.zeros_like(kept).scatter(1, order, kept)
+    whole = ~(sums[:, -1] < mass.squeeze(1))
+    return torch.zeros((len(values), n), dtype=torch.bool, device=values.device).scatter(1, order, kept), whole
 
 
 @torch.library.custom_op("kexue::top_indices", mutates_args=(), schema="(Tensor scores, SymInt k) -> Tensor")
@@ -151,7 +176,7 @@ def _(scores, k):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     "kexue::linear_top_indices",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, SymInt k, SymInt chunk_bytes, ScalarType product) -> Tensor",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, SymInt k, SymInt? chunk_bytes, ScalarType product) -> Tensor",
 )
 def _linear_op(*args: Any) -> Tensor:
     return linear_top_indices(*args)
@@ -168,7 +193,7 @@ def run_top(scores: Tensor, k: int) -> Tensor:
 
 
 def run_linear_top(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, chunk_bytes: int, product: torch.dtype
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, chunk_bytes: int | None, product: torch.dtype
 ) -> Tensor:
     """:func:`linear_top_indices` in the same way, its products in ``product`` also under autocast."""
     if torch.compiler.is_compiling():

@@ -34,6 +34,18 @@ def _sink(keys, index, place):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _offer(row, start, stop, offset, keys, index):  # type: ignore[no-untyped-def]
+    """Take what is better than the worst of the heap."""
+    for i in range(start, stop):
+        key = row[i]
+        if key != key:
+            key = np.inf  # NaN ranks with the largest
+        if key > keys[0]:
+            keys[0], index[0] = key, offset + i
+            _sink(keys, index, 0)
+
+
+@kernel
 def scan(scores, offset, keys, index):  # type: ignore[no-untyped-def]
     """Scores (R, n) of the columns from ``offset`` on go into the heaps keys (R, k), index (R, k).
 
@@ -46,25 +58,17 @@ def scan(scores, offset, keys, index):  # type: ignore[no-untyped-def]
         start = 0
         if offset == 0:
             for i in range(k):
-                heap[i] = row[i] if row[i] == row[i] else np.inf  # NaN ranks with the largest
+                heap[i] = row[i] if row[i] == row[i] else np.inf
                 at[i] = i
             for place in range(k // 2 - 1, -1, -1):
                 _sink(heap, at, place)
             start = k
-        worst = heap[0]
-        while start < n:
-            stop = min(start + BLOCK, n)
-            hit = np.int32(0)
-            for i in range(start, stop):
-                hit |= np.int32(0) if row[i] <= worst else np.int32(1)  # also for NaN
+        while start + BLOCK <= n:
+            block, worst = row[start : start + BLOCK], heap[0]
+            hit = 0
+            for i in range(BLOCK):  # of fixed length, without a branch, no index below 0: or it is not vectorised
+                hit |= not (block[i] <= worst)  # also for NaN
             if hit:
-                for i in range(start, stop):
-                    if row[i] > worst:
-                        heap[0], at[0] = row[i], offset + i
-                    elif row[i] != row[i] and worst < np.inf:
-                        heap[0], at[0] = np.inf, offset + i
-                    else:
-                        continue
-                    _sink(heap, at, 0)
-                    worst = heap[0]
-            start = stop
+                _offer(row, start, start + BLOCK, offset, heap, at)
+            start += BLOCK
+        _offer(row, start, n, offset, heap, at)

@@ -10,7 +10,6 @@ computed in float32 (float64 for float64), also where those that choose Omega ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue._checks import check_int
-from kexue._tensors import as_recorded, check_float, compute_dtype, once_differentiable
+from kexue._tensors import check_float, compute_dtype, once_differentiable
 from kexue.losses._topk_kernel import run_linear_top
 from kexue.losses.linear_cross_entropy import _products
 from kexue.losses.sparse_softmax import (
@@ -32,7 +31,7 @@ from kexue.losses.sparse_softmax import (
 
 __all__ = ["LinearSparseCrossEntropyLoss", "linear_sparse_cross_entropy"]
 
-CHUNK_BYTES = 1 << 22
+_PIECE = 1 << 18  # numbers of the rows of a table that are gathered at a time
 
 
 def linear_sparse_cross_entropy(
@@ -47,7 +46,7 @@ def linear_sparse_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     sparse_grad: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """:func:`sparse_cross_entropy` of ``hidden @ weight.T + bias``, without holding the scores. Differentiable once.
 
@@ -65,7 +64,7 @@ def linear_sparse_cross_entropy(
         label_smoothing: As in :func:`sparse_cross_entropy`.
         sparse_grad: Let the gradient of ``weight`` be a sparse tensor of the rows touched, as torch.optim.SparseAdam
             takes it; ``weight`` should be a parameter. Not under torch.compile, and not with k >= V.
-        chunk_bytes: Bound on the scores, and on the rows of ``weight``, that are held at a time.
+        chunk_bytes: Bound on the scores that are held at a time; None is 4 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
         A scalar, or (...) for "none"; float32, or float64 for float64.
@@ -97,7 +96,8 @@ def linear_sparse_cross_entropy(
         if bias.shape[0] != vocabulary:
             raise ValueError(f"bias must have {vocabulary} entries, one for each row of weight; got {len(bias)}")
     check_int("k", k, 1)
-    check_int("chunk_bytes", chunk_bytes, 1)
+    if chunk_bytes is not None:
+        check_int("chunk_bytes", chunk_bytes, 1)
     check_options(class_weight, vocabulary, reduction, label_smoothing, "class_weight")
     shape = tuple(hidden.shape[:-1])
     check_target(target, shape, vocabulary, ignore_index)
@@ -105,7 +105,7 @@ def linear_sparse_cross_entropy(
         raise TypeError(f"sparse_grad must be True or False; got {sparse_grad!r}")
     if sparse_grad and (k >= vocabulary or torch.compiler.is_compiling()):
         raise ValueError(f"sparse_grad needs k below {vocabulary} and no torch.compile; got k = {k}")
-    rows, flat = hidden.reshape(-1, width), target.reshape(-1).long()
+    rows, flat = hidden.reshape(target.numel(), width), target.reshape(-1).long()
     ignored = flat == ignore_index
     place = None
     if torch.compiler.is_compiling():  # a data-dependent number of rows would break the graph
@@ -127,8 +127,7 @@ def linear_sparse_cross_entropy(
     else:
         index = run_linear_top(rows, weight, bias, k, chunk_bytes, product)
         both = torch.cat([index, flat.unsqueeze(1)], 1)
-        rows, weight, bias = as_recorded(rows, weight, bias)
-        picked = _PickedScores.apply(rows, weight, bias, both, sparse_grad, chunk_bytes)
+        picked = _PickedScores.apply(rows, weight, bias, both, sparse_grad)
         losses = picked_losses(picked, index, flat, ignored, factor, label_smoothing)
     loss = reduce_counted(losses, flat, ignored, factor, reduction)
     if reduction != "none":
@@ -142,15 +141,14 @@ class _PickedScores(torch.autograd.Function):
     """Scores (R, m) of the words at ``index`` (R, m), each row of which is its own choice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, sparse: bool, chunk: int
-    ) -> Tensor:
-        ctx.sparse, ctx.chunk = sparse, chunk
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, sparse: bool) -> Tensor:
+        ctx.sparse = sparse
         ctx.save_for_backward(hidden, weight, bias, index)
         scores = hidden.new_empty(index.shape, dtype=compute_dtype(hidden, weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for part, rows, table in _pieces(hidden, weight, index, chunk):
-                scores[part] = torch.bmm(table, rows.unsqueeze(2)).squeeze(2)
+            for part in _parts(index, weight):
+                rows = hidden[part].to(scores.dtype)
+                scores[part] = torch.bmm(_gathered(weight, index[part], scores.dtype), rows.unsqueeze(2)).squeeze(2)
         return scores if bias is None else scores + bias[index].to(scores.dtype)
 
     @staticmethod
@@ -158,54 +156,49 @@ class _PickedScores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, index = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.autocast(hidden.device.type, enabled=False):
-            d_hidden = _hidden_gradient(hidden, weight, index, grad, ctx.chunk) if needs[0] else None
-            d_weight = _weight_gradient(hidden, weight, index, grad, ctx.sparse, ctx.chunk) if needs[1] else None
-        d_bias = None
+        d_hidden = d_weight = d_bias = None
+        if needs[0]:
+            d_hidden = torch.empty_like(hidden)
+            with torch.autocast(hidden.device.type, enabled=False):
+                for part in _parts(index, weight):
+                    table = _gathered(weight, index[part], grad.dtype)
+                    d_hidden[part] = torch.bmm(grad[part].unsqueeze(1), table).squeeze(1).to(hidden.dtype)
+        if needs[1]:
+            d_weight = _weight_gradient(hidden, weight, index, grad, ctx.sparse)
         if bias is not None and needs[2]:
             d_bias = grad.new_zeros(len(bias)).index_add(0, index.flatten(), grad.flatten()).to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None
 
 
-def _pieces(hidden: Tensor, weight: Tensor, index: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield which rows, the rows (r, D), and the rows of the table (r, m, D) that each chose."""
-    dtype = compute_dtype(hidden, weight)
+def _parts(index: Tensor, weight: Tensor) -> list[slice]:
+    """The rows, in parts whose words' rows of the table are held at a time."""
     count, m = index.shape
-    step = max(1, chunk // max(1, 4 * m * weight.shape[1]))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        some = index[part]
-        table = weight.index_select(0, some.flatten()).to(dtype).view(*some.shape, weight.shape[1])
-        yield part, hidden[part].to(dtype), table
+    step = max(1, _PIECE // max(1, m * weight.shape[1]))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _hidden_gradient(hidden: Tensor, weight: Tensor, index: Tensor, grad: Tensor, chunk: int) -> Tensor:
-    out = torch.empty_like(hidden)
-    for part, _, table in _pieces(hidden, weight, index, chunk):
-        out[part] = torch.bmm(grad[part].unsqueeze(1), table).squeeze(1).to(out.dtype)
-    return out
+def _gathered(weight: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.index_select(0, index.flatten()).to(dtype).view(*index.shape, weight.shape[1])
 
 
-def _weight_gradient(hidden: Tensor, weight: Tensor, index: Tensor, grad: Tensor, sparse: bool, chunk: int) -> Tensor:
+def _weight_gradient(hidden: Tensor, weight: Tensor, index: Tensor, grad: Tensor, sparse: bool) -> Tensor:
     """Sum over rows r and places m of grad[r, m] hidden[r] into row index[r, m]."""
-    flat, compact = index.flatten(), None
-    if not torch.compiler.is_compiling():  # sums of the words that occur alone, in full precision
-        words, flat = flat.unique(return_inverse=True)
-        compact = words
-    size = len(weight) if compact is None else len(compact)
-    total = grad.new_zeros(size, weight.shape[1])
-    m = index.shape[1]
-    step = max(1, chunk // max(1, 4 * m * weight.shape[1]))
-    for start in range(0, len(index), step):
-        part = slice(start, start + step)
+    words, place = None, index
+    if sparse or (weight.dtype != grad.dtype and not torch.compiler.is_compiling()):
+        # Only the words that occur are summed in float32 before they are rounded.
+        words, place = index.unique(return_inverse=True)
+    total = grad.new_zeros(len(weight) if words is None else len(words), weight.shape[1])
+    for part in _parts(index, weight):
         outer = grad[part].unsqueeze(2) * hidden[part].to(grad.dtype).unsqueeze(1)
-        total.index_add_(0, flat[start * m : (start + step) * m], outer.flatten(0, 1))
+        total.index_add_(0, place[part].flatten(), outer.flatten(0, 1))
     total = total.to(weight.dtype)
-    if compact is None:
+    if words is None:
         return total
     if sparse:
-        return torch.sparse_coo_tensor(compact.unsqueeze(0), total, weight.shape, is_coalesced=True)
-    return torch.zeros_like(weight).index_copy_(0, compact, total)
+        return torch.sparse_coo_tensor(
+            words.unsqueeze(0), total, weight.shape, is_coalesced=True, check_invariants=False
+        )
+    return torch.zeros_like(weight).index_copy_(0, words, total)
 
 
 class LinearSparseCrossEntropyLoss(nn.Module):
@@ -218,7 +211,7 @@ class LinearSparseCrossEntropyLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         label_smoothing: Share that is spread over Omega and the target.
         sparse_grad: Whether the gradient of the table is a sparse tensor.
-        chunk_bytes: Bound on the scores that are held at a time.
+        chunk_bytes: As in :func:`linear_sparse_cross_entropy`.
 
     Raises:
         TypeError: Wrong kind of argument.
@@ -246,11 +239,12 @@ class LinearSparseCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         sparse_grad: bool = False,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_int("k", k, 1)
-        check_int("chunk_bytes", chunk_bytes, 1)
+        if chunk_bytes is not None:
+            check_int("chunk_bytes", chunk_bytes, 1)
         classes = class_weight.shape[-1] if isinstance(class_weight, Tensor) and class_weight.dim() else 0
         check_options(class_weight, classes, reduction, label_smoothing, "class_weight")
         self.k, self.ignore_index, self.reduction, self.chunk_bytes = k, ignore_index, reduction, chunk_bytes

@@ -100,7 +100,7 @@ def check_kept(k: Any, p: Any) -> int | None:
     check_real("p", p, above=0.0)
     if p > 1:
         raise ValueError(f"p must be in (0, 1]; got {p!r}")
-    if k is not None and (isinstance(k, bool) or k != K):
+    if k is not None and (type(k) is not int or k != K):
         raise ValueError(f"give k or p, not both; got k = {k!r} and p = {p!r}")
     return None
 
@@ -153,6 +153,7 @@ def picked_losses(
     inside = at.any(1)
     silent = ignored | (picked[:, :-1] == -math.inf).all(1)
     picked = torch.where(silent.unsqueeze(1), 0.0, picked)
+    picked = picked - picked[:, :-1].detach().amax(1, keepdim=True)  # or the digits of a log-sum of 1e4 are few
     kept, own = picked[:, :-1], picked[:, -1]
     # A target in Omega counts there: its two parts of the gradient are summed before they are rounded.
     own = torch.where(inside, torch.where(at, kept, 0.0).sum(1), own)
@@ -175,6 +176,7 @@ def _masked_losses(
     """The same from all scores (R, n) and a mask of Omega."""
     silent = ignored | (rows == -math.inf).all(1)
     rows = torch.where(silent.unsqueeze(1), 0.0, rows.to(compute_dtype(rows)))
+    rows = rows - rows.detach().amax(1, keepdim=True)
     total = torch.where(kept, rows, -math.inf).logsumexp(1)
     loss = total - rows.gather(1, target.unsqueeze(1)).squeeze(1)
     if weight is not None:
@@ -236,7 +238,7 @@ def sparse_cross_entropy(
         reduction: "mean", "sum", or "none" (0 for rows that do not count).
         label_smoothing: eps in [0, 1]: the share of the target distribution that is spread evenly over the m members
             of Omega and the target, (1 - eps) w_t (L - s_t) + eps / m * sum over them of w_j (L - s_j) with
-            L the log-sum-exp over Omega.
+            L the log-sum-exp over Omega. A score of -inf among them makes the loss infinite, as in the dense function.
 
     Returns:
         The loss in float32 (float64 for float64). NaN where a row that counts has a NaN.
