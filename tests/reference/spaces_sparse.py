@@ -88,8 +88,8 @@ def losses(scores, target, k=10, p=None, weight=None, smoothing=0.0, ignore=-100
     return values.sum() / (mass or 1.0), grads / (mass or 1.0)
 
 
-def linear(hidden, weight, target, bias=None, **options):
-    """Loss behind a linear map, with the gradients of hidden, weight and bias."""
-    scores = hidden @ weight.T + (0 if bias is None else bias)
+def linear(hidden, table, target, bias=None, **options):
+    """Loss behind a linear map, with the gradients of hidden, table and bias."""
+    scores = hidden @ table.T + (0 if bias is None else bias)
     value, grad = losses(scores, target, **options)
-    return value, grad @ weight, grad.T @ hidden, grad.sum(0)
+    return value, grad @ table, grad.T @ hidden, grad.sum(0)
