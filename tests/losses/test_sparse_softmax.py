@@ -67,8 +67,8 @@ def test_values_and_gradients_are_those_of_the_reference(rows, n, k, p, ties, we
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 700),
-    k=st.integers(1, 700),
+    n=st.integers(1, 1500),
+    k=st.one_of(st.integers(1, 20), st.integers(1, 700)),
     levels=st.sampled_from([1, 2, 5, 100, None]),
     seed=st.integers(0, 1000),
 )
@@ -84,6 +84,17 @@ def test_the_largest_are_found_and_ties_go_to_the_lowest_index(n, k, levels, see
         assert torch.equal(top_indices(rounded, k).sort(dim=1).values, stable)
     if k < n:
         assert torch.equal(_topk_kernel._chosen(scores, k).sort(dim=1).values, want)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 1500), k=st.integers(1, 30), places=st.lists(st.integers(0, 1499), min_size=1, max_size=5))
+def test_nan_is_among_the_largest_wherever_it_stands(n, k, places):
+    k, places = min(k, n - 1), sorted({p % n for p in places})
+    scores = torch.randn(1, n, generator=generator(n))
+    scores[0, places] = math.nan
+    for found in (top_indices(scores, k), _topk_kernel._chosen(scores, k)):
+        assert len(found[0].unique()) == k
+        assert scores[0, found[0]].isnan().sum() == min(k, len(places))
 
 
 def test_of_equal_scores_exactly_k_of_the_lowest_index_are_kept(way):
