@@ -109,18 +109,29 @@ def test_of_equal_scores_exactly_k_of_the_lowest_index_are_kept(way):
 
 def test_the_nucleus_is_the_smallest_set_and_needs_no_luck_with_rounding():
     even = torch.zeros(1, 4)
-    assert [int(nucleus(even, p).sum()) for p in (0.2, 0.25, 0.26, 0.5, 0.75, 0.76)] == [1, 1, 2, 2, 3, 4]
-    assert nucleus(even, 0.5)[0].tolist() == [True, True, False, False]
+    assert [int(nucleus(even, p)[1].sum()) for p in (0.2, 0.25, 0.26, 0.5, 0.75, 0.76)] == [1, 1, 2, 2, 3, 4]
+    assert sparse_softmax(even, p=0.5)[0].tolist() == [0.5, 0.5, 0, 0]
     g = generator(0)
     scores = torch.cat([8 * torch.randn(2, 3000, generator=g), torch.randn(2, 3000, generator=g)])  # few, and many
     for p in (0.3, 0.9, 0.999):
-        kept = nucleus(scores, p)
+        kept = torch.cat([sparse_softmax(scores[:2], p=p), sparse_softmax(scores[2:], p=p)]) > 0
+        assert torch.equal(kept, sparse_softmax(scores, p=p) > 0)
         chance = scores.double().softmax(1)
         for row in range(4):
             inside = chance[row][kept[row]]
             assert inside.sum() >= p - 1e-6
             assert inside.sum() - inside.min() < p + 1e-6
             assert inside.min() >= chance[row][~kept[row]].max()
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_a_nucleus_of_many_classes_is_that_of_the_reference(spread):
+    scores = (spread * drawn(3, 2000, 13)).requires_grad_()
+    target = torch.tensor([int(scores[0].argmax()), 5, -100])
+    loss = sparse_cross_entropy(scores, target, p=0.8, label_smoothing=0.1)
+    value, grad = reference.losses(scores.detach(), target, p=0.8, smoothing=0.1)
+    torch.testing.assert_close(loss.detach(), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, scores)[0], grad, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("k", [7, 50])

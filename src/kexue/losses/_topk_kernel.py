@@ -134,34 +134,41 @@ def _blocks(
         yield first, out
 
 
-def nucleus(scores: Tensor, p: float) -> Tensor:
-    """Which scores (R, n) belong to the smallest set of the largest probabilities that sum to p, (R, n) bool.
+def nucleus(scores: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set of the largest probabilities of each row of scores (R, n) that sum to p.
 
     Sums of probabilities are taken in float64 where the device has it.
+
+    Returns:
+        Indices (R, m), the largest probability first, and which of them belong to the set (R, m). m is the size of the
+        largest set, but n while torch.compile traces.
     """
     scores = scores.detach().to(compute_dtype(scores))
-    n = scores.shape[1]
+    traced = torch.compiler.is_compiling()
     wide = torch.float32 if scores.device.type == "mps" else torch.float64
     top = scores.amax(1, keepdim=True)
-    total = (scores - top).exp_().sum(1, keepdim=True, dtype=wide)
-    if n <= 4 * _FEW or torch.compiler.is_compiling():
-        return _first_of(*scores.sort(dim=1, descending=True, stable=True), top, p * total, n)[0]
-    kept, whole = _first_of(*_in_order(scores, top_indices(scores, _FEW)), top, p * total, n)
-    if not bool(whole.all()):  # some rows need more than the best few: they are sorted
-        some = scores[~whole]
-        ordered = some.sort(dim=1, descending=True, stable=True)
-        kept[~whole] = _first_of(*ordered, top[~whole], p * total[~whole], n)[0]
-    return kept
+    mass = p * (scores - top).exp_().sum(1, keepdim=True, dtype=wide)
+    found = None
+    if scores.shape[1] > 4 * _FEW and not traced:
+        values, index = _in_order(scores, top_indices(scores, _FEW))
+        kept, whole = _first_of(values, top, mass)
+        found = (index, kept) if bool(whole.all()) else None
+    if found is None:
+        values, index = scores.sort(dim=1, descending=True, stable=True)
+        found = index, _first_of(values, top, mass)[0]
+    if traced or scores.shape[0] == 0:
+        return found
+    most = int(found[1].sum(1).max())
+    return found[0][:, :most], found[1][:, :most]
 
 
-def _first_of(values: Tensor, order: Tensor, top: Tensor, mass: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Mask (R, n) of the first of the ordered scores that reach the mass, and which rows reach it (R,)."""
+def _first_of(values: Tensor, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask of the first of the ordered scores (R, m) that reach the mass, and which rows reach it (R,)."""
     chance = (values - top).exp_().to(mass.dtype)
     sums = chance.cumsum(1)
     kept = (sums - chance < mass) & (chance > 0)
     kept[:, :1] = True  # also where the row is NaN
-    whole = ~(sums[:, -1] < mass.squeeze(1))
-    return torch.zeros((len(values), n), dtype=torch.bool, device=values.device).scatter(1, order, kept), whole
+    return kept, ~(sums[:, -1] < mass.squeeze(1))
 
 
 @torch.library.custom_op("kexue::top_indices", mutates_args=(), schema="(Tensor scores, SymInt k) -> Tensor")

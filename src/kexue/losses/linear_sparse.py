@@ -128,7 +128,7 @@ def linear_sparse_cross_entropy(
         index = run_linear_top(rows, weight, bias, k, chunk_bytes, product)
         both = torch.cat([index, flat.unsqueeze(1)], 1)
         picked = _PickedScores.apply(rows, weight, bias, both, sparse_grad)
-        losses = picked_losses(picked, index, flat, ignored, factor, label_smoothing)
+        losses = picked_losses(picked, index, None, flat, ignored, factor, label_smoothing)
     loss = reduce_counted(losses, flat, ignored, factor, reduction)
     if reduction != "none":
         return loss

@@ -75,14 +75,23 @@ def sparse_softmax(logits: Tensor, k: int | None = K, dim: int = -1, *, p: float
         raise ValueError(f"logits must have at least one class; got shape {tuple(logits.shape)} with dim {dim}")
     rows = logits.movedim(dim, -1)
     n = rows.shape[-1]
-    if k is not None and k < n:
-        index = run_top(rows.reshape(-1, n), k).view(*rows.shape[:-1], k)
-        chance = _softmax(rows.gather(-1, index))
-        return torch.zeros_like(rows).scatter(-1, index, chance).movedim(-1, dim)
-    if p is not None and p < 1:
-        kept = nucleus(rows.reshape(-1, n), p).view(rows.shape)
-        rows = torch.where(kept, rows, -math.inf)
-    return _softmax(rows).movedim(-1, dim)
+    if (k is None or k >= n) and (p is None or p >= 1):
+        return _softmax(rows).movedim(-1, dim)
+    index, kept = _omega(rows.reshape(-1, n), k, p)
+    index = index.view(*rows.shape[:-1], index.shape[-1])
+    chosen = rows.gather(-1, index)
+    if kept is not None:
+        chosen = torch.where(kept.view(index.shape), chosen, -math.inf)
+    return torch.zeros_like(rows).scatter(-1, index, _softmax(chosen)).movedim(-1, dim)
+
+
+def _omega(rows: Tensor, k: int | None, p: float | None) -> tuple[Tensor, Tensor | None]:
+    """Indices (R, m) of rows (R, n), and which of them are in Omega, None for all."""
+    if k is not None:
+        return run_top(rows, k), None
+    if p is None:
+        raise TypeError("k or p must be given; got neither")
+    return nucleus(rows, p)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -137,19 +146,23 @@ def check_options(weight: Any, classes: int, reduction: Any, label_smoothing: An
 
 
 def picked_losses(
-    picked: Tensor, index: Tensor, target: Tensor, ignored: Tensor, weight: Tensor | None, smoothing: float
-) -> Tensor:
+    picked: Tensor, index: Tensor, within: Tensor | None, target: Tensor, ignored: Tensor, weight: Tensor | None,
+    smoothing: float,
+) -> Tensor:  # fmt: skip
     """Losses of rows from the scores of Omega and of the target.
 
     Args:
         picked: (R, k + 1) the scores at ``index``, then that of the target, in the dtype of the loss.
         index: (R, k) Omega.
+        within: (R, k) bool, which of them are in Omega after all; None for all of them.
         target: (R,) in [0, n).
         ignored: (R,) bool, rows whose loss and gradient are 0.
         weight: (n,) of the classes, or None.
         smoothing: Label smoothing.
     """
     at = index == target.unsqueeze(1)
+    if within is not None:
+        at = at & within
     inside = at.any(1)
     silent = ignored | (picked[:, :-1] == -math.inf).all(1)
     picked = torch.where(silent.unsqueeze(1), 0.0, picked)
@@ -157,7 +170,7 @@ def picked_losses(
     kept, own = picked[:, :-1], picked[:, -1]
     # A target in Omega counts there: its two parts of the gradient are summed before they are rounded.
     own = torch.where(inside, torch.where(at, kept, 0.0).sum(1), own)
-    total = kept.logsumexp(1)
+    total = (kept if within is None else torch.where(within, kept, -math.inf)).logsumexp(1)
     loss = short = total - own
     if weight is not None:
         loss = loss * weight[target]
@@ -165,28 +178,11 @@ def picked_losses(
         others = total.unsqueeze(1) - kept
         if weight is not None:
             others, short = others * weight[index], loss
-        spread = (others.sum(1) + torch.where(inside, 0.0, short)) / (index.shape[1] + (~inside).to(loss.dtype))
+        size = torch.full_like(target, index.shape[1]) if within is None else within.sum(1)
+        if within is not None:
+            others = torch.where(within, others, 0.0)
+        spread = (others.sum(1) + torch.where(inside, 0.0, short)) / (size + (~inside).to(loss.dtype))
         loss = (1 - smoothing) * loss + smoothing * spread
-    return torch.where(silent, 0.0, loss)
-
-
-def _masked_losses(
-    rows: Tensor, kept: Tensor, target: Tensor, ignored: Tensor, weight: Tensor | None, smoothing: float
-) -> Tensor:
-    """The same from all scores (R, n) and a mask of Omega."""
-    silent = ignored | (rows == -math.inf).all(1)
-    rows = torch.where(silent.unsqueeze(1), 0.0, rows.to(compute_dtype(rows)))
-    rows = rows - rows.detach().amax(1, keepdim=True)
-    total = torch.where(kept, rows, -math.inf).logsumexp(1)
-    loss = total - rows.gather(1, target.unsqueeze(1)).squeeze(1)
-    if weight is not None:
-        loss = loss * weight[target]
-    if smoothing:
-        spread_over = kept.scatter(1, target.unsqueeze(1), True)
-        others = torch.where(spread_over, total.unsqueeze(1) - rows, 0.0)
-        if weight is not None:
-            others = torch.where(spread_over, others * weight, 0.0)
-        loss = (1 - smoothing) * loss + smoothing * others.sum(1) / spread_over.sum(1)
     return torch.where(silent, 0.0, loss)
 
 
@@ -275,14 +271,12 @@ def sparse_cross_entropy(
     rows = logits.movedim(axis, -1).reshape(-1, n)
     dtype = compute_dtype(logits)
     weight = None if weight is None else weight.detach().to(dtype)
-    if k is not None and k < n:
-        index = run_top(rows, k)
-        picked = rows.gather(1, torch.cat([index, flat.unsqueeze(1)], 1)).to(dtype)
-        losses = picked_losses(picked, index, flat, ignored, weight, label_smoothing)
-    elif p is not None and p < 1:
-        losses = _masked_losses(rows, nucleus(rows, p), flat, ignored, weight, label_smoothing)
-    else:
+    if (k is None or k >= n) and (p is None or p >= 1):
         losses = _dense_losses(rows, flat, ignored, weight, label_smoothing)
+    else:
+        index, within = _omega(rows, k, p)
+        picked = rows.gather(1, torch.cat([index, flat.unsqueeze(1)], 1)).to(dtype)
+        losses = picked_losses(picked, index, within, flat, ignored, weight, label_smoothing)
     loss = reduce_counted(losses, flat, ignored, weight, reduction)
     return loss.view(shape) if reduction == "none" else loss
 
