@@ -200,7 +200,7 @@ def _nearest(vectors: NDArray[Any], neighbors: int) -> Graph:
     for first in range(0, n, size) if neighbors > 0 else ():
         block = rows[first : first + size] @ rows.T
         block[np.arange(len(block)), np.arange(first, first + len(block))] = -1
-        columns = np.argpartition(-block, neighbors - 1, axis=1)[:, :neighbors]
+        columns = np.argpartition(block, n - neighbors, axis=1)[:, n - neighbors :]
         values = np.take_along_axis(block, columns, 1)
         where, k = np.nonzero(values > 0)
         found.append((where + first, columns[where, k], values[where, k]))
