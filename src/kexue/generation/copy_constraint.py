@@ -27,21 +27,22 @@ Shapes: N rows (hypotheses), B sources, S positions of a source, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kexue._checks import check_int
+from kexue._tensors import check_float, compute_dtype
+from kexue.generation import _copy_kernel
 
 __all__ = ["CopyConstraint", "CopyState"]
 
 FREE, BEGIN, INSIDE = 0, 1, 2  # O, B, I
+NOT_A_NUMBER = "copy_logits must be numbers; got NaN"
 
 
-@dataclass(frozen=True)
-class CopyState:
+class CopyState(NamedTuple):
     """Where in its source the run of each row ends.
 
     Attributes:
@@ -120,7 +121,9 @@ class CopyConstraint:
         self.usable = usable
         self.ends = torch.tensor(ends, device=ids.device)
         self._empty = ~usable.any(1)
-        self._mask = torch.empty(0, vocab_size + 1, dtype=torch.bool, device=ids.device)
+        self.compiled = ids.device.type == "cpu"
+        self.arrays = [x.numpy() for x in (self.ids, self.usable, self.ends)] if self.compiled else []
+        self._mask = torch.empty(0, 0, dtype=torch.bool, device=ids.device)
 
     def start(self, rows: int | Tensor) -> CopyState:
         """Rows without a run.
@@ -143,18 +146,15 @@ class CopyConstraint:
 
     def choose(self, state: CopyState, copy_logits: Tensor) -> Tensor:
         """The tag of each row: the largest of (N, 3) logits for O, B, I (the first of equal ones); I needs a run."""
-        logits = copy_logits.detach()
-        if logits.shape != (len(state.match), 3):
-            raise ValueError(f"copy_logits must be ({len(state.match)}, 3), O B I a row; got {tuple(logits.shape)}")
-        if not logits.is_floating_point():
-            raise TypeError(f"copy_logits must be floating; got dtype {logits.dtype}")
-        if bool(logits.isnan().any()):
-            raise ValueError("copy_logits must be numbers; got NaN")
-        running = state.match.any(1)
-        inside = logits[:, 2].masked_fill(~running, -torch.inf)
-        both = logits[:, :2].amax(1)
-        best = logits[:, :2].argmax(1)
-        return torch.where(inside > both, INSIDE, best)
+        logits = check_logits(copy_logits, len(state.match), self.ids.device)
+        if self.compiled:
+            z = torch.empty(len(logits), dtype=torch.long)
+            fine = _copy_kernel.choose(logits.numpy(), state.match.numpy(), z.numpy())
+        else:
+            z, fine = _choose(logits, state.match), not bool(logits.isnan().any())
+        if not fine:
+            raise ValueError(NOT_A_NUMBER)
+        return z
 
     def allow(self, state: CopyState, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the tags allow.
@@ -167,22 +167,29 @@ class CopyConstraint:
             ``use`` (N, S) bool, the source positions that the next token may be of; ``allowed`` (N, V) bool, the
             tokens. ``allowed`` is overwritten by the next call.
         """
-        match, owner = state.match, state.owner
-        rows = len(match)
-        z = z.to(match.device)
-        ids, usable = self.ids[owner], self.usable[owner]
-        following = torch.zeros_like(match)
-        following[:, 1:] = match[:, :-1] & usable[:, 1:]
-        inside = (z == INSIDE) & following.any(1)
-        free = (z == FREE) | self._empty[owner]
-        use = torch.where(inside[:, None], following, usable) & ~free[:, None]
-        if len(self._mask) != rows:
-            self._mask = self._mask.new_empty(rows, self.vocab_size + 1)
-        mask = self._mask
+        rows = len(state.match)
+        if z.shape != (rows,):
+            raise ValueError(f"z must be ({rows},), a tag for each row; got {tuple(z.shape)}")
+        z = z.to(device=self.ids.device, dtype=torch.long)
+        mask = self.mask(rows)
+        if self.compiled:
+            use = torch.empty_like(state.match)
+            given = [x.numpy() for x in (state.owner, state.match, z)]
+            _copy_kernel.allow(*self.arrays, *given, use.numpy(), mask.numpy())
+            return use, mask
+        ids, usable = self.ids[state.owner], self.usable[state.owner]
+        free = (z == FREE) | self._empty[state.owner]
+        use = _use(usable, state.match, z) & ~free[:, None]
         mask[:] = free[:, None]
         mask.scatter_(1, torch.where(use, ids, self.vocab_size), True)  # the last column takes what is not used
         mask[:, self.ends] = True
         return use, mask[:, :-1]
+
+    def mask(self, rows: int) -> Tensor:
+        """The memory that :meth:`allow` writes to."""
+        if len(self._mask) != rows:
+            self._mask = self._mask.new_empty(rows, self.vocab_size + (not self.compiled))
+        return self._mask
 
     def advance(self, state: CopyState, use: Tensor, tokens: Tensor, index: Tensor | None = None) -> CopyState:
         """The state after a token each.
@@ -193,14 +200,44 @@ class CopyConstraint:
             tokens: (N',) the tokens taken.
             index: (N',) the old row that each new row continues; None: the same rows.
         """
-        owner = state.owner
         if index is not None:
-            use, owner = use[index], owner[index]
-        return CopyState(use & (self.ids[owner] == tokens.to(use.device)[:, None]), owner)
+            index = index.to(device=use.device, dtype=torch.long)
+        else:
+            index = torch.arange(len(use), device=use.device)
+        tokens = tokens.to(device=use.device, dtype=torch.long)
+        if tokens.dim() != 1 or tokens.shape != index.shape:
+            raise ValueError(f"tokens must be ({len(index)},), one for each row; got {tuple(tokens.shape)}")
+        if not self.compiled:
+            owner = state.owner[index]
+            return CopyState(use[index] & (self.ids[owner] == tokens[:, None]), owner)
+        new = CopyState(use.new_empty(len(index), use.shape[1]), torch.empty_like(index))
+        arrays = state.owner, use, index, tokens, new.match, new.owner
+        if not _copy_kernel.advance(self.arrays[0], *[x.numpy() for x in arrays]):
+            raise IndexError(f"index must be in [0, {len(use)}); got {index.tolist()}")
+        return new
 
     def reorder(self, state: CopyState, index: Tensor) -> CopyState:
         """Rows ``index`` of a state."""
         return CopyState(state.match[index], state.owner[index])
+
+
+def _choose(logits: Tensor, match: Tensor) -> Tensor:
+    inside = logits[:, 2].masked_fill(~match.any(1), -torch.inf)
+    return torch.where(inside > logits[:, :2].amax(1), INSIDE, logits[:, :2].argmax(1))
+
+
+def _use(usable: Tensor, match: Tensor, z: Tensor) -> Tensor:
+    following = torch.zeros_like(match)
+    following[:, 1:] = match[:, :-1] & usable[:, 1:]
+    return torch.where(((z == INSIDE) & following.any(1))[:, None], following, usable)
+
+
+def check_logits(copy_logits: Any, rows: int, device: torch.device) -> Tensor:
+    """(N, 3) in float32, or float64, on the device; or TypeError, ValueError."""
+    check_float("copy_logits", copy_logits)
+    if copy_logits.shape != (rows, 3):
+        raise ValueError(f"copy_logits must be ({rows}, 3), O B I a row; got shape {tuple(copy_logits.shape)}")
+    return copy_logits.detach().to(device=device, dtype=compute_dtype(copy_logits)).contiguous()
 
 
 def check_ids(source_ids: Any) -> Tensor:

@@ -26,11 +26,14 @@ from torch import Tensor
 from kexue._checks import check_int
 from kexue._tensors import check_float, compute_dtype
 from kexue._transformers import LogitsProcessor
+from kexue.generation import _copy_kernel
 from kexue.generation.copy_constraint import (
+    NOT_A_NUMBER,
     CopyConstraint,
     CopyState,
     check_eos,
     check_ids,
+    check_logits,
     check_mask,
     check_special,
 )
@@ -112,20 +115,35 @@ class CopyLogitsProcessor(LogitsProcessor):
         Returns:
             (N, V) in the dtype of ``scores``.
         """
+        self._check(input_ids, scores)
+        constraint = self._tables(scores)
+        rows, sources = len(input_ids), len(constraint.ids)
+        if rows % max(sources, 1):
+            raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
+        ids = input_ids.detach().to(torch.long).clone(memory_format=torch.contiguous_format)
+        wide = scores.detach().to(compute_dtype(scores)).contiguous()
+        logits = self._tags(input_ids)
+        made = self._step(constraint, ids, logits, wide)
+        if made is None:
+            state = self._state(constraint, ids)
+            use, allowed = constraint.allow(state, constraint.choose(state, logits))
+            self._last = ids, state, use
+            made = _survivors(wide, allowed, self.top_k)
+        return made.to(scores.dtype)
+
+    def _check(self, input_ids: Any, scores: Any) -> None:
         check_float("scores", scores, 2)
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids must be a tensor of integers; got {got}")
         if input_ids.dim() != 2 or len(input_ids) != len(scores):
-            raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got "
-                             f"{tuple(input_ids.shape)}")  # fmt: skip
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got {shape}")
         if input_ids.shape[1] < self.prompt_length:
             raise ValueError(
-                f"input_ids must have the {self.prompt_length} ids of the prompt (prompt_length); got "
+                f"input_ids must have at least the {self.prompt_length} ids of the prompt (prompt_length) a row; got "
                 f"{input_ids.shape[1]}"
             )
-        constraint = self._tables(scores)
-        state = self._state(constraint, input_ids)
-        use, allowed = constraint.allow(state, constraint.choose(state, self._tags(input_ids)))
-        self._last = input_ids.clone(), state, use
-        return _scores(scores, allowed, self.top_k)
 
     def _tables(self, scores: Tensor) -> CopyConstraint:
         found = self._constraint
@@ -140,9 +158,26 @@ class CopyLogitsProcessor(LogitsProcessor):
     def _tags(self, input_ids: Tensor) -> Tensor:
         with torch.no_grad():
             logits = self.copy_logits(input_ids)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"copy_logits must return a tensor (N, 3); got {type(logits).__name__}")
-        return logits
+        device = input_ids.device if self._constraint is None else self._constraint.ids.device
+        return check_logits(logits, len(input_ids), device)
+
+    def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
+        """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
+        if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(scores, self.top_k):
+            return None
+        before, (_, owner), use = self._last
+        rows = len(ids)
+        state = CopyState(use.new_empty(rows, use.shape[1]), owner.new_empty(rows))
+        used, made = torch.empty_like(state.match), torch.empty(scores.shape, dtype=scores.dtype)
+        given = [x.numpy() for x in (owner, use, before, ids, logits, scores)]
+        results = [x.numpy() for x in (*state, used, constraint.mask(rows), made)]
+        done = _copy_kernel.step(*constraint.arrays, *given, self.top_k, *results)
+        if done == _copy_kernel.NOT_A_NUMBER:
+            raise ValueError(NOT_A_NUMBER)
+        if done == _copy_kernel.NOT_FOUND:
+            return None
+        self._last = ids, state, used
+        return made
 
     def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
         """The state of each row: from the call before, or by deciding all tags again."""
@@ -151,12 +186,9 @@ class CopyLogitsProcessor(LogitsProcessor):
         if self._last is not None:
             before, state, use = self._last
             new = ids.shape[1] - before.shape[1]
-            if len(before) == len(ids) and new in (0, 1):
-                rows = _find(ids[:, : ids.shape[1] - new], before, len(constraint.ids))
-                if rows is not None:
-                    if new:
-                        return constraint.advance(state, use, ids[:, -1], rows)
-                    return constraint.reorder(state, rows)
+            rows = _find(ids, before, len(constraint.ids)) if new in (0, 1) else None
+            if rows is not None:
+                return constraint.advance(state, use, ids[:, -1], rows) if new else constraint.reorder(state, rows)
         state = constraint.start(len(ids))
         for t in range(self.prompt_length, ids.shape[1]):
             use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t])))
@@ -165,27 +197,33 @@ class CopyLogitsProcessor(LogitsProcessor):
 
 
 def _find(ids: Tensor, before: Tensor, sources: int) -> Tensor | None:
-    """For each row of ``ids`` an equal row of ``before``, of the same source; None if one has none."""
-    rows = torch.arange(len(ids), device=ids.device)
-    lost = (ids != before).any(1)
-    if not bool(lost.any()):
-        return rows
-    each = len(ids) // sources
-    for row in lost.nonzero()[:, 0].tolist():
-        first = row // each * each
-        equal = (before[first : first + each] == ids[row]).all(1)
-        if not bool(equal.any()):
-            return None
-        rows[row] = first + equal.to(torch.uint8).argmax()
-    return rows
+    """For each row of ``ids`` a row of ``before`` that it begins with, of the same source; None if one has none."""
+    length = before.shape[1]
+    if ids.device.type == "cpu":
+        rows = torch.empty(len(ids), dtype=torch.long)
+        return rows if _copy_kernel.find(ids.numpy(), length, before.numpy(), sources, rows.numpy()) else None
+    groups = ids[:, :length].reshape(sources, -1, 1, length)
+    equal = (groups == before.reshape(sources, 1, -1, length)).all(-1)  # (B, rows, rows before)
+    if not bool(equal.any(-1).all()):
+        return None
+    first = torch.arange(sources, device=ids.device)[:, None] * equal.shape[2]
+    return (first + equal.to(torch.uint8).argmax(-1)).flatten()
 
 
-def _scores(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+def _survivors(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     """Log-softmax over the top k of the allowed tokens of each row."""
+    if _on_kernel(scores, top_k):
+        made = torch.empty(scores.shape, dtype=scores.dtype)
+        _copy_kernel.survivors(scores.numpy(), allowed.numpy(), top_k, made.numpy())
+        return made
     masked = scores.masked_fill(~allowed, -torch.inf)
-    nothing = (masked == -torch.inf).all(1, keepdim=True)
-    masked = torch.where(nothing, scores, masked)
+    masked = torch.where((masked == -torch.inf).all(1, keepdim=True), scores, masked)
+    broken = masked.isnan().any(1, keepdim=True)
     if top_k:
         masked = top_k_filter(masked, top_k)
-    made = masked.to(compute_dtype(scores)).log_softmax(1).to(scores.dtype)
+    made = masked.log_softmax(1).masked_fill(broken, torch.nan)
     return torch.where((scores == -torch.inf).all(1, keepdim=True), scores, made)
+
+
+def _on_kernel(scores: Tensor, top_k: int) -> bool:
+    return scores.device.type == "cpu" and 0 < top_k <= _copy_kernel.LARGEST_K
