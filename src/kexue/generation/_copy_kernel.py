@@ -13,7 +13,7 @@ import numpy as np
 
 from kexue.words._numba import compiled
 
-DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``step`` returns
+DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``follow`` and ``step`` return
 
 LARGEST_K = 128  # beyond it, inserting into a sorted list is no longer the way to find the k largest
 
@@ -76,7 +76,7 @@ def advance(ids: Any, owner: Any, use: Any, index: Any, tokens: Any, match: Any,
         source = owner[old]
         owners[row] = source
         for j in range(match.shape[1]):
-            match[row, j] = use[old, j] and ids[source, j] == token
+            match[row, j] = use[old, j] & (ids[source, j] == token)
     return True
 
 
@@ -142,18 +142,31 @@ def survivors(scores: Any, mask: Any, top_k: int, out: Any) -> None:
 
 
 @compiled(nogil=True)
+def follow(
+    ids: Any, usable: Any, ends: Any, owner: Any, use: Any, index: Any, tokens: Any, logits: Any,
+    match: Any, owners: Any, used: Any, mask: Any,
+) -> int:  # fmt: skip
+    """``advance``, ``choose`` and ``allow``."""
+    z = np.empty(len(index), np.int64)
+    if not advance(ids, owner, use, index, tokens, match, owners):
+        return NOT_FOUND
+    if not choose(logits, match, z):
+        return NOT_A_NUMBER
+    allow(ids, usable, ends, owners, match, z, used, mask)
+    return DONE
+
+
+@compiled(nogil=True)
 def step(
     ids: Any, usable: Any, ends: Any, owner: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int,
     match: Any, owners: Any, used: Any, mask: Any, out: Any,
 ) -> int:  # fmt: skip
     """All of the above for rows that are one token longer than those before."""
     length = before.shape[1]
-    rows, z = np.empty(len(now), np.int64), np.empty(len(now), np.int64)
+    rows = np.empty(len(now), np.int64)
     if not find(now, length, before, len(ids), rows):
         return NOT_FOUND
-    advance(ids, owner, use, rows, now[:, length], match, owners)
-    if not choose(logits, match, z):
-        return NOT_A_NUMBER
-    allow(ids, usable, ends, owners, match, z, used, mask)
-    survivors(scores, mask, top_k, out)
-    return DONE
+    done = follow(ids, usable, ends, owner, use, rows, now[:, length], logits, match, owners, used, mask)
+    if done == DONE:
+        survivors(scores, mask, top_k, out)
+    return int(done)

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,15 +44,15 @@ NOT_A_NUMBER = "copy_logits must be numbers; got NaN"
 
 
 class CopyState(NamedTuple):
-    """Where in its source the run of each row ends.
+    """Where in its source the run of each row ends: arrays of numpy on the CPU (they are cheaper), else tensors.
 
     Attributes:
         match: (N, S) bool; a row without any position has no run.
         owner: (N,) int64, the source of each row.
     """
 
-    match: Tensor
-    owner: Tensor
+    match: Any
+    owner: Any
 
 
 class CopyConstraint:
@@ -73,7 +74,8 @@ class CopyConstraint:
         ... tokens are taken; row i continues the old row index[i] ...
         state = constraint.advance(state, use, tokens, index)
 
-    A row whose source has no token that could be copied is never constrained.
+    From the second step on, ``follow`` does all three at once. A row whose source has no token that could be copied is
+    never constrained.
 
     Raises:
         TypeError: Ids that are no integers.
@@ -121,9 +123,10 @@ class CopyConstraint:
         self.usable = usable
         self.ends = torch.tensor(ends, device=ids.device)
         self._empty = ~usable.any(1)
+        self._same = torch.empty(0, dtype=torch.long)
         self.compiled = ids.device.type == "cpu"
         self.arrays = [x.numpy() for x in (self.ids, self.usable, self.ends)] if self.compiled else []
-        self._mask = torch.empty(0, 0, dtype=torch.bool, device=ids.device)
+        self._room: tuple[Any, Any] = (), None
 
     def start(self, rows: int | Tensor) -> CopyState:
         """Rows without a run.
@@ -142,21 +145,22 @@ class CopyConstraint:
                 raise ValueError(f"rows must be a multiple of the number of sources, {sources}; got {rows}")
             each = rows // sources if sources else 0
             owner = torch.arange(sources, device=self.ids.device).repeat_interleave(each)
-        return CopyState(torch.zeros(len(owner), length, dtype=torch.bool, device=self.ids.device), owner)
+        match = torch.zeros(len(owner), length, dtype=torch.bool, device=self.ids.device)
+        return CopyState(match.numpy(), owner.numpy()) if self.compiled else CopyState(match, owner)
 
     def choose(self, state: CopyState, copy_logits: Tensor) -> Tensor:
         """The tag of each row: the largest of (N, 3) logits for O, B, I (the first of equal ones); I needs a run."""
         logits = check_logits(copy_logits, len(state.match), self.ids.device)
         if self.compiled:
             z = torch.empty(len(logits), dtype=torch.long)
-            fine = _copy_kernel.choose(logits.numpy(), state.match.numpy(), z.numpy())
+            fine = _copy_kernel.choose(logits.numpy(), state.match, z.numpy())
         else:
             z, fine = _choose(logits, state.match), not bool(logits.isnan().any())
         if not fine:
             raise ValueError(NOT_A_NUMBER)
         return z
 
-    def allow(self, state: CopyState, z: Tensor) -> tuple[Tensor, Tensor]:
+    def allow(self, state: CopyState, z: Tensor) -> tuple[Any, Tensor]:
         """What the tags allow.
 
         Args:
@@ -164,61 +168,97 @@ class CopyConstraint:
             z: (N,) tags 0 O, 1 B, 2 I; an I without a run counts as B.
 
         Returns:
-            ``use`` (N, S) bool, the source positions that the next token may be of; ``allowed`` (N, V) bool, the
-            tokens. ``allowed`` is overwritten by the next call.
+            ``use`` (N, S) bool, the source positions that the next token may be of, of the kind of the state's arrays;
+            ``allowed``, a tensor (N, V) bool, the tokens. ``allowed`` is overwritten by the next call.
         """
-        rows = len(state.match)
+        match, owner = state
+        rows = len(match)
         if z.shape != (rows,):
-            raise ValueError(f"z must be ({rows},), a tag for each row; got {tuple(z.shape)}")
+            raise ValueError(f"z must be ({rows},), a tag for each row; got shape {tuple(z.shape)}")
         z = z.to(device=self.ids.device, dtype=torch.long)
-        mask = self.mask(rows)
+        allowed, array = self.room(rows)
         if self.compiled:
-            use = torch.empty_like(state.match)
-            given = [x.numpy() for x in (state.owner, state.match, z)]
-            _copy_kernel.allow(*self.arrays, *given, use.numpy(), mask.numpy())
-            return use, mask
-        ids, usable = self.ids[state.owner], self.usable[state.owner]
-        free = (z == FREE) | self._empty[state.owner]
-        use = _use(usable, state.match, z) & ~free[:, None]
-        mask[:] = free[:, None]
-        mask.scatter_(1, torch.where(use, ids, self.vocab_size), True)  # the last column takes what is not used
-        mask[:, self.ends] = True
-        return use, mask[:, :-1]
+            use = np.empty_like(match)
+            _copy_kernel.allow(*self.arrays, owner, match, z.numpy(), use, array)
+            return use, allowed
+        ids, usable = self.ids[owner], self.usable[owner]
+        free = (z == FREE) | self._empty[owner]
+        use = _use(usable, match, z) & ~free[:, None]
+        allowed[:] = free[:, None]
+        allowed.scatter_(1, torch.where(use, ids, self.vocab_size), True)  # the last column takes what is not used
+        allowed[:, self.ends] = True
+        return use, allowed[:, :-1]
 
-    def mask(self, rows: int) -> Tensor:
-        """The memory that :meth:`allow` writes to."""
-        if len(self._mask) != rows:
-            self._mask = self._mask.new_empty(rows, self.vocab_size + (not self.compiled))
-        return self._mask
-
-    def advance(self, state: CopyState, use: Tensor, tokens: Tensor, index: Tensor | None = None) -> CopyState:
+    def advance(self, state: CopyState, use: Any, tokens: Tensor, index: Tensor | None = None) -> CopyState:
         """The state after a token each.
 
         Args:
-            state: The rows before.
+            state: The rows before, N.
             use: Of :meth:`allow`.
             tokens: (N',) the tokens taken.
             index: (N',) the old row that each new row continues; None: the same rows.
         """
-        if index is not None:
-            index = index.to(device=use.device, dtype=torch.long)
-        else:
-            index = torch.arange(len(use), device=use.device)
-        tokens = tokens.to(device=use.device, dtype=torch.long)
-        if tokens.dim() != 1 or tokens.shape != index.shape:
-            raise ValueError(f"tokens must be ({len(index)},), one for each row; got {tuple(tokens.shape)}")
+        index, tokens = self._taken(use, tokens, index)
         if not self.compiled:
             owner = state.owner[index]
             return CopyState(use[index] & (self.ids[owner] == tokens[:, None]), owner)
-        new = CopyState(use.new_empty(len(index), use.shape[1]), torch.empty_like(index))
-        arrays = state.owner, use, index, tokens, new.match, new.owner
-        if not _copy_kernel.advance(self.arrays[0], *[x.numpy() for x in arrays]):
+        new = self.empty(len(index))
+        if not _copy_kernel.advance(self.arrays[0], state.owner, use, index.numpy(), tokens.numpy(), *new):
             raise IndexError(f"index must be in [0, {len(use)}); got {index.tolist()}")
         return new
 
+    def follow(
+        self, state: CopyState, use: Any, tokens: Tensor, copy_logits: Tensor, index: Tensor | None = None
+    ) -> tuple[CopyState, Any, Tensor]:
+        """:meth:`advance`, :meth:`choose` and :meth:`allow`, on the CPU in one compiled call.
+
+        Returns:
+            The new state, ``use`` and ``allowed``.
+        """
+        if not self.compiled:
+            new = self.advance(state, use, tokens, index)
+            return new, *self.allow(new, self.choose(new, copy_logits))
+        index, tokens = self._taken(use, tokens, index)
+        rows = len(index)
+        logits = check_logits(copy_logits, rows, self.ids.device)
+        new, (allowed, array) = self.empty(rows), self.room(rows)
+        used = np.empty_like(new.match)
+        done = _copy_kernel.follow(
+            *self.arrays, state.owner, use, index.numpy(), tokens.numpy(), logits.numpy(), *new, used, array
+        )
+        if done == _copy_kernel.NOT_FOUND:
+            raise IndexError(f"index must be in [0, {len(use)}); got {index.tolist()}")
+        if done == _copy_kernel.NOT_A_NUMBER:
+            raise ValueError(NOT_A_NUMBER)
+        return new, used, allowed
+
     def reorder(self, state: CopyState, index: Tensor) -> CopyState:
         """Rows ``index`` of a state."""
-        return CopyState(state.match[index], state.owner[index])
+        index = index.to(self.ids.device)
+        rows: Any = index.numpy() if self.compiled else index
+        return CopyState(state.match[rows], state.owner[rows])
+
+    def empty(self, rows: int) -> CopyState:
+        """Memory for a state on the CPU."""
+        return CopyState(np.empty((rows, self.ids.shape[1]), np.bool_), np.empty(rows, np.int64))
+
+    def room(self, rows: int) -> tuple[Tensor, Any]:
+        """The memory that :meth:`allow` writes to, and the same as an array of numpy (None on another device)."""
+        if len(self._room[0]) != rows:
+            mask = self.usable.new_empty(rows, self.vocab_size + (not self.compiled))
+            self._room = mask, mask.numpy() if self.compiled else None
+        return self._room
+
+    def _taken(self, use: Any, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        if index is None:
+            if len(self._same) != len(use):
+                self._same = torch.arange(len(use), device=self.ids.device)
+            index = self._same
+        else:
+            index = index.to(device=self.ids.device, dtype=torch.long)
+        if tokens.dim() != 1 or tokens.shape != index.shape:
+            raise ValueError(f"tokens must be ({len(index)},), one for each row; got shape {tuple(tokens.shape)}")
+        return index, tokens.to(device=self.ids.device, dtype=torch.long)
 
 
 def _choose(logits: Tensor, match: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         self.special_ids = check_special(special_ids)
         self.copy_logits, self.top_k, self.prompt_length = copy_logits, top_k or 0, int(prompt_length)
         self._constraint: CopyConstraint | None = None
-        self._last: tuple[Tensor, CopyState, Tensor] | None = None  # ids, state, use of the call before
+        self._last: tuple[Tensor, CopyState, Any] | None = None  # ids, state, use of the call before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities of the tokens that may follow.
@@ -166,17 +167,17 @@ class CopyLogitsProcessor(LogitsProcessor):
         if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(scores, self.top_k):
             return None
         before, (_, owner), use = self._last
-        rows = len(ids)
-        state = CopyState(use.new_empty(rows, use.shape[1]), owner.new_empty(rows))
-        used, made = torch.empty_like(state.match), torch.empty(scores.shape, dtype=scores.dtype)
-        given = [x.numpy() for x in (owner, use, before, ids, logits, scores)]
-        results = [x.numpy() for x in (*state, used, constraint.mask(rows), made)]
-        done = _copy_kernel.step(*constraint.arrays, *given, self.top_k, *results)
+        new, (_, room) = constraint.empty(len(ids)), constraint.room(len(ids))
+        used, made = np.empty_like(new.match), torch.empty(scores.shape, dtype=scores.dtype)
+        done = _copy_kernel.step(
+            *constraint.arrays, owner, use, before.numpy(), ids.numpy(), logits.numpy(), scores.numpy(), self.top_k,
+            *new, used, room, made.numpy(),
+        )  # fmt: skip
         if done == _copy_kernel.NOT_A_NUMBER:
             raise ValueError(NOT_A_NUMBER)
         if done == _copy_kernel.NOT_FOUND:
             return None
-        self._last = ids, state, used
+        self._last = ids, new, used
         return made
 
     def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
