@@ -114,7 +114,7 @@ class CopyConstraint:
         for name, values in (("eos_token_id", ends), ("source_ids", [int(ids.max())] if ids.numel() else [])):
             if max(values, default=0) >= vocab_size:
                 raise ValueError(f"{name} must be below the vocabulary's size, {vocab_size}; got {max(values)}")
-        ids = ids.to(device).reshape(-1, ids.shape[-1])
+        ids = (ids[None] if ids.dim() == 1 else ids).to(device)
         usable = mask.to(ids.device).reshape(ids.shape) & (ids >= 0)
         for special in skipped:
             usable &= ids != special
@@ -126,7 +126,7 @@ class CopyConstraint:
         self._same = torch.empty(0, dtype=torch.long)
         self.compiled = ids.device.type == "cpu"
         self.arrays = [x.numpy() for x in (self.ids, self.usable, self.ends)] if self.compiled else []
-        self._room: tuple[Any, Any] = (), None
+        self._room: tuple[Tensor, Any] | None = None
 
     def start(self, rows: int | Tensor) -> CopyState:
         """Rows without a run.
@@ -244,7 +244,7 @@ class CopyConstraint:
 
     def room(self, rows: int) -> tuple[Tensor, Any]:
         """The memory that :meth:`allow` writes to, and the same as an array of numpy (None on another device)."""
-        if len(self._room[0]) != rows:
+        if self._room is None or len(self._room[0]) != rows:
             mask = self.usable.new_empty(rows, self.vocab_size + (not self.compiled))
             self._room = mask, mask.numpy() if self.compiled else None
         return self._room

@@ -129,7 +129,7 @@ class CopyLogitsProcessor(LogitsProcessor):
             state = self._state(constraint, ids)
             use, allowed = constraint.allow(state, constraint.choose(state, logits))
             self._last = ids, state, use
-            made = _survivors(wide, allowed, self.top_k)
+            made = _survivors(wide, allowed, self.top_k, _on_kernel(constraint, self.top_k))
         return made.to(scores.dtype)
 
     def _check(self, input_ids: Any, scores: Any) -> None:
@@ -164,7 +164,7 @@ class CopyLogitsProcessor(LogitsProcessor):
 
     def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
-        if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(scores, self.top_k):
+        if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
         new, (_, room) = constraint.empty(len(ids)), constraint.room(len(ids))
@@ -187,7 +187,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         if self._last is not None:
             before, state, use = self._last
             new = ids.shape[1] - before.shape[1]
-            rows = _find(ids, before, len(constraint.ids)) if new in (0, 1) else None
+            rows = _find(ids, before, len(constraint.ids), constraint.compiled) if new in (0, 1) else None
             if rows is not None:
                 return constraint.advance(state, use, ids[:, -1], rows) if new else constraint.reorder(state, rows)
         state = constraint.start(len(ids))
@@ -197,10 +197,12 @@ class CopyLogitsProcessor(LogitsProcessor):
         return state
 
 
-def _find(ids: Tensor, before: Tensor, sources: int) -> Tensor | None:
+def _find(ids: Tensor, before: Tensor, sources: int, compiled: bool) -> Tensor | None:
     """For each row of ``ids`` a row of ``before`` that it begins with, of the same source; None if one has none."""
     length = before.shape[1]
-    if ids.device.type == "cpu":
+    if not len(ids):
+        return torch.arange(0, device=ids.device)
+    if compiled:
         rows = torch.empty(len(ids), dtype=torch.long)
         return rows if _copy_kernel.find(ids.numpy(), length, before.numpy(), sources, rows.numpy()) else None
     groups = ids[:, :length].reshape(sources, -1, 1, length)
@@ -211,9 +213,9 @@ def _find(ids: Tensor, before: Tensor, sources: int) -> Tensor | None:
     return (first + equal.to(torch.uint8).argmax(-1)).flatten()
 
 
-def _survivors(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+def _survivors(scores: Tensor, allowed: Tensor, top_k: int, compiled: bool) -> Tensor:
     """Log-softmax over the top k of the allowed tokens of each row."""
-    if _on_kernel(scores, top_k):
+    if compiled:
         made = torch.empty(scores.shape, dtype=scores.dtype)
         _copy_kernel.survivors(scores.numpy(), allowed.numpy(), top_k, made.numpy())
         return made
@@ -226,5 +228,5 @@ def _survivors(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     return torch.where((scores == -torch.inf).all(1, keepdim=True), scores, made)
 
 
-def _on_kernel(scores: Tensor, top_k: int) -> bool:
-    return scores.device.type == "cpu" and 0 < top_k <= _copy_kernel.LARGEST_K
+def _on_kernel(constraint: CopyConstraint, top_k: int) -> bool:
+    return constraint.compiled and 0 < top_k <= _copy_kernel.LARGEST_K
