@@ -49,7 +49,7 @@ class Setting:
     """Sizes of a run: names in each pool, training steps, documents a step, documents decoded."""
 
     names: int = 60
-    steps: int = 360
+    steps: int = 330
     batch: int = 32
     documents: int = 150
 
