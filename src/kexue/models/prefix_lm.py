@@ -6,7 +6,8 @@ et al., arXiv 1506.03134, and See et al., arXiv 1704.04368.
     [CLS] source [SEP] [CLS] target [SEP]        segments 0 ... 0 1 ... 1, from the second [CLS] on
     position i sees j  if  cumsum(segments)[j] <= cumsum(segments)[i]
     h = hidden state,  f = transform(h)
-    score of token v   = logsumexp of  <f, E_v>  and, for every source position j that holds v,  <Q f, K f_j> / sqrt(D)
+    score of token v   = logsumexp of  <f, E_v>  and, for every source position j that holds v,
+                         <Q f, K f_j> / sqrt(D) + c_m,  m = 0, 1, 2 tokens before j equal the latest ones of the target
     O, B, I logits     = C f                     (not copied, copied, copied and continuing the span)
 
 Token scores use the table of embeddings E. The second [CLS] predicts the first token of the target, so that decoding
@@ -14,6 +15,7 @@ begins with a token that training has seen in this place.
 
 What we do differently, and why: the pointer term. A model that is trained from scratch on a thousand pairs has no time
 to learn how a token of the source comes out of the decoder; pointed at, it needs not be in a trained row of E at all.
+The bonus c (c_0 = 0) says where a copied run goes on, which attention takes thousands of steps to find out.
 ``pointer=False`` in the configuration leaves it out. Positions are counted without padding, so padding may stand
 anywhere, between source and target as well; rotary positions have no limit of length.
 """
@@ -35,6 +37,8 @@ from kexue.models.heads import KexueOutput, LanguageHead, LanguageModel, check_l
 from kexue.models.stack import wants_dict
 
 __all__ = ["KexueForPrefixLM", "Memory", "PrefixLMOutput"]
+
+FOLLOW = (2.0, 3.0)  # c_1 and c_2 at the start
 
 
 @dataclass
@@ -62,16 +66,18 @@ class Memory:
         mask: (B, S) bool, the tokens that exist.
         tokens: (B, S) distinct ids of each row, filled up with the first of them.
         place: (B, S) where the id of each position stands in ``tokens``.
+        before: (B, S, 2) the one and the two ids before each; -1 where there is none, or the mark that begins it.
     """
 
     keys: Tensor
     mask: Tensor
     tokens: Tensor
     place: Tensor
+    before: Tensor
 
     def select(self, rows: Tensor) -> Memory:
         """The memory of these rows."""
-        return Memory(self.keys[rows], self.mask[rows], self.tokens[rows], self.place[rows])
+        return Memory(self.keys[rows], self.mask[rows], self.tokens[rows], self.place[rows], self.before[rows])
 
 
 class KexueForPrefixLM(LanguageModel):
@@ -99,6 +105,7 @@ class KexueForPrefixLM(LanguageModel):
         self.copy_head = nn.Linear(width, 3)
         self.query = nn.Linear(width, width, bias=False) if config.pointer else None
         self.key = nn.Linear(width, width, bias=False) if config.pointer else None
+        self.follow = nn.Parameter(torch.tensor(FOLLOW)) if config.pointer else None
         self.post_init()
 
     def forward(
@@ -157,10 +164,10 @@ class KexueForPrefixLM(LanguageModel):
             labels = labels[:, 1:].masked_fill(~(predicted[:, 1:] & predicted[:, :-1]), -100)
             labels = F.pad(labels, (0, 1), value=-100)
             count = (labels != -100).sum()
-            loss = mean_loss(self._loss(features, memory, labels, top_k), count, num_items_in_batch)
+            loss = mean_loss(self._loss(features, memory, input_ids, labels, top_k), count, num_items_in_batch)
         wanted = labels is None if return_logits is None else return_logits
         output = PrefixLMOutput(
-            loss=loss, logits=self.scores(features, memory) if wanted else None, hidden_states=outputs.hidden_states,
+            loss=loss, logits=self.scores(features, memory, latest(input_ids)) if wanted else None, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions, num_items=count, copy_logits=self.copy_head(features),
         )  # fmt: skip
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -191,14 +198,17 @@ class KexueForPrefixLM(LanguageModel):
         rank = new.cumsum(1)
         place = torch.zeros_like(rank).scatter(1, order, rank)
         tokens = ordered[:, :1].expand_as(ordered).scatter(1, rank, ordered)
-        return Memory(self.key(features[:, :last]), mask, tokens, place)
+        inner = ids.masked_fill(~mask, -1).index_fill(1, torch.zeros(1, dtype=torch.long, device=ids.device), -1)
+        before = torch.stack([F.pad(inner[:, :-1], (1, 0), value=-1), F.pad(inner[:, :-2], (2, 0), value=-1)], -1)
+        return Memory(self.key(features[:, :last]), mask, tokens, place, before[:, :last])
 
-    def scores(self, features: Tensor, memory: Memory | None) -> Tensor:
+    def scores(self, features: Tensor, memory: Memory | None, written: Tensor) -> Tensor:
         """Scores of the next token.
 
         Args:
             features: (B, T, D), of target positions.
             memory: Of the same B rows.
+            written: (B, T, 2) the latest id at each position and the one before it.
 
         Returns:
             (B, T, V), float32 for lower precision with a pointer.
@@ -206,26 +216,37 @@ class KexueForPrefixLM(LanguageModel):
         plain = self.lm_head.decoder(features)
         if memory is None or self.query is None:
             return plain
-        pointed = self._pointed(features, memory)
+        pointed = self._pointed(features, memory, written)
         shape = pointed.shape
         return _joined(plain, pointed, memory.place[:, None].expand(shape), memory.tokens[:, None].expand(shape))
 
-    def _pointed(self, features: Tensor, memory: Memory) -> Tensor:
+    def _pointed(self, features: Tensor, memory: Memory, written: Tensor) -> Tensor:
         """(B, T, S) scores of the source positions, -inf where there is no token."""
         scores = self.query(features) @ memory.keys.transpose(1, 2)  # type: ignore[misc]
         scores = scores.to(compute_dtype(scores)) / math.sqrt(features.shape[-1])
+        one = written[..., None, 0] == memory.before[:, None, :, 0]
+        two = one & (written[..., None, 1] == memory.before[:, None, :, 1])
+        first, second = self.follow.to(scores.dtype).unbind()  # type: ignore[union-attr]
+        scores = scores + torch.where(two, second, torch.where(one, first, 0.0))
         return scores.masked_fill(~memory.mask[:, None], -torch.inf)
 
-    def _loss(self, features: Tensor, memory: Memory | None, labels: Tensor, top_k: int | None) -> Tensor:
+    def _loss(
+        self, features: Tensor, memory: Memory | None, input_ids: Any, labels: Tensor, top_k: int | None
+    ) -> Tensor:
         """Sum over the positions that have a label; only those are decoded."""
         kept = labels != -100
         row, column = kept.nonzero(as_tuple=True)
         scores = self.lm_head.decoder(features[row, column])
         if memory is not None:
             first = int(column.amin()) if len(column) else 0
-            pointed = self._pointed(features[:, first:], memory)[row, column - first]
+            pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:])[row, column - first]
             scores = _joined(scores, pointed, memory.place[row], memory.tokens[row])
         return token_loss(scores, labels[row, column], top_k)
+
+
+def latest(ids: Any) -> Tensor:
+    """(B, T) ids -> (B, T, 2) each with the one before it; -2 where there is none."""
+    return torch.stack([ids.long(), F.pad(ids[:, :-1].long(), (1, 0), value=-2)], -1)
 
 
 def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:

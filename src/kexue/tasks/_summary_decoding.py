@@ -70,6 +70,7 @@ class _Rows:
         n, k = len(sources), search.beams
         self.number = list(range(n))
         self.tokens = torch.full((n, k), CLS, device=device)
+        self.older = torch.full((n, k), -2, device=device)
         self.totals = torch.full((n, k), -torch.inf, dtype=torch.float64, device=device)
         self.totals[:, 0] = 0
         self.seen = torch.zeros(n, k, 0, dtype=torch.bool, device=device)
@@ -89,7 +90,7 @@ class _Rows:
     def select(self, rows: list[int]) -> None:
         """Drop the other rows."""
         index = torch.tensor(rows, device=self.ids.device)
-        for name in ("ids", "lengths", "there", "usable", "tokens", "totals", "seen", "match", "banned"):
+        for name in ("ids", "lengths", "there", "usable", "tokens", "older", "totals", "seen", "match", "banned"):
             setattr(self, name, getattr(self, name)[index])
         self.number, self.written = [self.number[r] for r in rows], [self.written[r] for r in rows]
         self.memory = None if self.memory is None else self.memory.select(index)
@@ -105,7 +106,8 @@ class _Rows:
             self.tokens, mask, torch.ones_like(self.tokens), (self.lengths + t).expand(n, k), None, self.cache
         )
         features = self.model.lm_head.features(out.last_hidden_state)
-        scores = self.model.scores(features, self.memory).float().masked_fill(self.banned[:, None], -torch.inf)
+        written = torch.stack([self.tokens, self.older], -1)
+        scores = self.model.scores(features, self.memory, written).float().masked_fill(self.banned[:, None], -torch.inf)
         if t == 0:
             scores[..., SEP] = -torch.inf
         copied = torch.zeros_like(self.match)
@@ -135,6 +137,7 @@ class _Rows:
         self.seen = self.seen.gather(1, index.expand(-1, -1, self.seen.shape[-1]))
         allowed = copied.gather(1, index.expand(-1, -1, copied.shape[-1]))
         self.match = allowed & (self.ids[:, None] == tokens[..., None])
+        self.older = self.tokens.gather(1, parents)
         self.tokens, self.totals = tokens, totals
         self.written = [
             [[*old[p], token] for p, token in zip(row, new, strict=True)]
