@@ -7,6 +7,7 @@ from kexue.losses.combination import combination_cross_entropy
 from kexue.losses.contrastive import FlatNCELoss, FlatNegativesRankingLoss, InfoNCELoss, info_nce, nt_xent
 from kexue.losses.flat_scores import ContrastiveDiagnostics, contrastive_diagnostics, flat_cross_entropy
 from kexue.losses.linear_cross_entropy import linear_cross_entropy
+from kexue.losses.linear_sparse import LinearSparseCrossEntropyLoss, linear_sparse_cross_entropy
 from kexue.losses.linear_zlpr import LinearZLPR, linear_zlpr
 from kexue.losses.margin_softmax import MarginSoftmax, auto_scale, margin_cross_entropy, margin_softmax_loss
 from kexue.losses.multilabel_head import MultiLabelHead, mixup_multilabel
@@ -22,6 +23,7 @@ from kexue.losses.smooth_functions import (
 )
 from kexue.losses.smooth_metrics import SmoothF1Loss, smooth_accuracy_loss, smooth_f1_loss
 from kexue.losses.soft_topk import soft_topk
+from kexue.losses.sparse_softmax import SparseCrossEntropyLoss, sparse_cross_entropy, sparse_softmax
 from kexue.losses.switch_loss import SwitchLoss
 from kexue.losses.trainer_glue import ZLPRTrainerMixin, compute_loss_func, zlpr_compute_loss
 from kexue.losses.zlpr import ZLPRLoss, zlpr_loss, zlpr_proba
@@ -32,11 +34,13 @@ __all__ = [
     "FlatNCELoss",
     "FlatNegativesRankingLoss",
     "InfoNCELoss",
+    "LinearSparseCrossEntropyLoss",
     "LinearZLPR",
     "MarginSchedule",
     "MarginSoftmax",
     "MultiLabelHead",
     "SmoothF1Loss",
+    "SparseCrossEntropyLoss",
     "SwitchLoss",
     "ZLPRLoss",
     "ZLPRTrainerMixin",
@@ -49,6 +53,7 @@ __all__ = [
     "flat_cross_entropy",
     "info_nce",
     "linear_cross_entropy",
+    "linear_sparse_cross_entropy",
     "linear_zlpr",
     "lse0",
     "margin_cross_entropy",
@@ -66,6 +71,8 @@ __all__ = [
     "soft_argmax",
     "soft_onehot",
     "soft_topk",
+    "sparse_cross_entropy",
+    "sparse_softmax",
     "unified_pair_loss",
     "zlpr_compute_loss",
     "zlpr_loss",
