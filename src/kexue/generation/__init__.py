@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         LengthBetween,
         keywords_of,
     )
+    from kexue.generation.copy_constraint import CopyConstraint, CopyState
+    from kexue.generation.copying import CopyLogitsProcessor
     from kexue.generation.cpm_tokenizer import CPMTokenizer
     from kexue.generation.extraction import Extract, extract_words, split_words
     from kexue.generation.filters import filter_logits, token_probabilities
@@ -60,6 +62,9 @@ __all__ = [
     "Constant",
     "Constraint",
     "ContainsKeywords",
+    "CopyConstraint",
+    "CopyLogitsProcessor",
+    "CopyState",
     "Diversity",
     "Estimate",
     "Extract",
@@ -123,6 +128,9 @@ _MODULES = {
     "Constant": "schedules",
     "Constraint": "constraints",
     "ContainsKeywords": "constraints",
+    "CopyConstraint": "copy_constraint",
+    "CopyLogitsProcessor": "copying",
+    "CopyState": "copy_constraint",
     "Diversity": "relations",
     "Estimate": "importance",
     "Extract": "extraction",

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kexue.tasks.copy_tags import copy_labels, copy_loss
     from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
     from kexue.tasks.next_sentence import NextSentenceScorer
     from kexue.tasks.retrieval import retrieval_report
@@ -19,6 +20,8 @@ __all__ = [
     "RankedCandidate",
     "SamplesContrast",
     "SentenceSimilarity",
+    "copy_labels",
+    "copy_loss",
     "coreference_prompt",
     "link_entities",
     "rank_cloze",
@@ -32,6 +35,8 @@ _MODULES = {
     "RankedCandidate": "entities",
     "SamplesContrast": "samples_contrast",
     "SentenceSimilarity": "sentence_similarity",
+    "copy_labels": "copy_tags",
+    "copy_loss": "copy_tags",
     "coreference_prompt": "entities",
     "link_entities": "entities",
     "rank_cloze": "entities",

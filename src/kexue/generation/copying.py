@@ -1,0 +1,191 @@
+"""Copying in transformers' generation (BIO Copy 解码, 接入 transformers): a logits processor.
+
+Source: 科学空间 8046 (SPACES：“抽取-生成”式长文本摘要). The rule and its state are in ``copy_constraint.py``.
+
+    copy logits -> tag O, B or I -> tokens that are not allowed get -inf -> the top k survive -> log-softmax over them
+
+What the state depends on is not in ``input_ids``: the tags of the steps before. They are a function of ``input_ids``
+though, since ``copy_logits`` is: the tag before position p is decided by the ids up to p. A call therefore looks for
+each row among the rows of the call before (its ids without the last one, of the same source) and goes on from there:
+beams that are reordered, repeated or dropped find their own state, by content. If a row is not found, the tags are
+decided again from the beginning. So what comes out depends on nothing but the arguments.
+
+Where the scores come in as log-probabilities (beam search takes the log-softmax before the processors) or as logits
+(greedy search, sampling) makes no difference: the log-softmax over the survivors is the same for both, and beam search
+adds it up as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kexue._checks import check_int
+from kexue._tensors import check_float, compute_dtype
+from kexue._transformers import LogitsProcessor
+from kexue.generation.copy_constraint import (
+    CopyConstraint,
+    CopyState,
+    check_eos,
+    check_ids,
+    check_mask,
+    check_special,
+)
+from kexue.generation.filters import top_k_filter
+
+__all__ = ["CopyLogitsProcessor"]
+
+
+class CopyLogitsProcessor(LogitsProcessor):
+    """Let ``model.generate`` copy spans of a source as they stand.
+
+    Args:
+        source_ids: (S,) ids of one source for all rows, or (B, S): rows of ``input_ids`` belong to the sources in
+            equal consecutive parts (beams, returned sequences). Negative ids are padding.
+        copy_logits: ``input_ids`` (N, t) -> (N, 3) logits of O, B, I for the token at position t. It must depend on
+            nothing but the ids and the row's source. Always called with all rows.
+        eos_token_id: The id, or ids, that end a text; allowed at each step.
+        top_k: How many tokens survive after masking; None or 0: all. Of equal ones the lowest ids.
+        source_mask: Of the shape of ``source_ids``; True: a token, False: padding.
+        special_ids: Ids that are never copied, such as [CLS] and padding.
+        prompt_length: How many ids a row begins with before the first generated one. 1: the start token of an
+            encoder-decoder. For a decoder-only model the length of the prompt.
+
+    The result holds log-probabilities: -inf for what may not follow, and the exponentials of a row sum to 1. If every
+    allowed token has a score of -inf (other processors forbade them), the row is not constrained at that step. Rows
+    of -inf only come back as they are. One instance may serve several calls of ``generate`` with the same sources.
+
+    Raises:
+        TypeError: Ids that are no integers, ``copy_logits`` that cannot be called.
+        ValueError: Shapes that do not fit, ids out of range, copy logits with NaN.
+
+    Reference:
+        https://spaces.ac.cn/archives/8046
+
+    Example:
+        >>> source = [5, 6, 7, 5, 8]
+        >>> def tags(input_ids):  # B first, then I
+        ...     z = 1 if input_ids.shape[1] == 1 else 2
+        ...     return torch.eye(3)[z].expand(len(input_ids), 3)
+        >>> processor = CopyLogitsProcessor(source, tags, eos_token_id=1)
+        >>> scores = torch.zeros(1, 10)
+        >>> processor(torch.tensor([[0]]), scores).isfinite().nonzero()[:, 1].tolist()
+        [1, 5, 6, 7, 8]
+        >>> processor(torch.tensor([[0, 5]]), scores).isfinite().nonzero()[:, 1].tolist()
+        [1, 6, 8]
+    """
+
+    def __init__(
+        self,
+        source_ids: Any,
+        copy_logits: Callable[[Tensor], Tensor],
+        eos_token_id: int | Iterable[int],
+        top_k: int | None = 10,
+        *,
+        source_mask: Any = None,
+        special_ids: Iterable[int] = (),
+        prompt_length: int = 1,
+    ) -> None:
+        if not callable(copy_logits):
+            raise TypeError(f"copy_logits must be callable: input_ids -> (N, 3); got {type(copy_logits).__name__}")
+        if top_k is not None:
+            check_int("top_k", top_k, 0)
+        check_int("prompt_length", prompt_length, 0)
+        self.source_ids = check_ids(source_ids).clone()
+        self.source_mask = check_mask(source_mask, self.source_ids)
+        self.eos_token_id = check_eos(eos_token_id)
+        self.special_ids = check_special(special_ids)
+        self.copy_logits, self.top_k, self.prompt_length = copy_logits, top_k or 0, int(prompt_length)
+        self._constraint: CopyConstraint | None = None
+        self._last: tuple[Tensor, CopyState, Tensor] | None = None  # ids, state, use of the call before
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Log-probabilities of the tokens that may follow.
+
+        Args:
+            input_ids: (N, t) ids so far.
+            scores: (N, V) logits or log-probabilities; not changed.
+
+        Returns:
+            (N, V) in the dtype of ``scores``.
+        """
+        check_float("scores", scores, 2)
+        if input_ids.dim() != 2 or len(input_ids) != len(scores):
+            raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got "
+                             f"{tuple(input_ids.shape)}")  # fmt: skip
+        if input_ids.shape[1] < self.prompt_length:
+            raise ValueError(
+                f"input_ids must have the {self.prompt_length} ids of the prompt (prompt_length); got "
+                f"{input_ids.shape[1]}"
+            )
+        constraint = self._tables(scores)
+        state = self._state(constraint, input_ids)
+        use, allowed = constraint.allow(state, constraint.choose(state, self._tags(input_ids)))
+        self._last = input_ids.clone(), state, use
+        return _scores(scores, allowed, self.top_k)
+
+    def _tables(self, scores: Tensor) -> CopyConstraint:
+        found = self._constraint
+        if found is None or found.vocab_size != scores.shape[1] or found.ids.device != scores.device:
+            found = self._constraint = CopyConstraint(
+                self.source_ids, self.eos_token_id, scores.shape[1], source_mask=self.source_mask,
+                special_ids=self.special_ids, device=scores.device,
+            )  # fmt: skip
+            self._last = None
+        return found
+
+    def _tags(self, input_ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self.copy_logits(input_ids)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"copy_logits must return a tensor (N, 3); got {type(logits).__name__}")
+        return logits
+
+    def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
+        """The state of each row: from the call before, or by deciding all tags again."""
+        if ids.shape[1] == self.prompt_length:
+            return constraint.start(len(ids))
+        if self._last is not None:
+            before, state, use = self._last
+            new = ids.shape[1] - before.shape[1]
+            if len(before) == len(ids) and new in (0, 1):
+                rows = _find(ids[:, : ids.shape[1] - new], before, len(constraint.ids))
+                if rows is not None:
+                    if new:
+                        return constraint.advance(state, use, ids[:, -1], rows)
+                    return constraint.reorder(state, rows)
+        state = constraint.start(len(ids))
+        for t in range(self.prompt_length, ids.shape[1]):
+            use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t])))
+            state = constraint.advance(state, use, ids[:, t])
+        return state
+
+
+def _find(ids: Tensor, before: Tensor, sources: int) -> Tensor | None:
+    """For each row of ``ids`` an equal row of ``before``, of the same source; None if one has none."""
+    rows = torch.arange(len(ids), device=ids.device)
+    lost = (ids != before).any(1)
+    if not bool(lost.any()):
+        return rows
+    each = len(ids) // sources
+    for row in lost.nonzero()[:, 0].tolist():
+        first = row // each * each
+        equal = (before[first : first + each] == ids[row]).all(1)
+        if not bool(equal.any()):
+            return None
+        rows[row] = first + equal.to(torch.uint8).argmax()
+    return rows
+
+
+def _scores(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """Log-softmax over the top k of the allowed tokens of each row."""
+    masked = scores.masked_fill(~allowed, -torch.inf)
+    nothing = (masked == -torch.inf).all(1, keepdim=True)
+    masked = torch.where(nothing, scores, masked)
+    if top_k:
+        masked = top_k_filter(masked, top_k)
+    made = masked.to(compute_dtype(scores)).log_softmax(1).to(scores.dtype)
+    return torch.where((scores == -torch.inf).all(1, keepdim=True), scores, made)
