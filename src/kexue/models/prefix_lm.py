@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from kexue._checks import check_int
 from kexue._tensors import compute_dtype
+from kexue.losses import sparse_cross_entropy
 from kexue.models.configuration import KexueConfig
 from kexue.models.heads import KexueOutput, LanguageHead, LanguageModel, check_labels, mean_loss, refuse_mode
 from kexue.models.stack import wants_dict
@@ -241,7 +242,10 @@ class KexueForPrefixLM(LanguageModel):
             first = int(column.amin()) if len(column) else 0
             pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:])[row, column - first]
             scores = _joined(scores, pointed, memory.place[row], memory.tokens[row])
-        return token_loss(scores, labels[row, column], top_k)
+        wanted = labels[row, column]
+        if top_k is None:
+            return F.cross_entropy(scores, wanted, reduction="sum")
+        return sparse_cross_entropy(scores, wanted, k=top_k, reduction="sum")
 
 
 def latest(ids: Any) -> Tensor:
@@ -270,11 +274,3 @@ def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Te
     # differences instead of sums: tokens that stand several times in the list get their difference once, the rest 0
     change = torch.where(seen, F.softplus(lifted - old.gather(-1, tokens)), 0.0)
     return old.scatter_add(-1, tokens, change)
-
-
-def token_loss(scores: Tensor, labels: Tensor, top_k: int | None) -> Tensor:
-    """Sum of the cross entropies of (N, V) scores, dense or over the ``top_k`` largest."""
-    if top_k is None:
-        return F.cross_entropy(scores, labels, reduction="sum")
-    kept = scores.topk(min(top_k, scores.shape[-1]), -1).values
-    return (kept.logsumexp(-1) - scores.gather(-1, labels[:, None])[:, 0]).sum()

@@ -3,16 +3,9 @@
     keys of a row      [source | K tokens of step 1 | K tokens of step 2 | ...]     K beams
     beam k sees        the source, and of each step the one token that is its ancestor (a row of a boolean mask)
 
-Nothing of the cache is ever repeated or reordered: when beams change places, rows of the mask do. A copied run is a mask
-over the source as well (the positions at which it ends), and follows the hypothesis in the same way.
-
-    z = argmax of the copy logits, I excluded while nothing is copied
-    O   no constraint
-    B   a token of the source
-    I   a token that continues the run somewhere in the source; if there is none, as B
-    the best top_k of what is allowed, renormalised
-
-[SEP], which ends the text, stays allowed; not as the first token, since an empty summary is none.
+Nothing of the cache is ever repeated or reordered: when beams change places, rows of the mask do. The copy constraint
+is that of :mod:`kexue.generation.copy_constraint`; its state follows the hypothesis. After it the ``top_k`` best tokens
+count, renormalised. [SEP], which ends the text, is always allowed, but not first: an empty summary is none.
 """
 
 from __future__ import annotations
@@ -22,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kexue._transformers import DynamicCache
+from kexue.generation.copy_constraint import CopyConstraint
 from kexue.models.prefix_lm import KexueForPrefixLM
 from kexue.tasks._summary_vocabulary import CLS, PAD, RARE, SEP
 
@@ -66,7 +59,6 @@ class _Rows:
         out = model.kexue(self.ids, self.there, torch.zeros_like(self.ids), use_cache=True)
         self.cache: DynamicCache = out.past_key_values
         self.memory = model.remember(self.ids, model.lm_head.features(out.last_hidden_state), self.there)
-        self.usable = self.there & (self.ids != CLS) & (self.ids != SEP)
         n, k = len(sources), search.beams
         self.number = list(range(n))
         self.tokens = torch.full((n, k), CLS, device=device)
@@ -74,7 +66,12 @@ class _Rows:
         self.totals = torch.full((n, k), -torch.inf, dtype=torch.float64, device=device)
         self.totals[:, 0] = 0
         self.seen = torch.zeros(n, k, 0, dtype=torch.bool, device=device)
-        self.match = torch.zeros(n, k, longest, dtype=torch.bool, device=device)
+        self.constraint: CopyConstraint | None = None
+        if search.copy:
+            self.constraint = CopyConstraint(
+                self.ids, SEP, model.config.vocab_size, source_mask=self.there, special_ids=(CLS,)
+            )
+            self.state, self.use = self.constraint.start(n * k), self.there
         self.written: list[list[list[int]]] = [[[] for _ in range(k)] for _ in range(n)]
         self.banned = self._banned()
 
@@ -90,14 +87,18 @@ class _Rows:
     def select(self, rows: list[int]) -> None:
         """Drop the other rows."""
         index = torch.tensor(rows, device=self.ids.device)
-        for name in ("ids", "lengths", "there", "usable", "tokens", "older", "totals", "seen", "match", "banned"):
+        for name in ("ids", "lengths", "there", "tokens", "older", "totals", "seen", "banned"):
             setattr(self, name, getattr(self, name)[index])
         self.number, self.written = [self.number[r] for r in rows], [self.written[r] for r in rows]
         self.memory = None if self.memory is None else self.memory.select(index)
         self.cache.batch_select_indices(index)
+        if self.constraint is not None:
+            k = self.search.beams
+            each = (index[:, None] * k + torch.arange(k, device=index.device)).flatten()
+            self.state, self.use = self.constraint.reorder(self.state, each), self.use[each]
 
-    def step(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores of the best continuations (R, K, C), their tokens, and (R, K, S) source positions they may copy."""
+    def step(self, t: int) -> tuple[Tensor, Tensor]:
+        """Scores of the best continuations (R, K, C), and their tokens."""
         n, k = self.tokens.shape
         own = torch.eye(k, dtype=torch.bool, device=self.ids.device).expand(n, k, k)
         self.seen = torch.cat([self.seen, own], -1)
@@ -110,33 +111,24 @@ class _Rows:
         scores = self.model.scores(features, self.memory, written).float().masked_fill(self.banned[:, None], -torch.inf)
         if t == 0:
             scores[..., SEP] = -torch.inf
-        copied = torch.zeros_like(self.match)
-        if self.search.copy:
-            copied = self._copied(self.model.copy_head(features))
-            inside = torch.zeros_like(scores).scatter_add_(2, self.ids[:, None].expand(n, k, -1), copied.float()) > 0
-            if t:
-                inside[..., SEP] = True
-            scores = scores.masked_fill(copied.any(-1, keepdim=True) & ~inside, -torch.inf)
+        if self.constraint is not None:
+            z = self.constraint.choose(self.state, self.model.copy_head(features).flatten(0, 1))
+            self.use, allowed = self.constraint.allow(self.state, z)
+            # a token that is banned may be all there is: then the constraint gives way
+            scores, free = scores.masked_fill(~allowed.view(scores.shape), -torch.inf), scores
+            scores = torch.where((scores > -torch.inf).any(-1, keepdim=True), scores, free)
         size = scores.shape[-1]
         kept = size if self.search.top_k is None else min(self.search.top_k, size)
-        best, tokens = scores.topk(max(kept, 1) if kept < size else size, -1)
-        return best.double().log_softmax(-1) + self.totals[..., None], tokens, copied, best
+        best, tokens = scores.topk(kept, -1)
+        return best.double().log_softmax(-1) + self.totals[..., None], tokens
 
-    def _copied(self, logits: Tensor) -> Tensor:
-        """(R, K, S) positions whose tokens are allowed; none in the row of a beam that copies nothing."""
-        running = self.match.any(-1)
-        logits = torch.cat([logits[..., :2], logits[..., 2:].masked_fill(~running[..., None], -torch.inf)], -1)
-        z = logits.argmax(-1)[..., None]
-        further = F.pad(self.match[..., :-1], (1, 0)) & self.usable[:, None]
-        further = torch.where(further.any(-1, keepdim=True), further, self.usable[:, None])
-        return torch.where(z == 2, further, self.usable[:, None]) & (z != 0)
-
-    def move(self, parents: Tensor, tokens: Tensor, totals: Tensor, copied: Tensor) -> None:
+    def move(self, parents: Tensor, tokens: Tensor, totals: Tensor) -> None:
         """Go on with these beams: (R, K) where each comes from, its new token and its sum."""
         index = parents[..., None]
         self.seen = self.seen.gather(1, index.expand(-1, -1, self.seen.shape[-1]))
-        allowed = copied.gather(1, index.expand(-1, -1, copied.shape[-1]))
-        self.match = allowed & (self.ids[:, None] == tokens[..., None])
+        if self.constraint is not None:
+            first = torch.arange(len(parents), device=parents.device)[:, None] * parents.shape[1]
+            self.state = self.constraint.advance(self.state, self.use, tokens.flatten(), (first + parents).flatten())
         self.older = self.tokens.gather(1, parents)
         self.tokens, self.totals = tokens, totals
         self.written = [
@@ -158,7 +150,7 @@ def beam_search(model: KexueForPrefixLM, sources: list[list[int]], search: Searc
     rows = _Rows(model, sources, search)
     alpha, k = search.length_penalty, search.beams
     for t in range(search.longest):
-        scores, candidates, copied, _ = rows.step(t)
+        scores, candidates = rows.step(t)
         width = scores.shape[-1]
         top, index = scores.flatten(1).topk(min(2 * k, k * width), -1)
         tokens = candidates.flatten(1).gather(1, index)
@@ -186,8 +178,7 @@ def beam_search(model: KexueForPrefixLM, sources: list[list[int]], search: Searc
             break
         if len(going) < len(rows.number):
             rows.select(going)
-            copied = copied[torch.tensor(going, device=copied.device)]
         device = rows.ids.device
         table = torch.tensor(chosen, dtype=torch.float64, device=device)
-        rows.move(table[..., 0].long(), table[..., 1].long(), table[..., 2], copied)
+        rows.move(table[..., 0].long(), table[..., 1].long(), table[..., 2])
     return [tokens for _, tokens in best]

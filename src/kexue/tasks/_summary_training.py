@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kexue.models.prefix_lm import KexueForPrefixLM
 from kexue.tasks._summary_vocabulary import CLS, PAD, SEP
+from kexue.tasks.copy_tags import copy_labels, copy_loss
 from kexue.training import batch_indices, numpy_generator
 
 __all__ = ["Objective", "Pair", "Rows", "framed"]
@@ -106,8 +106,8 @@ class Rows:
             clean[i, :n], clean[i, n:m] = a, b
             ids[i, :m] = self._noisy(clean[i, :m], generator)
             segments[i, n:m], there[i, :m] = 1, True
-            source, target = tags_of(ids[i, 1 : n - 1], b[1:-1])
-            tags[i, 1 : n - 1], tags[i, n : m - 2], tags[i, m - 2] = source, target, 0
+            source, target = copy_labels(ids[i, 1 : n - 1], b[1:-1])
+            tags[i, 1 : n - 1], tags[i, n : m - 2], tags[i, m - 2] = source, target, 0  # [SEP] is not copied
         made = {"input_ids": ids, "attention_mask": there, "token_type_ids": segments, "labels": clean, "tags": tags}
         sparse = self.top_k is not None and step >= self.sparse_from
         return {name: torch.from_numpy(value) for name, value in made.items()} | {
@@ -133,30 +133,6 @@ class Rows:
         return digest.hexdigest()
 
 
-def tags_of(source: NDArray[np.int64], target: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    n, m = len(source), len(target)
-    table = np.zeros((n + 1, m + 1), np.int64)
-    equal = source[:, None] == target[None]
-    for i in range(n):
-        table[i + 1, 1:] = np.maximum.accumulate(np.where(equal[i], table[i, :-1] + 1, table[i, 1:]))
-    a, b = np.zeros(n, np.int64), np.zeros(m, np.int64)
-    pairs = []
-    i, j = n, m
-    while i and j:
-        if equal[i - 1, j - 1]:
-            i, j = i - 1, j - 1
-            pairs.append((i, j))
-        elif table[i - 1, j] >= table[i, j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    last = (-2, -2)
-    for i, j in reversed(pairs):
-        a[i] = b[j] = 2 if (i, j) == (last[0] + 1, last[1] + 1) else 1
-        last = (i, j)
-    return a, b
-
-
 class Objective(nn.Module):
     """Loss of a batch, and the average of the weights, which is saved with them.
 
@@ -176,7 +152,7 @@ class Objective(nn.Module):
         out = self.model(**batch)
         loss = out.loss
         if self.copying:
-            loss = loss + 2 * F.cross_entropy(out.copy_logits.flatten(0, 1), tags.flatten())
+            loss = loss + copy_loss(out.copy_logits, tags, batch["token_type_ids"] == 0)
         return {"loss": loss, "num_items": out.num_items}
 
     @torch.no_grad()
