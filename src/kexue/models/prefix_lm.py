@@ -7,7 +7,8 @@ et al., arXiv 1506.03134, and See et al., arXiv 1704.04368.
     position i sees j  if  cumsum(segments)[j] <= cumsum(segments)[i]
     h = hidden state,  f = transform(h)
     score of token v   = logsumexp of  <f, E_v>  and, for every source position j that holds v,
-                         <Q f, K f_j> / sqrt(D) + c_m,  m = 0, 1, 2 tokens before j equal the latest ones of the target
+                         <Q f, K f_j> / sqrt(D) + c_m + p_b(j) + r [v stands in the target already]
+                         m = 0, 1, 2 tokens before j that equal the latest ones of the target; b(j): half octave of j
     O, B, I logits     = C f                     (not copied, copied, copied and continuing the span)
 
 Token scores use the table of embeddings E. The second [CLS] predicts the first token of the target, so that decoding
@@ -15,7 +16,8 @@ begins with a token that training has seen in this place.
 
 What we do differently, and why: the pointer term. A model that is trained from scratch on a thousand pairs has no time
 to learn how a token of the source comes out of the decoder; pointed at, it needs not be in a trained row of E at all.
-The bonus c (c_0 = 0) says where a copied run goes on, which attention takes thousands of steps to find out.
+The learned numbers c (c_0 = 0), p and r say at once what attention takes thousands of steps to find out: where a copied
+run goes on, that summaries begin where their sources do, and that they do not say the same twice.
 ``pointer=False`` in the configuration leaves it out. Positions are counted without padding, so padding may stand
 anywhere, between source and target as well; rotary positions have no limit of length.
 """
@@ -23,7 +25,7 @@ anywhere, between source and target as well; rotary positions have no limit of l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ from kexue.models.stack import wants_dict
 
 __all__ = ["KexueForPrefixLM", "Memory", "PrefixLMOutput"]
 
-FOLLOW = (2.0, 3.0)  # c_1 and c_2 at the start
+FOLLOW, AGAIN = (2.0, 3.0), -1.0  # c and r at the start
+OCTAVES = 12
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Memory:
         tokens: (B, S) distinct ids of each row, filled up with the first of them.
         place: (B, S) where the id of each position stands in ``tokens``.
         before: (B, S, 2) the one and the two ids before each; -1 where there is none, or the mark that begins it.
+        ids: (B, S), -1 where there is none.
+        half_octave: (B, S), the class of each position by its distance from the beginning.
     """
 
     keys: Tensor
@@ -75,10 +80,12 @@ class Memory:
     tokens: Tensor
     place: Tensor
     before: Tensor
+    ids: Tensor
+    half_octave: Tensor
 
     def select(self, rows: Tensor) -> Memory:
         """The memory of these rows."""
-        return Memory(self.keys[rows], self.mask[rows], self.tokens[rows], self.place[rows], self.before[rows])
+        return Memory(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 class KexueForPrefixLM(LanguageModel):
@@ -107,6 +114,8 @@ class KexueForPrefixLM(LanguageModel):
         self.query = nn.Linear(width, width, bias=False) if config.pointer else None
         self.key = nn.Linear(width, width, bias=False) if config.pointer else None
         self.follow = nn.Parameter(torch.tensor(FOLLOW)) if config.pointer else None
+        self.again = nn.Parameter(torch.tensor(AGAIN)) if config.pointer else None
+        self.where = nn.Parameter(torch.zeros(OCTAVES * 2)) if config.pointer else None
         self.post_init()
 
     def forward(
@@ -157,18 +166,21 @@ class KexueForPrefixLM(LanguageModel):
         features = self.lm_head.features(outputs.last_hidden_state)
         there = self._there(input_ids, attention_mask)
         target = torch.zeros_like(there) if token_type_ids is None else token_type_ids.bool()
+        predicted = there & target
         memory = self.remember(input_ids, features, there & ~target)
         loss = count = None
         if labels is not None:
             labels = check_labels("labels", labels, features.shape[:-1])
-            predicted = there & target
             labels = labels[:, 1:].masked_fill(~(predicted[:, 1:] & predicted[:, :-1]), -100)
             labels = F.pad(labels, (0, 1), value=-100)
             count = (labels != -100).sum()
-            loss = mean_loss(self._loss(features, memory, input_ids, labels, top_k), count, num_items_in_batch)
+            loss = mean_loss(self._loss(features, memory, input_ids, predicted, labels, top_k), count, num_items_in_batch)
         wanted = labels is None if return_logits is None else return_logits
+        logits = None
+        if wanted:
+            logits = self.scores(features, memory, latest(input_ids), said_so_far(memory, input_ids, predicted))
         output = PrefixLMOutput(
-            loss=loss, logits=self.scores(features, memory, latest(input_ids)) if wanted else None, hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions, num_items=count, copy_logits=self.copy_head(features),
         )  # fmt: skip
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -199,17 +211,21 @@ class KexueForPrefixLM(LanguageModel):
         rank = new.cumsum(1)
         place = torch.zeros_like(rank).scatter(1, order, rank)
         tokens = ordered[:, :1].expand_as(ordered).scatter(1, rank, ordered)
-        inner = ids.masked_fill(~mask, -1).index_fill(1, torch.zeros(1, dtype=torch.long, device=ids.device), -1)
+        count = mask.cumsum(1)
+        inner = ids.masked_fill(~mask | (count == 1), -1)
         before = torch.stack([F.pad(inner[:, :-1], (1, 0), value=-1), F.pad(inner[:, :-2], (2, 0), value=-1)], -1)
-        return Memory(self.key(features[:, :last]), mask, tokens, place, before[:, :last])
+        octave = (2 * count.clamp(min=1).to(torch.float32).log2()).long().clamp(max=2 * OCTAVES - 1)
+        keys = self.key(features[:, :last])
+        return Memory(keys, mask, tokens, place, before[:, :last], ids.masked_fill(~mask, -1), octave)
 
-    def scores(self, features: Tensor, memory: Memory | None, written: Tensor) -> Tensor:
+    def scores(self, features: Tensor, memory: Memory | None, written: Tensor, said: Tensor) -> Tensor:
         """Scores of the next token.
 
         Args:
             features: (B, T, D), of target positions.
             memory: Of the same B rows.
             written: (B, T, 2) the latest id at each position and the one before it.
+            said: (B, T, S) bool, whether the token of a source position stands in the target up to each position.
 
         Returns:
             (B, T, V), float32 for lower precision with a pointer.
@@ -217,11 +233,11 @@ class KexueForPrefixLM(LanguageModel):
         plain = self.lm_head.decoder(features)
         if memory is None or self.query is None:
             return plain
-        pointed = self._pointed(features, memory, written)
+        pointed = self._pointed(features, memory, written, said)
         shape = pointed.shape
         return _joined(plain, pointed, memory.place[:, None].expand(shape), memory.tokens[:, None].expand(shape))
 
-    def _pointed(self, features: Tensor, memory: Memory, written: Tensor) -> Tensor:
+    def _pointed(self, features: Tensor, memory: Memory, written: Tensor, said: Tensor) -> Tensor:
         """(B, T, S) scores of the source positions, -inf where there is no token."""
         scores = self.query(features) @ memory.keys.transpose(1, 2)  # type: ignore[misc]
         scores = scores.to(compute_dtype(scores)) / math.sqrt(features.shape[-1])
@@ -229,10 +245,18 @@ class KexueForPrefixLM(LanguageModel):
         two = one & (written[..., None, 1] == memory.before[:, None, :, 1])
         first, second = self.follow.to(scores.dtype).unbind()  # type: ignore[union-attr]
         scores = scores + torch.where(two, second, torch.where(one, first, 0.0))
+        scores = scores + self.where.to(scores.dtype)[memory.half_octave][:, None]  # type: ignore[index,union-attr]
+        scores = scores + torch.where(said, self.again.to(scores.dtype), 0.0)  # type: ignore[union-attr]
         return scores.masked_fill(~memory.mask[:, None], -torch.inf)
 
     def _loss(
-        self, features: Tensor, memory: Memory | None, input_ids: Any, labels: Tensor, top_k: int | None
+        self,
+        features: Tensor,
+        memory: Memory | None,
+        input_ids: Any,
+        target: Tensor,
+        labels: Tensor,
+        top_k: int | None,
     ) -> Tensor:
         """Sum over the positions that have a label; only those are decoded."""
         kept = labels != -100
@@ -240,7 +264,9 @@ class KexueForPrefixLM(LanguageModel):
         scores = self.lm_head.decoder(features[row, column])
         if memory is not None:
             first = int(column.amin()) if len(column) else 0
-            pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:])[row, column - first]
+            said = said_so_far(memory, input_ids[:, first:], target[:, first:])
+            pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:], said)
+            pointed = pointed[row, column - first]
             scores = _joined(scores, pointed, memory.place[row], memory.tokens[row])
         wanted = labels[row, column]
         if top_k is None:
@@ -251,6 +277,14 @@ class KexueForPrefixLM(LanguageModel):
 def latest(ids: Any) -> Tensor:
     """(B, T) ids -> (B, T, 2) each with the one before it; -2 where there is none."""
     return torch.stack([ids.long(), F.pad(ids[:, :-1].long(), (1, 0), value=-2)], -1)
+
+
+def said_so_far(memory: Memory | None, ids: Any, target: Tensor) -> Any:
+    """(B, T, S) bool, whether the token of a source position stands among the target's up to each position."""
+    if memory is None:
+        return None
+    found = (ids[:, :, None] == memory.ids[:, None]) & target[:, :, None]
+    return found.cumsum(1) > 0
 
 
 def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class _Rows:
         self.totals = torch.full((n, k), -torch.inf, dtype=torch.float64, device=device)
         self.totals[:, 0] = 0
         self.seen = torch.zeros(n, k, 0, dtype=torch.bool, device=device)
+        self.said = torch.zeros(n, k, longest, dtype=torch.bool, device=device)
         self.constraint: CopyConstraint | None = None
         if search.copy:
             self.constraint = CopyConstraint(
@@ -87,7 +88,7 @@ class _Rows:
     def select(self, rows: list[int]) -> None:
         """Drop the other rows."""
         index = torch.tensor(rows, device=self.ids.device)
-        for name in ("ids", "lengths", "there", "tokens", "older", "totals", "seen", "banned"):
+        for name in ("ids", "lengths", "there", "tokens", "older", "totals", "seen", "said", "banned"):
             setattr(self, name, getattr(self, name)[index])
         self.number, self.written = [self.number[r] for r in rows], [self.written[r] for r in rows]
         self.memory = None if self.memory is None else self.memory.select(index)
@@ -108,7 +109,7 @@ class _Rows:
         )
         features = self.model.lm_head.features(out.last_hidden_state)
         written = torch.stack([self.tokens, self.older], -1)
-        scores = self.model.scores(features, self.memory, written).float().masked_fill(self.banned[:, None], -torch.inf)
+        scores = self.model.scores(features, self.memory, written, self.said).float().masked_fill(self.banned[:, None], -torch.inf)
         if t == 0:
             scores[..., SEP] = -torch.inf
         if self.constraint is not None:
@@ -129,6 +130,8 @@ class _Rows:
         if self.constraint is not None:
             first = torch.arange(len(parents), device=parents.device)[:, None] * parents.shape[1]
             self.state = self.constraint.advance(self.state, self.use, tokens.flatten(), (first + parents).flatten())
+        said = self.said.gather(1, index.expand(-1, -1, self.said.shape[-1]))
+        self.said = said | (self.ids[:, None] == tokens[..., None])
         self.older = self.tokens.gather(1, parents)
         self.tokens, self.totals = tokens, totals
         self.written = [
