@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.spaces_gen import joined_scores, visible
 
 from kexue.models import KexueConfig, KexueForCausalLM, KexueForPrefixLM, KexueForPreTraining, KexueModel
+from reference.spaces_gen import joined_scores, visible
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "num_layers": 2, "num_heads": 4}
 SEGMENTS = [0, 0, 0, 0, 1, 1, 1]
@@ -32,7 +32,10 @@ def test_each_position_sees_exactly_what_the_prefix_mask_lets_through(eager):
     else:
         vectors = model.get_input_embeddings()(ids).detach().requires_grad_()
         out = model(inputs_embeds=vectors, token_type_ids=segments).last_hidden_state[0]
-        rows = [torch.autograd.grad(out[i] @ torch.arange(16.0).double(), vectors, retain_graph=True)[0][0] for i in range(len(IDS))]
+        rows = [
+            torch.autograd.grad(out[i] @ torch.arange(16.0).double(), vectors, retain_graph=True)[0][0]
+            for i in range(len(IDS))
+        ]
         seen = torch.stack([row.abs().sum(-1) > 0 for row in rows])
     expected = [[visible(SEGMENTS, i, j) for j in range(len(IDS))] for i in range(len(IDS))]
     assert seen.tolist() == expected
@@ -163,7 +166,13 @@ def test_every_gradient_agrees_with_differences(top_k):
             p -= 2 * step * direction
             down = loss()
             p += step * direction
-        torch.testing.assert_close((p.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(
+            (p.grad * direction).sum(),
+            (up - down) / (2 * step),
+            rtol=1e-5,
+            atol=1e-7,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def test_a_row_that_predicts_nothing_has_loss_0_and_a_gradient():

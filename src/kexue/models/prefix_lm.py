@@ -174,7 +174,9 @@ class KexueForPrefixLM(LanguageModel):
             labels = labels[:, 1:].masked_fill(~(predicted[:, 1:] & predicted[:, :-1]), -100)
             labels = F.pad(labels, (0, 1), value=-100)
             count = (labels != -100).sum()
-            loss = mean_loss(self._loss(features, memory, input_ids, predicted, labels, top_k), count, num_items_in_batch)
+            loss = mean_loss(
+                self._loss(features, memory, input_ids, predicted, labels, top_k), count, num_items_in_batch
+            )
         wanted = labels is None if return_logits is None else return_logits
         logits = None
         if wanted:
@@ -288,7 +290,7 @@ def said_so_far(memory: Memory | None, ids: Any, target: Tensor) -> Any:
 
 
 def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:
-    """logsumexp of the plain score of a token and of the scores of its positions.
+    """Logsumexp of the plain score of a token and of the scores of its positions.
 
     Args:
         plain: (..., V).

@@ -109,7 +109,11 @@ class _Rows:
         )
         features = self.model.lm_head.features(out.last_hidden_state)
         written = torch.stack([self.tokens, self.older], -1)
-        scores = self.model.scores(features, self.memory, written, self.said).float().masked_fill(self.banned[:, None], -torch.inf)
+        scores = (
+            self.model.scores(features, self.memory, written, self.said)
+            .float()
+            .masked_fill(self.banned[:, None], -torch.inf)
+        )
         if t == 0:
             scores[..., SEP] = -torch.inf
         if self.constraint is not None:
