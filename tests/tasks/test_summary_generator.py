@@ -38,7 +38,8 @@ def test_a_batch_gives_what_each_row_alone_gives(fitted):
 
 
 def test_a_blank_source_gives_an_empty_text(fitted):
-    assert fitted.generate(["", " \n"]) == ["", ""] and fitted.generate([]) == []
+    assert fitted.generate(["", " \n"]) == ["", ""]
+    assert fitted.generate([]) == []
 
 
 def test_a_very_long_source_is_cut(fitted):
@@ -73,7 +74,8 @@ def test_wide_beams_find_what_trying_all_finds(fitted):
         found = beam_search(model, [source], search)[0]
     finally:
         decoding._Rows._banned = original
-    assert np.isfinite(total) and found == [words[i] for i in text]
+    assert np.isfinite(total)
+    assert found == [words[i] for i in text]
 
 
 def test_a_killed_training_goes_on_bit_by_bit(tmp_path, monkeypatch):
@@ -101,7 +103,8 @@ def test_noise_draws_from_the_row_and_spares_marks_and_labels():
     batch = Rows([[row]], 1, 64, 0.5, 0, 10, 10)(0)
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     changed = ids != labels
-    assert changed.any() and set(ids.tolist()) <= set(labels.tolist())
+    assert changed.any()
+    assert set(ids.tolist()) <= set(labels.tolist())
     assert not changed[(labels == CLS) | (labels == SEP)].any()
 
 
@@ -120,7 +123,8 @@ def test_the_longer_side_is_cut_and_keeps_its_last_mark(a, b):
     while sum(lengths) > 8:
         lengths[int(lengths[1] > lengths[0])] -= 1
     assert [len(source) - 2, len(target) - 2] == lengths
-    assert source[0] == target[0] == CLS and source[-1] == target[-1] == SEP
+    assert source[0] == target[0] == CLS
+    assert source[-1] == target[-1] == SEP
 
 
 def test_a_saved_generator_comes_back_and_damage_is_told(fitted, tmp_path):

@@ -30,7 +30,8 @@ def test_every_text_comes_back_as_source_and_as_target(vocabulary, source, targe
     ids, rare = vocabulary.read(source)
     assert vocabulary.text(ids, rare) == source
     written, same = vocabulary.read(target, rare, grow=False)
-    assert same == rare and vocabulary.text(written, rare) == target
+    assert same == rare
+    assert vocabulary.text(written, rare) == target
     assert not {PAD, CLS, SEP} & {*ids, *written}
     assert max([*ids, *written], default=0) < len(vocabulary)
 
@@ -52,20 +53,24 @@ def test_full_width_punctuation_stays_full_width(vocabulary):
 
 def test_a_rare_unit_has_the_same_number_in_source_and_target(vocabulary):
     ids, rare = vocabulary.read("The zebra and the yak and the zebra")
-    assert rare[:1] == ["zebra"] and ids.count(RARE) == 2
+    assert rare[:1] == ["zebra"]
+    assert ids.count(RARE) == 2
     target, _ = vocabulary.read("zebra", rare, grow=False)
     assert target == [RARE]
 
 
 def test_a_rare_unit_that_the_source_lacks_is_spelled(vocabulary):
     target, rare = vocabulary.read("é", (), grow=False)
-    assert rare == [] and target == [SPELL, 5 + 0xC3, 5 + 0xA9]
+    assert rare == []
+    assert target == [SPELL, 5 + 0xC3, 5 + 0xA9]
 
 
 def test_more_rare_units_than_numbers_are_spelled():
     small = SummaryVocabulary({}, rare=2)
     ids, rare = small.read("aa bb cc dd aa")
-    assert rare == ["aa", "bb"] and ids.count(SPELL) == 2 and small.text(ids, rare) == "aa bb cc dd aa"
+    assert rare == ["aa", "bb"]
+    assert ids.count(SPELL) == 2
+    assert small.text(ids, rare) == "aa bb cc dd aa"
 
 
 def test_what_a_model_may_write_is_passed_over_where_it_means_nothing(vocabulary):
@@ -76,7 +81,8 @@ def test_frequent_words_of_scripts_without_spaces_are_one_token():
     words = ["雪梨", "苹果", "香蕉", "葡萄"]
     texts = [a + link + b for a in words for link in "和与或" for b in words]
     ids, rare = SummaryVocabulary.learn(texts, min_count=4).read("苹果和雪梨")
-    assert len(ids) == 3 and rare == []
+    assert len(ids) == 3
+    assert rare == []
 
 
 def test_size_and_least_count_bound_the_vocabulary():

@@ -1,7 +1,7 @@
 """Prefix language model (前缀语言模型, UniLM): reads a source from both sides and writes a target after it.
 
-Source: UniLM (Dong et al., arXiv 1905.03197), as used in 科学空间 8046 (SPACES:“抽取-生成”式长文本摘要); pointers: Vinyals
-et al., arXiv 1506.03134, and See et al., arXiv 1704.04368.
+Source: UniLM (Dong et al., arXiv 1905.03197), as used in 科学空间 8046 (SPACES:“抽取-生成”式长文本摘要); pointers:
+Vinyals et al., arXiv 1506.03134, and See et al., arXiv 1704.04368.
 
     [CLS] source [SEP] [CLS] target [SEP]        segments 0 ... 0 1 ... 1, from the second [CLS] on
     position i sees j  if  cumsum(segments)[j] <= cumsum(segments)[i]
