@@ -247,7 +247,7 @@ class KexueForPrefixLM(LanguageModel):
         two = one & (written[..., None, 1] == memory.before[:, None, :, 1])
         first, second = self.follow.to(scores.dtype).unbind()  # type: ignore[union-attr]
         scores = scores + torch.where(two, second, torch.where(one, first, 0.0))
-        scores = scores + self.where.to(scores.dtype)[memory.half_octave][:, None]  # type: ignore[index,union-attr]
+        scores = scores + self.where.to(scores.dtype)[memory.half_octave][:, None]  # type: ignore[union-attr]
         scores = scores + torch.where(said, self.again.to(scores.dtype), 0.0)  # type: ignore[union-attr]
         return scores.masked_fill(~memory.mask[:, None], -torch.inf)
 

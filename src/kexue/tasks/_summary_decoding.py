@@ -164,7 +164,8 @@ def beam_search(model: KexueForPrefixLM, sources: list[list[int]], search: Searc
         parents = torch.div(index, width, rounding_mode="floor")
         going, chosen = [], []
         for r, (totals, words, origins) in enumerate(zip(top.tolist(), tokens.tolist(), parents.tolist(), strict=True)):
-            number, live = rows.number[r], []
+            number = rows.number[r]
+            live: list[tuple[int, int, float]] = []
             for rank, (total, token, parent) in enumerate(zip(totals, words, origins, strict=True)):
                 if total == -math.inf or len(live) == k:
                     break
