@@ -25,7 +25,7 @@ from scipy import sparse
 
 __all__ = ["PieceEncoder", "WIDTH", "tokens"]
 
-WIDTH = 512
+WIDTH = 256
 MARKS = 16  # columns after those of the hash
 BATCH = 64  # pieces at a time through BERT
 #: What counts as a word: letters and digits in a row, or one character of a script that writes no spaces.

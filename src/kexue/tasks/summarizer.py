@@ -109,10 +109,10 @@ class Summarizer(BaseEstimator):
         random_state: int = 0,
         *,
         encoder: Any = "hash",
-        hidden_size: int = 64,
+        hidden_size: int = 32,
         batch_size: int = 16,
         lr: float = 3e-3,
-        max_pieces: int = 256,
+        max_pieces: int = 128,
         generator: Any = None,
         show_progress: bool | None = None,
     ) -> None:
