@@ -6,7 +6,7 @@ BERT checkpoint, whose last layer is averaged over the tokens, the special ones 
 "hash" counts words (in Chinese, characters), their bigrams and trigrams, and beginnings and ends of long words, each
 in one of ``WIDTH`` columns chosen by a hash of it, with the length of a row brought to 1. To these come columns that
 say what kind of piece it is: where it stands, how long it is, whether it is text or markup, and how much it has in
-common with the document, its beginning and the pieces beside it. All of them are cheap and need no training.
+common with the document (by TextRank too), its beginning and the pieces beside it. All of them are cheap and need no training.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from kexue.tasks.graph_rank import text_rank
+
 __all__ = ["PieceEncoder", "WIDTH", "tokens"]
 
 WIDTH = 256
-MARKS = 16  # columns after those of the hash
+MARKS = 17  # columns after those of the hash
 BATCH = 64  # pieces at a time through BERT
 #: What counts as a word: letters and digits in a row, or one character of a script that writes no spaces.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -112,11 +114,13 @@ def marks(pieces: Sequence[str], vectors: sparse.csr_array, words: list[list[str
     beside = np.zeros(n)
     if n > 1:
         beside[1:] = vectors[1:].multiply(vectors[:-1]).sum(1)
+    central = text_rank(list(pieces)) if n else np.zeros(0)
     columns = (
         place / n, (n - 1 - place) / n, 1 / (1 + place), 1 / (n - place), np.minimum(place, 20) / 20,
         np.full(n, min(n, 100) / 100), np.minimum(length, 60) / 60, np.log1p(length) / 5,
         used / np.maximum(chars, 1), [float(p[:1].isupper()) for p in pieces],
-        [float(p[-1:] in ".。!！?？") for p in pieces], shared, vectors @ total, vectors @ first, beside, np.ones(n),
+        [float(p[-1:] in ".。!！?？") for p in pieces], shared, vectors @ total, vectors @ first, beside,
+        np.minimum(central * n, 6) / 3, 1 / (1 + np.argsort(np.argsort(-central, kind="stable"))),
     )  # fmt: skip
     for column, values in enumerate(columns):
         out[:, column] = values
