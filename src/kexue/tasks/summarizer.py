@@ -39,6 +39,7 @@ from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilit
 from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import tune_selection
 from kexue.tasks._summary_trimmer import learn_to_trim
+from kexue.tasks.graph_rank import text_rank
 from kexue.tasks.pieces import join_pieces, split_pieces
 
 __all__ = ["Summarizer"]
@@ -238,6 +239,7 @@ class Summarizer(BaseEstimator):
         """What the first pieces and the most central piece score."""
         pieces = [split_pieces(text, self._separators) for text in texts]
         found = {f"lead-{n}": [join_pieces(row[:n]) for row in pieces] for n in (1, 3)}
+        found["text_rank"] = [row[int(np.argmax(text_rank(row)))] for row in pieces]
         return {name: float(scores(given, wanted, self.unit_).mean()) for name, given in found.items()}
 
     def _settings(self) -> Settings:
