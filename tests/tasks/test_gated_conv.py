@@ -85,7 +85,9 @@ def test_a_padded_document_gets_the_logits_that_it_gets_alone() -> None:
     together = labeler(x, mask)
     for row in range(3):
         length = int(mask[row].sum())
-        torch.testing.assert_close(together[row, :length], labeler(x[row : row + 1, :length])[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            together[row, :length], labeler(x[row : row + 1, :length])[0], rtol=1e-12, atol=1e-12
+        )
         assert (together[row, length:] == 0).all()
 
 

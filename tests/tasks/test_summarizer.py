@@ -122,7 +122,9 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
         Summarizer.load(tmp_path / "model")
 
 
-def test_a_run_continues_from_its_checkpoint(fitted: Summarizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_from_its_checkpoint(
+    fitted: Summarizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = summarizer.train_labeler
     calls = []
 

@@ -52,7 +52,7 @@ def _run(texts: list[str], lines: list[str], count: int, epochs: int, seed: int)
     }
     for rule in ("monotone", "independent", "greedy"):
         chosen = [
-            align_extract(row, split_pieces(line, "en"), rule=rule, unit="word", tokenizer=tokens)  # type: ignore[arg-type]
+            align_extract(row, split_pieces(line, "en"), rule=rule, unit="word", tokenizer=tokens)
             for row, line in zip(pieces, wanted, strict=True)
         ]
         written[rule] = [join_pieces([row[j] for j in found]) for row, found in zip(pieces, chosen, strict=True)]

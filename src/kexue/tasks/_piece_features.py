@@ -6,7 +6,8 @@ BERT checkpoint, whose last layer is averaged over the tokens, the special ones 
 "hash" counts words (in Chinese, characters), their bigrams and trigrams, and beginnings and ends of long words, each
 in one of ``WIDTH`` columns chosen by a hash of it, with the length of a row brought to 1. To these come columns that
 say what kind of piece it is: where it stands, how long it is, whether it is text or markup, and how much it has in
-common with the document (by TextRank too), its beginning and the pieces beside it. All of them are cheap and need no training.
+common with the document (by TextRank too), its beginning and the pieces beside it. All of them are cheap and
+need no training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scipy import sparse
 
 from kexue.tasks.graph_rank import text_rank
 
-__all__ = ["PieceEncoder", "WIDTH", "tokens"]
+__all__ = ["WIDTH", "PieceEncoder", "tokens"]
 
 WIDTH = 256
 MARKS = 17  # columns after those of the hash

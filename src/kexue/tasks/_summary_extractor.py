@@ -241,9 +241,7 @@ def train_labeler(
     return training.best.eval(), int(training.best_epoch)
 
 
-def _batches(
-    lengths: NDArray[np.int64], size: int, count: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
+def _batches(lengths: NDArray[np.int64], size: int, count: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
     """``count`` batches: passes in random order, sorted by length within pools, batches shuffled."""
     n = len(lengths)
     passes = -(-count * size // n)
@@ -256,9 +254,7 @@ def _batches(
     return [batches[i] for i in batch_indices(seed, epoch, len(batches), len(batches))]
 
 
-def _fingerprint(
-    given: Pieces, labels: list[NDArray[np.bool_]], rows: NDArray[np.int64], settings: Settings
-) -> str:
+def _fingerprint(given: Pieces, labels: list[NDArray[np.bool_]], rows: NDArray[np.int64], settings: Settings) -> str:
     digest = hashlib.sha256(repr((settings.hidden_size, settings.batch_size, settings.max_pieces)).encode())
     chosen = np.concatenate(labels)
     for part in (given.vectors.data, given.vectors.indices, given.offsets, chosen, rows):

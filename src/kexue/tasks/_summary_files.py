@@ -47,7 +47,9 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
         "epochs": model.epochs_,
         "length": model.length_,
         "threshold": model.threshold_,
-        "trims": None if trimmer is None else {
+        "trims": None
+        if trimmer is None
+        else {
             "width": trimmer.labelers[0].input_size,
             "labelers": len(trimmer.labelers),
             "extract": [trimmer.extract.length, trimmer.extract.threshold],
@@ -121,7 +123,9 @@ def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
         if trims is not None:
             path = source / "trimmer.safetensors"
             labelers = _load_labelers(path, int(trims["labelers"]), int(trims["width"]), hidden)
-            model._trimmer = Trimmer(labelers, Selection(*map(float, trims["extract"])), Runs(*map(float, trims["runs"])))
+            model._trimmer = Trimmer(
+                labelers, Selection(*map(float, trims["extract"])), Runs(*map(float, trims["runs"]))
+            )
         model.uses_generator_ = bool(head["generates"])
         model._generator = SummaryGenerator.load(source / "generator") if model.uses_generator_ else None
         model._encode = PieceEncoder(model.encoder)

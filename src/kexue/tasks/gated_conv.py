@@ -68,6 +68,7 @@ class ResidualGatedConv(nn.Module):
         return x + self.alpha * y
 
     def extra_repr(self) -> str:
+        """Widths, dilation and taps."""
         size = self.weight.shape
         return f"{size[1]}, {size[0] // 2}, dilation={self.dilation}, kernel_size={self.kernel_size}"
 
@@ -140,6 +141,7 @@ class GatedConvLabeler(nn.Module):
         self.reach = sum(dilations) * (kernel_size // 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of the pieces, see the class."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x must be a floating tensor; got {getattr(x, 'dtype', type(x).__name__)}")
         if x.dim() != 3 or x.shape[2] != self.input_size:

@@ -346,7 +346,7 @@ def check_validation(validation: Any) -> tuple[list[str], list[str]]:
     """Refuse bad validation data before the training, not after it."""
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         raise TypeError(f"validation must be a pair (documents, summaries); got {type(validation).__name__}")
-    return check_pairs(*validation, what="validation ")
+    return check_pairs(validation[0], validation[1], what="validation ")
 
 
 @contextmanager
