@@ -26,7 +26,7 @@ __all__ = ["rank_pieces", "summarize_by_vectors", "take_pieces"]
 OPENING = 0.25  # bonus of the first piece
 REPEATED = 0.5  # how much of the cosine with a piece that was taken already is held against a piece
 SHARE = 0.2  # of the text, the usual length of a summary
-LEAST, MOST = 100, 500  # characters: bounds of the usual length
+LEAST, MOST = 200, 600  # characters: bounds of the usual length
 _BLOCK = 1024  # pieces encoded at a time
 _CANDIDATES = 2000  # best pieces among which a summary is chosen
 
@@ -67,7 +67,8 @@ def take_pieces(
         Numbers of pieces, ascending.
     """
     sizes = np.array([len(piece) for piece in pieces])
-    order = np.argsort(-scores, kind="stable")[:_CANDIDATES]
+    fitting = np.flatnonzero(sizes <= length) if (sizes <= length).any() else np.arange(len(sizes))
+    order = fitting[np.argsort(-scores[fitting], kind="stable")[:_CANDIDATES]]
     near = np.zeros(len(order), np.float32)
     seen: set[str] = set()
     open_ = np.ones(len(order), bool)
@@ -94,8 +95,8 @@ def summarize_by_vectors(parts: Parts, text: str, length: int | None = None, mos
     Args:
         parts: Of the workspace.
         text: The text.
-        length: Most characters; None: a fifth of the text, at least 100 and at most 500. The best sentence is taken
-            even if it is longer. Below the mean length of a sentence, parts of sentences are taken.
+        length: Most characters; None: a fifth of the text, at least 200 and at most 600. One sentence is taken even
+            if all are longer. Below the mean length of a sentence, parts of sentences are taken.
         most: Most sentences; None: as many as fit.
     """
     from kexue.tasks.pieces import join_pieces, piece_spans

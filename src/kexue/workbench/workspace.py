@@ -116,7 +116,7 @@ class Workspace(Searcher):
 
         Args:
             text: The text.
-            length: Most characters; None: as was learned, or a fifth of the text, at least 100 and at most 500. At
+            length: Most characters; None: as was learned, or a fifth of the text, at least 200 and at most 600. At
                 least one piece is taken.
             pieces: Most pieces; None: as many as fit.
             method: "trained" is what the build learned from texts that bring their own summaries (documentation does);
