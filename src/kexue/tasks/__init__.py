@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
+    from kexue.tasks.extract_labels import align_extract
     from kexue.tasks.next_sentence import NextSentenceScorer
+    from kexue.tasks.pieces import join_pieces, split_pieces
     from kexue.tasks.retrieval import retrieval_report
+    from kexue.tasks.rouge_metric import rouge, rouge_corpus
     from kexue.tasks.samples_contrast import SamplesContrast
     from kexue.tasks.sentence_similarity import SentenceSimilarity
     from kexue.tasks.zero_shot import NSPZeroShotClassifier
@@ -19,10 +22,15 @@ __all__ = [
     "RankedCandidate",
     "SamplesContrast",
     "SentenceSimilarity",
+    "align_extract",
     "coreference_prompt",
+    "join_pieces",
     "link_entities",
     "rank_cloze",
     "retrieval_report",
+    "rouge",
+    "rouge_corpus",
+    "split_pieces",
     "type_entity",
 ]
 
@@ -32,10 +40,15 @@ _MODULES = {
     "RankedCandidate": "entities",
     "SamplesContrast": "samples_contrast",
     "SentenceSimilarity": "sentence_similarity",
+    "align_extract": "extract_labels",
     "coreference_prompt": "entities",
+    "join_pieces": "pieces",
     "link_entities": "entities",
     "rank_cloze": "entities",
     "retrieval_report": "retrieval",
+    "rouge": "rouge_metric",
+    "rouge_corpus": "rouge_metric",
+    "split_pieces": "pieces",
     "type_entity": "entities",
 }
 
