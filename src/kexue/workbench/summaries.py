@@ -24,9 +24,10 @@ from kexue.corpus import read_documents
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import NAME
-from kexue.workbench.summary_evaluation import baselines, evaluate_summaries, unit_of, usual_length
+from kexue.workbench.summary_evaluation import baselines, evaluate_summaries, usual_length
+from kexue.workbench.summary_extract import summarize_by_model
 from kexue.workbench.summary_pairs import Pair, read_pairs
-from kexue.workbench.summary_text import METHODS, Summary, check_request, summary_by_model, unwrapped
+from kexue.workbench.summary_text import METHODS, Summary, check_request, unwrapped
 from kexue.workbench.targets import begin, check_free, locked, resolved
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def compared(
     found = baselines(texts, model.language, usual_length([pair.summary for pair in train]))
     found |= {name: list(summaries) for name, summaries in (others or {}).items()}
     found["summarizer"] = list(model.predict([unwrapped(text) for text in texts]))
-    return evaluate_summaries(found, references, unit_of(references))
+    return evaluate_summaries(found, references, model.unit_)
 
 
 class CanSummarize(Protocol):
@@ -278,7 +279,7 @@ class SummaryModel:
         check_request(text, length, pieces, method)
         if method == "vectors":
             raise ValueError(f"{self.folder} is a trained model, which has no vectors; method must be auto or trained")
-        return summary_by_model(self.estimator, text, length, pieces)
+        return summarize_by_model(self.estimator, text, length, pieces)
 
 
 def open_summarizer(folder: str | Path) -> CanSummarize:

@@ -8,19 +8,13 @@ from typing import Any
 import numpy as np
 
 from kexue.workbench.summary_text import unwrapped
-from kexue.workbench.word_tokens import unspaced_share
 
-__all__ = ["baselines", "evaluate_summaries", "unit_of", "usual_length"]
+__all__ = ["baselines", "evaluate_summaries", "usual_length"]
 
 
 def usual_length(summaries: Sequence[str]) -> int:
     """The mean length of summaries in characters, at least 1; it is the budget of methods that learn none."""
     return max(1, round(float(np.mean([len(summary) for summary in summaries])))) if summaries else 1
-
-
-def unit_of(summaries: Sequence[str]) -> str:
-    """What ROUGE counts: "word", or "char" if most letters of the summaries are of scripts without spaces."""
-    return "char" if unspaced_share(summaries) > 0.5 else "word"
 
 
 def baselines(texts: Sequence[str], separators: Any, length: int) -> dict[str, list[str]]:
@@ -60,14 +54,13 @@ def evaluate_summaries(
     Returns:
         A row for each method: name, rouge-1, rouge-2, rouge-l, main (.2, .4 and .4 of them), documents.
     """
-    from kexue.tasks import rouge
+    from kexue.tasks._rouge_tokens import word_list
+    from kexue.tasks.rouge_metric import rouge_corpus
 
     rows = []
     for name, summaries in found.items():
-        scores = [rouge(a, b, unit=unit) for a, b in zip(summaries, references, strict=True)]
-        means = {
-            key: round(float(np.mean([score[key] for score in scores])), 4)
-            for key in ("rouge-1", "rouge-2", "rouge-l", "main")
-        }
+        # English words also where a text has a Chinese character in it: that is no reason to need a dictionary
+        scores = rouge_corpus(summaries, references, unit, tokenizer=None if unit == "char" else word_list)  # type: ignore[arg-type]
+        means = {key: round(float(scores[key].mean()), 4) for key in ("rouge-1", "rouge-2", "rouge-l", "main")}
         rows.append({"name": name, **means, "documents": len(references)})
     return rows

@@ -18,7 +18,7 @@ from kexue.workbench.steps import Context
 from kexue.workbench.summaries import SummarySettings, compared, fitted
 from kexue.workbench.summary_evaluation import usual_length
 from kexue.workbench.summary_pairs import Pair
-from kexue.workbench.summary_text import sentence_spans
+from kexue.workbench.summary_text import sentence_spans, unwrapped
 from kexue.workbench.summary_vectors import summarize_by_vectors
 
 __all__ = ["TITLE", "learn_summaries", "pair_of"]
@@ -60,7 +60,7 @@ def learn_summaries(context: Context) -> dict[str, Any]:
         "tables": {TITLE: rows},
         "examples": [
             {"id": pair.id, "reference": pair.summary, "summary": found}
-            for pair, found in zip(asked[:4], model.predict([pair.text for pair in asked[:4]]), strict=True)
+            for pair, found in zip(asked[:4], model.predict([unwrapped(pair.text) for pair in asked[:4]]), strict=True)
         ],
     }
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from kexue._checks import check_choice, check_int
-
-if TYPE_CHECKING:
-    from kexue.tasks import Summarizer
+from kexue.corpus.cutting import find_cut
 
 __all__ = [
-    "METHODS", "Summary", "SummaryPiece", "check_request", "chosen", "sentence_spans", "summary_by_model", "unwrapped",
+    "METHODS", "Summary", "SummaryPiece", "check_request", "chosen", "sentence_spans", "unwrapped",
 ]  # fmt: skip
 
 METHODS = ("auto", "trained", "vectors")
 
-_LEAST = 30  # characters of a line that can have been broken because it was full
-_FULL = 0.6  # of the longest line of its paragraph's text
+LONGEST = 500  # characters of a sentence
+_LEAST = 40  # characters of a line that can have been broken because it was full
+_FULL = 0.6  # of the longest line of its paragraph
 _ENDS = re.compile(r"[.!?:;。！？：；…|\\]\s*$|[-=~^*#+]{3,}\s*$")  # what closes a line for a reason of its own
 _BEGINS = re.compile(r"\s*(?:[-*+•>|=~^#]|\.\. |\d+[.)]\s|:\w|@\w|\w+\s:\s)")  # list, code, field, heading, parameter
 _CLAUSE = "，,：:、"
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef]")
+
+
+def _longest(lines: Sequence[str]) -> list[int]:
+    """For each line the length of the longest one of its paragraph."""
+    out: list[int] = []
+    for blank, group in groupby(lines, lambda line: not line.strip()):
+        paragraph = list(group)
+        out += [0 if blank else max(map(len, paragraph))] * len(paragraph)
+    return out
 
 
 class SummaryPiece(NamedTuple):
@@ -60,7 +69,7 @@ class Summary(NamedTuple):
 def unwrapped(text: str) -> str:
     r"""The text with the line breaks that only keep lines short turned into spaces; its length stays.
 
-    A break is soft if the line before it is long for this text and does not end a sentence, and the line after it
+    A break is soft if the line before it is long for its paragraph and does not end a sentence, and the line after it
     goes on as text: no list item, heading, code, field or blank line. Where words are not divided by spaces a line
     break is left alone.
 
@@ -69,16 +78,16 @@ def unwrapped(text: str) -> str:
         'A line that was broken because it was full, so it goes on here.\n\n- item'
     """
     lines = text.split("\n")
-    longest = max(map(len, lines))
+    longest = _longest(lines)
     out = [lines[0]]
-    for before, after in zip(lines, lines[1:], strict=False):
+    for width, before, after in zip(longest, lines, lines[1:], strict=False):
         said = before.strip()
         soft = (
-            len(said) >= max(_LEAST, _FULL * longest - 1)
+            len(said) >= max(_LEAST, _FULL * width)
             and bool(after.strip())
             and not _ENDS.search(before)
             and not _BEGINS.match(after)
-            and not _BEGINS.match(before.lstrip()[:1] if said[:1] in "|>" else "")
+            and said[0] not in "|>"
             and not _UNSPACED.match(said[-1])
         )
         out.append(" " if soft else "\n")
@@ -88,6 +97,8 @@ def unwrapped(text: str) -> str:
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Where the sentences of a text stand: its pieces, those that end with a comma or colon joined to the next.
+
+    What has no mark for 500 characters is cut at a space, if there is one.
 
     Example:
         >>> text = "原告诉称：被告借款，至今未还。请求偿还。"
@@ -99,12 +110,25 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     open_ = False
     for start, stop in piece_spans(text):
-        if open_ and "\n" not in text[out[-1][1] : start]:
+        if open_ and stop - out[-1][0] <= LONGEST and "\n" not in text[out[-1][1] : start]:
             out[-1] = (out[-1][0], stop)
         else:
             out.append((start, stop))
         open_ = text[stop - 1] in _CLAUSE
-    return out
+    return [part for start, stop in out for part in _parts(text, start, stop)]
+
+
+def _parts(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The span, or parts of it of at most LONGEST characters."""
+    while stop - start > LONGEST:
+        end = find_cut(text, start, LONGEST)
+        if found := text[start:end].rstrip():
+            yield start, start + len(found)
+        start = end
+        while start < stop and text[start].isspace():
+            start += 1
+    if start < stop:
+        yield start, stop
 
 
 def chosen(
@@ -124,18 +148,6 @@ def chosen(
         )
         for i in sorted(taken)
     ]
-
-
-def summary_by_model(model: Summarizer, text: str, length: int | None, most: int | None) -> Summary:
-    """Summarise a text by a trained summarizer.
-
-    Args:
-        model: The summarizer.
-        text: The text.
-        length: Most characters; None: as was learned.
-        most: Most pieces; None: as was learned.
-    """
-    raise NotImplementedError
 
 
 def check_request(text: Any, length: int | None, pieces: int | None, method: str) -> None:

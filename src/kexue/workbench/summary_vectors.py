@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue.workbench.summary_text import Summary, chosen, sentence_spans, unwrapped
+from kexue.workbench.tokens import Ragged
 
 if TYPE_CHECKING:
     from kexue.workbench.parts import Parts
@@ -25,68 +26,86 @@ __all__ = ["rank_pieces", "summarize_by_vectors", "take_pieces"]
 
 OPENING = 0.25  # bonus of the first piece
 REPEATED = 0.5  # how much of the cosine with a piece that was taken already is held against a piece
+FEWEST_WORDS = 3  # of a sentence: fewer are headings, numbers, remains of tables
+WORST = 0.5  # of the best score: what is further from the text is not taken to fill the length
 SHARE = 0.2  # of the text, the usual length of a summary
 LEAST, MOST = 200, 600  # characters: bounds of the usual length
 _BLOCK = 1024  # pieces encoded at a time
 _CANDIDATES = 2000  # best pieces among which a summary is chosen
 
 
-def rank_pieces(parts: Parts, pieces: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rank_pieces(parts: Parts, pieces: Sequence[str]) -> tuple[NDArray[np.float32], Ragged]:
     """How well each piece stands for the text.
 
     Args:
         parts: Of the workspace whose encoder is used.
-        pieces: Of the text, in order.
+        pieces: Of the text, in order, at least one.
 
     Returns:
-        The scores (N,) and the vectors of the pieces (N, D).
+        The scores (N,), and the words of the pieces as ids.
     """
-    rows = [parts.tokens.lookup(parts.tokenizer(piece)) for piece in pieces]
-    blocks = [parts.encode_ids(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK)]
-    vectors = np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
-    if not len(vectors):
-        return np.zeros(0, np.float32), vectors
-    whole = parts.encode_ids([np.concatenate(rows)])[0]
-    bonus = OPENING / (1 + np.arange(len(pieces), dtype=np.float32))
-    return vectors @ whole + bonus, vectors
+    words = Ragged.from_rows([parts.tokens.lookup(parts.tokenizer(piece)) for piece in pieces])
+    whole = parts.encode_ids([words.values])[0]
+    scores = np.empty(len(pieces), np.float32)
+    for start in range(0, len(pieces), _BLOCK):
+        block = range(start, min(start + _BLOCK, len(pieces)))
+        scores[start : start + _BLOCK] = parts.encode_ids([words[i] for i in block]) @ whole
+    return scores + OPENING / (1 + np.arange(len(pieces), dtype=np.float32)), words
+
+
+def candidates(
+    pieces: Sequence[str], scores: NDArray[np.float32], counts: NDArray[np.int64], length: int
+) -> NDArray[np.int64]:
+    """The pieces among which is chosen, best first, none twice: real sentences that fit, or the next best there are.
+
+    Args:
+        pieces: N pieces, at least one.
+        scores: (N,).
+        counts: (N,) words.
+        length: Most characters.
+    """
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    open_ = np.ones(len(pieces), bool)
+    for wanted in (counts >= FEWEST_WORDS, sizes <= length):
+        open_ = open_ & wanted if (open_ & wanted).any() else open_
+    some = np.flatnonzero(open_)
+    least = WORST * float(scores[some].max())
+    out: dict[str, int] = {}
+    for i in some[np.argsort(-scores[some], kind="stable")].tolist():
+        if out and scores[i] < least:
+            break
+        out.setdefault(pieces[i], i)
+        if len(out) == _CANDIDATES:
+            break
+    return np.fromiter(out.values(), np.int64, len(out))
 
 
 def take_pieces(
-    pieces: Sequence[str], scores: NDArray[np.float32], vectors: NDArray[np.float32], length: int, most: int | None
+    sizes: NDArray[np.int64], scores: NDArray[np.float32], vectors: NDArray[np.float32], length: int, most: int | None
 ) -> list[int]:
     """Choose pieces that are good and do not repeat each other, within a length; at least one.
 
     Args:
-        pieces: N pieces.
+        sizes: (N,) characters.
         scores: (N,).
         vectors: (N, D), rows of length 1 or 0.
         length: Most characters together.
         most: Most pieces; None: as many as fit.
 
     Returns:
-        Numbers of pieces, ascending.
+        Numbers of pieces, in the order in which they were taken.
     """
-    sizes = np.array([len(piece) for piece in pieces])
-    fitting = np.flatnonzero(sizes <= length) if (sizes <= length).any() else np.arange(len(sizes))
-    order = fitting[np.argsort(-scores[fitting], kind="stable")[:_CANDIDATES]]
-    near = np.zeros(len(order), np.float32)
-    seen: set[str] = set()
-    open_ = np.ones(len(order), bool)
+    near = np.zeros(len(sizes), np.float32)
+    free = np.ones(len(sizes), bool)
     taken: list[int] = []
-    left = length
-    while open_.any() and (most is None or len(taken) < most):
-        value = np.where(open_, scores[order] - REPEATED * near, -np.inf)
-        best = int(np.argmax(value))
-        place = int(order[best])
-        open_[best] = False
-        if pieces[place] in seen:
-            continue
-        seen.add(pieces[place])
-        taken.append(place)
-        left -= int(sizes[place])
-        open_ &= sizes[order] <= left
-        near = np.maximum(near, vectors[order] @ vectors[place])
-    return sorted(taken)
+    while free.any() and (most is None or len(taken) < most):
+        best = int(np.argmax(np.where(free, scores - REPEATED * near, -np.inf)))
+        taken.append(best)
+        length -= int(sizes[best])
+        free[best] = False
+        free &= sizes <= length
+        near = np.maximum(near, vectors @ vectors[best])
+    return taken
 
 
 def summarize_by_vectors(parts: Parts, text: str, length: int | None = None, most: int | None = None) -> Summary:
@@ -111,6 +130,10 @@ def summarize_by_vectors(parts: Parts, text: str, length: int | None = None, mos
     elif length * len(spans) < sum(stop - start for start, stop in spans):
         spans = piece_spans(flat)
     pieces = [" ".join(flat[start:stop].split()) for start, stop in spans]
-    scores, vectors = rank_pieces(parts, pieces)
-    found = chosen(flat, spans, take_pieces(pieces, scores, vectors, length, most), scores.tolist())
+    scores, words = rank_pieces(parts, pieces)
+    best = candidates(pieces, scores, words.lengths, length)
+    vectors = parts.encode_ids([words[i] for i in best.tolist()])
+    sizes = np.array([len(pieces[i]) for i in best])
+    taken = best[take_pieces(sizes, scores[best], vectors, length, most)]
+    found = chosen(flat, spans, taken.tolist(), scores.tolist())
     return Summary(join_pieces(piece.text for piece in found), found, "vectors")

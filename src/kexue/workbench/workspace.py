@@ -136,13 +136,14 @@ class Workspace(Searcher):
         self, text: str, length: int | None = None, *, pieces: int | None = None, method: str = "auto"
     ) -> Summary:
         """Summarise a text as :meth:`summarize` does, and tell which pieces of it were taken."""
-        from kexue.workbench.summary_text import check_request, summary_by_model
+        from kexue.workbench.summary_extract import summarize_by_model
+        from kexue.workbench.summary_text import check_request
         from kexue.workbench.summary_vectors import summarize_by_vectors
 
         check_request(text, length, pieces, method)
         model = None if method == "vectors" else self._parts.summarizer
         if model is not None:
-            return summary_by_model(model, text, length, pieces)
+            return summarize_by_model(model, text, length, pieces)
         if method == "trained":
             raise ValueError(
                 f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version built "
