@@ -49,7 +49,7 @@ def learn_summaries(context: Context) -> dict[str, Any]:
     asked = [pair for pair, _ in held]
     opened = parts.Parts.load(folder)
     length = usual_length([pair.summary for pair in pairs_of])
-    vectors = [summarize_by_vectors(opened, pair.text, length).text for pair in asked]
+    vectors = [summarize_by_vectors(opened, pair.text, about=length).text for pair in asked]
     opened.store.close()
     rows = compared(model, pairs_of, asked, {"vectors": vectors})
     best = max(row["main"] for row in rows[:-1])

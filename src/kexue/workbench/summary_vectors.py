@@ -54,7 +54,7 @@ def rank_pieces(parts: Parts, pieces: Sequence[str]) -> tuple[NDArray[np.float32
 
 
 def candidates(
-    pieces: Sequence[str], scores: NDArray[np.float32], counts: NDArray[np.int64], length: int
+    pieces: Sequence[str], scores: NDArray[np.float32], counts: NDArray[np.int64], length: int | None
 ) -> NDArray[np.int64]:
     """The pieces among which is chosen, best first, none twice: real sentences that fit, or the next best there are.
 
@@ -62,11 +62,11 @@ def candidates(
         pieces: N pieces, at least one.
         scores: (N,).
         counts: (N,) words.
-        length: Most characters.
+        length: Most characters; None: any number.
     """
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
     open_ = np.ones(len(pieces), bool)
-    for wanted in (counts >= FEWEST_WORDS, sizes <= length):
+    for wanted in (counts >= FEWEST_WORDS, sizes <= (length or sizes.max())):
         open_ = open_ & wanted if (open_ & wanted).any() else open_
     some = np.flatnonzero(open_)
     least = WORST * float(scores[some].max())
@@ -81,16 +81,18 @@ def candidates(
 
 
 def take_pieces(
-    sizes: NDArray[np.int64], scores: NDArray[np.float32], vectors: NDArray[np.float32], length: int, most: int | None
-) -> list[int]:
+    sizes: NDArray[np.int64], scores: NDArray[np.float32], vectors: NDArray[np.float32], length: int, most: int | None,
+    strict: bool = True,
+) -> list[int]:  # fmt: skip
     """Choose pieces that are good and do not repeat each other, within a length; at least one.
 
     Args:
         sizes: (N,) characters.
         scores: (N,).
         vectors: (N, D), rows of length 1 or 0.
-        length: Most characters together.
+        length: Characters together.
         most: Most pieces; None: as many as fit.
+        strict: Whether the length is the most there may be; else a piece is taken if that brings the length nearer.
 
     Returns:
         Numbers of pieces, in the order in which they were taken.
@@ -103,20 +105,25 @@ def take_pieces(
         taken.append(best)
         length -= int(sizes[best])
         free[best] = False
-        free &= sizes <= length
+        free &= sizes <= (length if strict else 2 * length)
         near = np.maximum(near, vectors @ vectors[best])
     return taken
 
 
-def summarize_by_vectors(parts: Parts, text: str, length: int | None = None, most: int | None = None) -> Summary:
+def summarize_by_vectors(
+    parts: Parts, text: str, length: int | None = None, most: int | None = None, *, about: int | None = None
+) -> Summary:
     """Summarise a text with the vectors of a workspace.
 
     Args:
         parts: Of the workspace.
         text: The text.
-        length: Most characters; None: a fifth of the text, at least 200 and at most 600. One sentence is taken even
-            if all are longer. Below the mean length of a sentence, parts of sentences are taken.
+        length: Most characters, unless every sentence is longer: one is taken in any case.
         most: Most sentences; None: as many as fit.
+        about: Characters wanted, if there is no ``length``; None: a fifth of the text, at least 200 and at most 600,
+            and with ``most`` as many as these have.
+
+    If the length is below that of a sentence on average, parts of sentences are taken.
     """
     from kexue.tasks.pieces import join_pieces, piece_spans
 
@@ -124,16 +131,16 @@ def summarize_by_vectors(parts: Parts, text: str, length: int | None = None, mos
     spans = sentence_spans(flat)
     if not spans:
         return Summary("", [], "vectors")
-    if length is None:
-        usual = int(min(max(SHARE * len(text), LEAST), MOST))
-        length = usual if most is None else len(text)
-    elif length * len(spans) < sum(stop - start for start, stop in spans):
+    wanted = length or about
+    if wanted is None:
+        wanted = len(text) if most is not None else int(min(max(SHARE * len(text), LEAST), MOST))
+    if wanted * len(spans) < sum(stop - start for start, stop in spans):
         spans = piece_spans(flat)
     pieces = [" ".join(flat[start:stop].split()) for start, stop in spans]
     scores, words = rank_pieces(parts, pieces)
-    best = candidates(pieces, scores, words.lengths, length)
+    best = candidates(pieces, scores, words.lengths, wanted if length else None)
     vectors = parts.encode_ids([words[i] for i in best.tolist()])
     sizes = np.array([len(pieces[i]) for i in best])
-    taken = best[take_pieces(sizes, scores[best], vectors, length, most)]
+    taken = best[take_pieces(sizes, scores[best], vectors, wanted, most, strict=length is not None)]
     found = chosen(flat, spans, taken.tolist(), scores.tolist())
     return Summary(join_pieces(piece.text for piece in found), found, "vectors")
