@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
     from kexue.tasks.extract_labels import align_extract
+    from kexue.tasks.graph_rank import select_pieces, text_rank
     from kexue.tasks.next_sentence import NextSentenceScorer
     from kexue.tasks.pieces import join_pieces, split_pieces
     from kexue.tasks.retrieval import retrieval_report
@@ -30,7 +31,9 @@ __all__ = [
     "retrieval_report",
     "rouge",
     "rouge_corpus",
+    "select_pieces",
     "split_pieces",
+    "text_rank",
     "type_entity",
 ]
 
@@ -48,7 +51,9 @@ _MODULES = {
     "retrieval_report": "retrieval",
     "rouge": "rouge_metric",
     "rouge_corpus": "rouge_metric",
+    "select_pieces": "graph_rank",
     "split_pieces": "pieces",
+    "text_rank": "graph_rank",
     "type_entity": "entities",
 }
 

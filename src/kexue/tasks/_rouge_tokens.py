@@ -116,6 +116,11 @@ def check_unit(unit: Any, weight: Any, unique: Any, tokenizer: Any) -> None:
     check_choice("weight", weight, (None, "chars"))  # type: ignore[arg-type]
     if not isinstance(unique, (bool, np.bool_)):
         raise TypeError(f"unique must be True or False; got {unique!r} of type {type(unique).__name__}")
+    check_tokenizer(tokenizer)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check that it is a function, or None."""
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(f"tokenizer must be a function from a text to its tokens; got {tokenizer!r}")
 

@@ -82,7 +82,7 @@ def rouge(
 
     Example:
         >>> rouge("中国人民共和国文物保护法", "中国人民共和国未成年人保护法")["rouge-l"]  # 20 / 26
-        0.7692307692307693
+        0.7692307692307692
         >>> words = "根据 《 中国人民共和国未成年人保护法 》 的 有关 规定".split()
         >>> found = rouge(["中国人民共和国未成年人保护法"], words, weight="chars")["rouge-1"]  # P = 1, R = 14 / 23
         >>> found == 2 * (14 / 23) / (1 + 14 / 23)
@@ -122,7 +122,7 @@ def rouge_corpus(
     Example:
         >>> scores = rouge_corpus(["苹果很甜", "今天下雨"], ["苹果甜", "昨天下雪"])
         >>> scores["rouge-1"].round(3).tolist(), scores["rouge-1-recall"].tolist(), round(scores["main"].mean(), 3)
-        ([0.857, 0.5], [1.0, 0.5], np.float64(0.512))
+        ([0.857, 0.5], [1.0, 0.5], np.float64(0.554))
     """
     check_unit(unit, weight, unique, tokenizer)
     for name, given in (("hypotheses", hypotheses), ("references", references)):
