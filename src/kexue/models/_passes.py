@@ -34,6 +34,7 @@ class Pass:
         padding: (B, K) bool, or None if nothing is padded.
         mask: (B or 1, 1, T or 1, K) bool, or what the attention function takes; None: none is needed.
         rotary: Cosines and sines of the positions.
+        segments: (B, T), which tokens belong to the source in "prefix" mode.
         sources: Who sees what in "diagonal" mode.
     """
 
@@ -45,6 +46,7 @@ class Pass:
     padding: Tensor | None = None
     mask: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
+    segments: Tensor | None = None
     sources: Sources | None = None
 
 
@@ -64,6 +66,8 @@ def padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
 def attention_mask_of(model: Any, x: Tensor, past: int, now: Pass, position_ids: Tensor | None) -> Any:
     """The mask of a padded batch, or None where the kernel needs none."""
     name = model.config._attn_implementation
+    if model.config.attn_mode == "prefix":
+        return _prefix_mask(x.shape[1], past, now)
     if name not in OWN:
         make = create_causal_mask if now.causal else create_bidirectional_mask
         options = {"past_key_values": now.cache, "position_ids": position_ids} if now.causal else {}
@@ -84,6 +88,18 @@ def attention_mask_of(model: Any, x: Tensor, past: int, now: Pass, position_ids:
     if mask.shape[-1] < keys:
         mask = F.pad(mask, (0, keys - mask.shape[-1]), value=False)
     return order & mask
+
+
+def _prefix_mask(length: int, past: int, now: Pass) -> Tensor | None:
+    """(B, 1, T, K): position i sees j if cumsum(segments)[j] <= cumsum(segments)[i]; None if all see all."""
+    mask = None if now.padding is None else now.padding[:, None, None, :]
+    if now.segments is None or length == 1:
+        return mask
+    count = now.segments.cumsum(1)
+    seen = count[:, None, None, :] <= count[:, None, :, None]
+    if past:  # the tokens of a cache come before
+        seen = F.pad(seen, (past, 0), value=True)
+    return seen if mask is None else seen & mask
 
 
 def rotary_tables(config: Any, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from kexue._transformers import PretrainedConfig
 
 __all__ = ["KexueConfig"]
 
-ATTENTION_MODES = ("bidirectional", "causal", "diagonal")
+ATTENTION_MODES = ("bidirectional", "causal", "prefix", "diagonal")
 POSITIONS = ("learned", "rope")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "relu", "silu")
@@ -28,8 +28,9 @@ class KexueConfig(PretrainedConfig):
         hidden_size: D, a multiple of ``num_heads``.
         num_layers: L.
         num_heads: H.
-        attn_mode: "bidirectional"; "causal": a token sees itself and what comes before; "diagonal": every token is
-            predicted from all the others in one pass, see :class:`KexueForTextAutoencoding`.
+        attn_mode: "bidirectional"; "causal": a token sees itself and what comes before; "prefix": the tokens of segment
+            0 see each other, those after them what comes before, see :class:`KexueForPrefixLM`; "diagonal": every token
+            is predicted from all the others in one pass, see :class:`KexueForTextAutoencoding`.
         position: "learned": a table of ``max_position`` rows; "rope": rotary positions in every layer.
         max_position: Largest length with learned positions; rotary positions have no limit.
         mask_token_id: Id of [MASK]; needed by "diagonal".
@@ -50,6 +51,7 @@ class KexueConfig(PretrainedConfig):
             that end a sub-layer divided by sqrt(2 L), and 0.02 for embeddings.
         self_visible: Of "diagonal": drop the mask of the diagonal, for fine-tuning.
         bos_key: Of "diagonal": a learned key that every token sees, also where there is no other token.
+        pointer: Of "prefix": tokens of the source get a second score, by which they are pointed at.
         objectives: Weights of the losses that :class:`KexueForPreTraining` sums, of "mlm" or "clm", and "nsp".
         tie_word_embeddings: The decoder's weight is the table of token embeddings.
         pad_token_id: Id of padding; without an ``attention_mask`` these tokens take no part. None: all tokens do.
@@ -107,6 +109,7 @@ class KexueConfig(PretrainedConfig):
         initializer_range: float | None = None,
         self_visible: bool = False,
         bos_key: bool = True,
+        pointer: bool = True,
         objectives: Mapping[str, float] | None = None,
         tie_word_embeddings: bool = True,
         pad_token_id: int | None = None,
@@ -170,7 +173,7 @@ class KexueConfig(PretrainedConfig):
         self.dropout, self.attention_dropout, self.norm_eps = float(dropout), float(attention_dropout), float(norm_eps)
         self.rope_base = float(rope_base)
         self.initializer_range = None if initializer_range is None else float(initializer_range)
-        self.self_visible, self.bos_key = bool(self_visible), bool(bos_key)
+        self.self_visible, self.bos_key, self.pointer = bool(self_visible), bool(bos_key), bool(pointer)
         self.objectives = check_objectives(objectives, attn_mode)
         self.use_cache = bool(kwargs.pop("use_cache", True))  # read by transformers' generate
         # Set as well as passed on: transformers 5 no longer keeps all of them itself.
@@ -195,9 +198,9 @@ def _token(name: str, token: int | None, vocab_size: int) -> int | None:
 
 def check_objectives(objectives: Any, attn_mode: str) -> dict[str, float]:
     """Weights of the objectives as a dict; None: the language objective of the mode, and next sentences."""
-    language = "clm" if attn_mode == "causal" else "mlm"
+    language = "clm" if attn_mode in ("causal", "prefix") else "mlm"
     if objectives is None:
-        return {language: 1.0} if attn_mode == "diagonal" else {language: 1.0, "nsp": 1.0}
+        return {language: 1.0} if attn_mode in ("prefix", "diagonal") else {language: 1.0, "nsp": 1.0}
     if not isinstance(objectives, Mapping) or not objectives:
         raise ValueError(f"objectives must be a non-empty dict of weights; got {objectives!r}")
     for name, weight in objectives.items():

@@ -14,6 +14,7 @@ from kexue._transformers import (
 from kexue.models.autoencoding import KexueForTextAutoencoding
 from kexue.models.configuration import KexueConfig
 from kexue.models.heads import KexueForCausalLM, KexueForMaskedLM, KexueOutput
+from kexue.models.prefix_lm import KexueForPrefixLM
 from kexue.models.stack import KexueModel
 from kexue.models.text_heads import KexueForNextSentence, KexueForPreTraining, KexueForSequenceClassification
 
@@ -23,6 +24,7 @@ __all__ = [
     "KexueForMaskedLM",
     "KexueForNextSentence",
     "KexueForPreTraining",
+    "KexueForPrefixLM",
     "KexueForSequenceClassification",
     "KexueForTextAutoencoding",
     "KexueModel",

@@ -228,11 +228,14 @@ class KexueModel(KexuePreTrainedModel):
         Args:
             input_ids: (B, T) token ids, or packed (N,).
             attention_mask: (B, T), 1 or True = takes part; with a cache (B, past + T). None: all but ``pad_token_id``.
-            token_type_ids: Segments, shaped as ``input_ids``; None: 0.
+            token_type_ids: Segments, shaped as ``input_ids``; None: 0. In "prefix" mode 0 is the source and 1 what
+                follows it; None: 0, after a cache 1.
             position_ids: Shaped as ``input_ids``, (1, T) or (T,); None: 0, 1, ... from the start of each text; in
-                "causal" mode the first token that takes part has position 0 (padding on the left).
+                "causal" mode the first token that takes part has position 0 (padding on the left); in "prefix" mode
+                the tokens that take part are counted (padding anywhere).
             inputs_embeds: (B, T, D) or packed (N, D) instead of ``input_ids``.
-            past_key_values: Keys and values of the tokens before these, a cache of transformers ("causal" mode).
+            past_key_values: Keys and values of the tokens before these, a cache of transformers ("causal" and
+                "prefix" mode).
             use_cache: Return such a cache; None: only if one is given.
             cu_seqlens: (B + 1,) boundaries of packed texts, from 0 to N.
             output_attentions: Also the attention weights (B, H, T, K) of each layer; memory O(T^2); not when packed.
@@ -255,6 +258,11 @@ class KexueModel(KexuePreTrainedModel):
             attention_mask = self._mask_of_padding(input_ids, past_key_values, cu_seqlens)
         wanted = config.output_attentions if output_attentions is None else output_attentions
         now = Pass(causal=config.attn_mode == "causal", weights=bool(wanted), options=kwargs)
+        if config.attn_mode == "prefix" and (cu_seqlens is not None or config._attn_implementation not in OWN):
+            raise ValueError(
+                "attn_mode='prefix' has an attention of its own, attn_implementation 'sdpa' or 'eager', and takes no "
+                f"packed input; got {config._attn_implementation!r}{'' if cu_seqlens is None else ' and cu_seqlens'}"
+            )
         if cu_seqlens is not None:
             if attention_mask is not None or past_key_values is not None or use_cache or wanted:
                 raise ValueError(
@@ -269,8 +277,8 @@ class KexueModel(KexuePreTrainedModel):
             now.packing = Packing.of(cu_seqlens, shape[0])
             past = 0
         else:
-            if (use_cache or past_key_values is not None) and config.attn_mode != "causal":
-                raise ValueError(f"only attn_mode='causal' has a cache; got {config.attn_mode!r}")
+            if (use_cache or past_key_values is not None) and config.attn_mode not in ("causal", "prefix"):
+                raise ValueError(f"only attn_mode='causal' has a cache, and 'prefix'; got {config.attn_mode!r}")
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=config)
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -284,6 +292,8 @@ class KexueModel(KexuePreTrainedModel):
         if token_type_ids is not None:
             token_type_ids = indices("token_type_ids", token_type_ids)
             self._check_segments(token_type_ids, shape)
+        if config.attn_mode == "prefix":
+            token_type_ids = self._prefix_segments(token_type_ids, shape, past, now, words.device)
         now.rotary = rotary_tables(config, positions, words) if config.position == "rope" else None
         pairs: list[Any] = [(None, None)] * config.num_layers
         if config.attn_mode == "diagonal":
@@ -356,7 +366,9 @@ class KexueModel(KexuePreTrainedModel):
         else:
             longest = past + shape[1]
             positions = torch.arange(past, longest, device=device)
-            if now.causal and mask is not None:
+            if mask is not None and self.config.attn_mode == "prefix":
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+            elif now.causal and mask is not None:
                 first = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # padding on the left
                 positions = (positions - first).clamp(min=0)
         if limit is not None and longest > limit:
@@ -368,11 +380,24 @@ class KexueModel(KexuePreTrainedModel):
     def _check_segments(self, segments: Tensor, shape: torch.Size) -> None:
         if tuple(segments.shape) != tuple(shape):
             raise ValueError(f"token_type_ids must have shape {tuple(shape)}; got {tuple(segments.shape)}")
-        if self.embeddings.segment is None:
+        if self.config.attn_mode == "prefix":
+            check_range("token_type_ids", segments, 2)
+        elif self.embeddings.segment is None:
             if segments.device.type == "cpu" and not torch.compiler.is_compiling() and bool(segments.any()):
                 raise ValueError("this model has no segments (type_vocab_size=0); got token_type_ids that are not 0")
-            return
-        check_range("token_type_ids", segments, self.embeddings.segment.num_embeddings)
+        else:
+            check_range("token_type_ids", segments, self.embeddings.segment.num_embeddings)
+
+    def _prefix_segments(
+        self, segments: Tensor | None, shape: torch.Size, past: int, now: Pass, device: torch.device
+    ) -> Tensor | None:
+        """Note who belongs to the source; the segments that are embedded."""
+        if segments is None and past:
+            segments = torch.ones(shape, dtype=torch.long, device=device)
+        elif past and device.type == "cpu" and not torch.compiler.is_compiling() and not bool(segments.all()):  # type: ignore[union-attr]
+            raise ValueError("after a cache all token_type_ids must be 1: the source is known by then; got 0")
+        now.segments = segments
+        return None if self.embeddings.segment is None else segments
 
 
 def indices(name: str, ids: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kexue.tasks.entities import RankedCandidate, coreference_prompt, link_entities, rank_cloze, type_entity
     from kexue.tasks.extract_labels import align_extract
+    from kexue.tasks.gated_conv import GatedConvLabeler, labeler_loss
     from kexue.tasks.graph_rank import select_pieces, text_rank
     from kexue.tasks.next_sentence import NextSentenceScorer
     from kexue.tasks.pieces import join_pieces, split_pieces
@@ -15,17 +16,21 @@ if TYPE_CHECKING:
     from kexue.tasks.rouge_metric import rouge, rouge_corpus
     from kexue.tasks.samples_contrast import SamplesContrast
     from kexue.tasks.sentence_similarity import SentenceSimilarity
+    from kexue.tasks.summarizer import Summarizer
     from kexue.tasks.zero_shot import NSPZeroShotClassifier
 
 __all__ = [
+    "GatedConvLabeler",
     "NSPZeroShotClassifier",
     "NextSentenceScorer",
     "RankedCandidate",
     "SamplesContrast",
     "SentenceSimilarity",
+    "Summarizer",
     "align_extract",
     "coreference_prompt",
     "join_pieces",
+    "labeler_loss",
     "link_entities",
     "rank_cloze",
     "retrieval_report",
@@ -38,14 +43,17 @@ __all__ = [
 ]
 
 _MODULES = {
+    "GatedConvLabeler": "gated_conv",
     "NSPZeroShotClassifier": "zero_shot",
     "NextSentenceScorer": "next_sentence",
     "RankedCandidate": "entities",
     "SamplesContrast": "samples_contrast",
     "SentenceSimilarity": "sentence_similarity",
+    "Summarizer": "summarizer",
     "align_extract": "extract_labels",
     "coreference_prompt": "entities",
     "join_pieces": "pieces",
+    "labeler_loss": "gated_conv",
     "link_entities": "entities",
     "rank_cloze": "entities",
     "retrieval_report": "retrieval",

@@ -28,13 +28,15 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_int, check_real
+from kexue.tasks import _summary_files as files
 from kexue.tasks._piece_features import PieceEncoder, tokens
 from kexue.tasks._summary_data import Texts, check_pairs, check_texts, document_folds, language_of, scores
 from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilities, train_labeler
+from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import tune_selection
 from kexue.tasks.pieces import join_pieces, split_pieces
 
@@ -42,6 +44,7 @@ __all__ = ["Summarizer"]
 
 LEAST_PAIRS = 50  # fewer are no training for a generator
 MOST_SET_ASIDE = 200
+NOISE = 2.0  # standard errors by which a generator must be better
 EXTRACTION = 0.2  # threshold of the generator's input
 TOGETHER = 1 << 18  # characters of documents whose vectors are in memory at a time in predict
 
@@ -65,6 +68,7 @@ class Summarizer(BaseEstimator):
         lr: Learning rate of Adam.
         max_pieces: Pieces of a document that a labeller is trained on: the stretch that has most of the labelled ones.
             (The article takes the last 256, as judgments end with the decision.) ``predict`` reads all.
+        generator: A SummaryGenerator with settings of your own; it is copied.
         show_progress: None shows a bar if standard error is a terminal.
 
     Attributes:
@@ -109,6 +113,7 @@ class Summarizer(BaseEstimator):
         batch_size: int = 16,
         lr: float = 3e-3,
         max_pieces: int = 256,
+        generator: Any = None,
         show_progress: bool | None = None,
     ) -> None:
         self.language = language
@@ -121,6 +126,7 @@ class Summarizer(BaseEstimator):
         self.batch_size = batch_size
         self.lr = lr
         self.max_pieces = max_pieces
+        self.generator = generator
         self.show_progress = show_progress
 
     def __sklearn_tags__(self) -> Any:
@@ -175,6 +181,7 @@ class Summarizer(BaseEstimator):
                 part = given.take(test)
                 for i, p in zip(test, part.split(probabilities([labeler], part)), strict=True):
                     values[i] = p
+            generator = self._train_generator(data, values, learned, folder / "generator")
         if len(set_aside):
             part = given.take(set_aside)
             for i, p in zip(set_aside, part.split(probabilities(labelers, part)), strict=True):
@@ -187,9 +194,45 @@ class Summarizer(BaseEstimator):
         self._labelers, self._selection, self.epochs_ = labelers, selection, epochs
         self.length_, self.threshold_ = selection.length, selection.threshold
         self.out_of_fold_extracts_ = [passing(p, EXTRACTION) for p in values]
-        self.uses_generator_ = False
-        self.scores_, self.scored_on_ = {"extractor": score}, "out-of-fold"
+        self._generator, self.uses_generator_ = None, False
+        if held_out is None and len(set_aside):
+            held_out = [texts[i] for i in set_aside], [wanted[i] for i in set_aside]
+        self.scores_, self.scored_on_ = self._baselines(*(held_out or (texts, wanted))), "out-of-fold"
+        self.scores_["extractor"] = score
+        if held_out is not None:
+            self.scored_on_ = "validation"
+            extracts = scores(self._extracts(held_out[0]), held_out[1], unit)
+            self.scores_["extractor"] = float(extracts.mean())
+        if generator is not None:
+            self._generator = generator
+            self.uses_generator_ = True
+            if held_out is not None:
+                gain = scores(self.predict(held_out[0]), held_out[1], unit) - extracts
+                self.scores_["generator"] = float((extracts + gain).mean())
+                if self.extract_only == "auto":
+                    self.uses_generator_ = beyond_noise(gain)
+                    self._generator = generator if self.uses_generator_ else None
         return self
+
+    def _train_generator(
+        self, data: Texts, values: list[NDArray[np.float32]], rows: NDArray[np.int64], folder: Path
+    ) -> SummaryGenerator | None:
+        """The generator, unless it is not wanted or there are too few pairs to try it."""
+        if self.extract_only is True or (self.extract_only == "auto" and len(values) < LEAST_PAIRS):
+            return None
+        generator = SummaryGenerator(random_state=int(self.random_state)) if self.generator is None else self.generator
+        sources = [join_pieces([data.pieces[i][j] for j in passing(values[i], EXTRACTION)]) for i in rows]
+        oracle = [join_pieces([data.pieces[i][j] for j in np.flatnonzero(data.labels[i])]) for i in rows]
+        return clone(generator).fit(
+            sources, [data.summaries[i] for i in rows], alternatives=oracle, checkpoint=folder,
+            show_progress=self.show_progress,
+        )  # fmt: skip
+
+    def _baselines(self, texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+        """What the first pieces and the most central piece score."""
+        pieces = [split_pieces(text, self._separators) for text in texts]
+        found = {f"lead-{n}": [join_pieces(row[:n]) for row in pieces] for n in (1, 3)}
+        return {name: float(scores(given, wanted, self.unit_).mean()) for name, given in found.items()}
 
     def _settings(self) -> Settings:
         for name in ("epochs", "hidden_size", "batch_size", "max_pieces"):
@@ -224,13 +267,22 @@ class Summarizer(BaseEstimator):
         """
         check_is_fitted(self, "unit_")
         texts = check_texts("documents", documents)
+        if self._generator is not None:
+            return self._generator.generate(self._extracts(texts, EXTRACTION))
+        return self._extracts(texts)
+
+    def _extracts(self, texts: Sequence[str], threshold: float | None = None) -> list[str]:
+        """Extracts as summaries; with a threshold, the pieces above it as the input of the generator."""
         out = [""] * len(texts)
         for rows in self._groups(texts):
             pieces = [split_pieces(texts[i], self._separators) for i in rows]
             given = Pieces.joined([self._encode(row) for row in pieces])
             values = given.split(probabilities(self._labelers, given))
             for i, row, p in zip(rows, pieces, values, strict=True):
-                chosen = self._selection(p, [tokens(piece) for piece in row])
+                if threshold is None:
+                    chosen = self._selection(p, [tokens(piece) for piece in row])
+                else:
+                    chosen = passing(p, threshold)
                 out[i] = join_pieces([row[j] for j in chosen])
         return out
 
@@ -254,6 +306,42 @@ class Summarizer(BaseEstimator):
         check_is_fitted(self, "unit_")
         texts, wanted = check_pairs(documents, summaries)
         return float(scores(self.predict(texts), wanted, self.unit_).mean())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write labellers, selection and generator into a folder, replacing an earlier one in one step.
+
+        A function as encoder is not stored, and :meth:`load` asks for it.
+
+        Raises:
+            ValueError: The folder exists and holds something else.
+        """
+        check_is_fitted(self, "unit_")
+        files.save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], encoder: Any = None) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            folder: The folder.
+            encoder: The encoder, if it was a function; the folder of a BERT checkpoint, if that has moved.
+
+        Raises:
+            ValueError: The folder holds something else, another format version, or weights that do not fit.
+        """
+        return files.load(cls, folder, encoder)
+
+
+def beyond_noise(gain: NDArray[np.float64]) -> bool:
+    """Whether paired differences are above zero by more than two standard errors of their mean.
+
+    Example:
+        >>> beyond_noise(np.array([0.1, 0.2, 0.1, 0.2])), beyond_noise(np.array([0.3, -0.3, 0.1]))
+        (True, False)
+    """
+    if len(gain) < 2:
+        return False
+    return bool(gain.mean() > NOISE * gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def check_validation(validation: Any) -> tuple[list[str], list[str]]:

@@ -1,0 +1,105 @@
+"""The folder of a trained :class:`kexue.tasks.Summarizer`.
+
+``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors`` and, if summaries are
+generated, ``generator/``. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kexue._files import recover_directory, replaced_folder, write_json
+from kexue.models.char_gru import read_head
+from kexue.tasks._piece_features import PieceEncoder
+from kexue.tasks._summary_generator import SummaryGenerator
+from kexue.tasks._summary_selection import Selection
+from kexue.tasks.gated_conv import GatedConvLabeler
+
+if TYPE_CHECKING:
+    from kexue.tasks.summarizer import Summarizer
+
+FORMAT, KIND, HEAD = 1, "summarizer", "summarizer.json"
+_BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, OSError, UnicodeDecodeError, json.JSONDecodeError)
+
+
+def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
+    """Write the folder, replacing an earlier one in one step."""
+    params = {k: _plain(v) for k, v in model.get_params(deep=False).items() if k != "generator"}
+    head = {
+        "format": FORMAT,
+        "kind": KIND,
+        "params": params,
+        "callable": callable(model.encoder),
+        "unit": model.unit_,
+        "separators": model._separators,
+        "width": model._labelers[0].input_size,
+        "hidden_size": model._labelers[0].project.out_features,
+        "labelers": len(model._labelers),
+        "epochs": model.epochs_,
+        "length": model.length_,
+        "threshold": model.threshold_,
+        "generates": model._generator is not None,
+        "scores": model.scores_,
+        "scored_on": model.scored_on_,
+        "out_of_fold_extracts": model.out_of_fold_extracts_,
+    }
+    with replaced_folder(folder, HEAD, "saved summarizer") as target:
+        weights = {f"{k}.{name}": v for k, x in enumerate(model._labelers) for name, v in x.state_dict().items()}
+        save_file({name: v.contiguous() for name, v in weights.items()}, target / "labelers.safetensors")
+        if model._generator is not None:
+            model._generator.save(target / "generator")
+        write_json(target / HEAD, head)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON; a function and a splitter have none and matter for further training only."""
+    if isinstance(value, tuple | list):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, str | int | float | None) else None
+
+
+def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
+    """Read the folder."""
+    source = Path(folder).absolute()
+    recover_directory(source)
+    head = read_head(source / HEAD, KIND, FORMAT)
+    try:
+        if head["callable"] and encoder is None:
+            raise ValueError(f"the encoder of {source} is the caller's own function; load with encoder=")
+        params = {k: tuple(v) if isinstance(v, list) else v for k, v in head["params"].items()}
+        params["folds"] = 5 if params["folds"] is None else params["folds"]
+        if encoder is not None:
+            params["encoder"] = encoder
+        model = cls(**params)
+        model.unit_, model.scores_, model.scored_on_ = head["unit"], dict(head["scores"]), head["scored_on"]
+        separators = head["separators"]
+        model._separators = separators if isinstance(separators, str) else tuple(separators)
+        model.epochs_, model.out_of_fold_extracts_ = list(head["epochs"]), head["out_of_fold_extracts"]
+        model._selection = Selection(float(head["length"]), float(head["threshold"]))
+        model.length_, model.threshold_ = model._selection.length, model._selection.threshold
+        weights = load_file(source / "labelers.safetensors")
+        model._labelers = []
+        for k in range(int(head["labelers"])):
+            labeler = GatedConvLabeler(int(head["width"]), int(head["hidden_size"]))
+            mine = {name: weights.pop(f"{k}.{name}") for name in labeler.state_dict()}
+            labeler.load_state_dict(mine)
+            model._labelers.append(labeler.eval())
+        if weights or not model._labelers:
+            raise ValueError(f"{source} holds other weights than its {head['labelers']} labellers: {sorted(weights)}")
+        model.uses_generator_ = bool(head["generates"])
+        model._generator = SummaryGenerator.load(source / "generator") if model.uses_generator_ else None
+        model._encode = PieceEncoder(model.encoder)
+    except (*_BROKEN, SafetensorError) as error:
+        raise ValueError(f"{source} holds no complete summarizer: {error}") from None
+    return model
