@@ -24,7 +24,7 @@ from kexue.corpus import read_documents
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import NAME
-from kexue.workbench.summary_evaluation import baselines, evaluate_summaries, usual_length
+from kexue.workbench.summary_evaluation import baselines, evaluate_summaries, usual_pieces
 from kexue.workbench.summary_extract import summarize_by_model
 from kexue.workbench.summary_pairs import Pair, read_pairs
 from kexue.workbench.summary_text import METHODS, Summary, check_request, unwrapped
@@ -213,7 +213,7 @@ def compared(
 ) -> list[dict[str, Any]]:
     """The summarizer beside what learns nothing, on held-out pairs; see :func:`evaluate_summaries`."""
     texts, references = [pair.text for pair in held], [pair.summary for pair in held]
-    found = baselines(texts, model.language, usual_length([pair.summary for pair in train]))
+    found = baselines(texts, model.language, usual_pieces([pair.summary for pair in train], model.language))
     found |= {name: list(summaries) for name, summaries in (others or {}).items()}
     found["summarizer"] = list(model.predict([unwrapped(text) for text in texts]))
     return evaluate_summaries(found, references, model.unit_)

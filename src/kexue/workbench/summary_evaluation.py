@@ -9,7 +9,7 @@ import numpy as np
 
 from kexue.workbench.summary_text import unwrapped
 
-__all__ = ["baselines", "evaluate_summaries", "usual_length"]
+__all__ = ["baselines", "evaluate_summaries", "usual_length", "usual_pieces"]
 
 
 def usual_length(summaries: Sequence[str]) -> int:
@@ -17,13 +17,20 @@ def usual_length(summaries: Sequence[str]) -> int:
     return max(1, round(float(np.mean([len(summary) for summary in summaries])))) if summaries else 1
 
 
-def baselines(texts: Sequence[str], separators: Any, length: int) -> dict[str, list[str]]:
+def usual_pieces(summaries: Sequence[str], separators: Any) -> int:
+    """How many pieces summaries have on average, at least 1."""
+    from kexue.tasks import split_pieces
+
+    return max(1, round(float(np.mean([len(split_pieces(summary, separators)) for summary in summaries]))))
+
+
+def baselines(texts: Sequence[str], separators: Any, count: int) -> dict[str, list[str]]:
     """Summaries by methods that learn nothing.
 
     Args:
         texts: The texts.
         separators: Where texts are cut into pieces, see :func:`kexue.tasks.split_pieces`.
-        length: Most characters of a summary of TextRank.
+        count: Pieces that TextRank takes; a budget of characters would make it take what is short.
 
     Returns:
         For lead-1, lead-3 and TextRank a summary of each text.
@@ -36,7 +43,7 @@ def baselines(texts: Sequence[str], separators: Any, length: int) -> dict[str, l
         pieces = split_pieces(unwrapped(text), separators)
         found["lead-1"].append(join_pieces(pieces[:1]))
         found["lead-3"].append(join_pieces(pieces[:3]))
-        taken = select_pieces(pieces, text_rank(pieces), length=length) if pieces else []
+        taken = select_pieces(pieces, text_rank(pieces), count, "piece") if pieces else []
         found["TextRank"].append(join_pieces(pieces[i] for i in taken))
     return found
 
