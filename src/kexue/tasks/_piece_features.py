@@ -25,7 +25,7 @@ from scipy import sparse
 
 __all__ = ["PieceEncoder", "WIDTH", "tokens"]
 
-WIDTH = 512
+WIDTH = 256
 MARKS = 16  # columns after those of the hash
 BATCH = 64  # pieces at a time through BERT
 #: What counts as a word: letters and digits in a row, or one character of a script that writes no spaces.
@@ -45,7 +45,7 @@ def tokens(text: str) -> list[str]:
 
 
 @lru_cache(1 << 16)
-def _hashes(word: str) -> tuple[int, ...]:
+def hashes_of(word: str) -> tuple[int, ...]:
     """The word, and of a long one its beginning and its end, which inflected forms share."""
     whole = zlib.crc32(word.encode("utf-8", "surrogatepass"))
     if len(word) <= _BEGIN:
@@ -54,33 +54,34 @@ def _hashes(word: str) -> tuple[int, ...]:
     return (whole, *(zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in parts))
 
 
-def _mixed(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The hash of two hashes side by side."""
     return ((a * np.uint64(0x9E3779B1)) ^ (b + np.uint64(0x7F4A7C15))) & np.uint64(0xFFFFFFFF)
 
 
-def _columns(h: NDArray[np.uint64]) -> NDArray[np.int64]:
+def columns_of(h: NDArray[np.uint64], width: int) -> NDArray[np.int64]:
+    """The column of each hash."""
     h = h ^ (h >> np.uint64(15))
     h = (h * np.uint64(0x2C1B3C6D)) & np.uint64(0xFFFFFFFF)
-    return ((h ^ (h >> np.uint64(12))) % np.uint64(WIDTH)).astype(np.int64)
+    return ((h ^ (h >> np.uint64(12))) % np.uint64(width)).astype(np.int64)
 
 
 def hashed(pieces: Sequence[str]) -> tuple[sparse.csr_array, list[list[str]]]:
     """Counts of n-grams, (N, WIDTH) with rows of length 1 (of 0 for a piece without words), and the words."""
     words = [tokens(piece) for piece in pieces]
     counts = np.fromiter(map(len, words), np.int64, len(words))
-    found = [_hashes(word) for row in words for word in row]
+    found = [hashes_of(word) for row in words for word in row]
     whole = np.fromiter((h[0] for h in found), np.uint64, len(found))
     row = np.repeat(np.arange(len(words)), counts)
     parts = np.fromiter((x for h in found for x in h[1:]), np.uint64)
     rows, hashes = [row, np.repeat(row, [len(h) - 1 for h in found])], [whole, parts]
     wide = whole
     for n in (2, 3):
-        wide = _mixed(wide[:-1], whole[n - 1 :])
+        wide = mixed(wide[:-1], whole[n - 1 :])
         same = row[: max(len(row) - n + 1, 0)] == row[n - 1 :]
         rows.append(row[n - 1 :][same])
         hashes.append(wide[same])
-    columns = _columns(np.concatenate(hashes))
+    columns = columns_of(np.concatenate(hashes), WIDTH)
     values = np.ones(len(columns), np.float32)
     out = sparse.csr_array((values, (np.concatenate(rows), columns)), (len(pieces), WIDTH), dtype=np.float32)
     out.sum_duplicates()

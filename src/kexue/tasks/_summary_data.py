@@ -16,10 +16,11 @@ from kexue.tasks.extract_labels import align_extract
 from kexue.tasks.pieces import split_pieces
 from kexue.tasks.rouge_metric import rouge_corpus
 
-__all__ = ["Texts", "check_pairs", "check_texts", "document_folds", "language_of", "scores"]
+__all__ = ["Texts", "beyond_noise", "check_pairs", "check_texts", "document_folds", "language_of", "scores"]
 
 LANGUAGES = ("auto", "zh", "en")
 CHINESE_SHARE = 0.25
+NOISE = 2.0  # standard errors
 SAMPLED = 100_000  # characters of the documents by which the language is told
 
 
@@ -84,6 +85,18 @@ def scores(hypotheses: Sequence[Any], references: Sequence[Any], unit: str) -> N
     return rouge_corpus(hypotheses, references, "char" if unit == "char" else "word", tokenizer=tokenizer)["main"]
 
 
+def beyond_noise(gain: NDArray[np.float64]) -> bool:
+    """Whether paired differences are above zero by more than two standard errors of their mean.
+
+    Example:
+        >>> beyond_noise(np.array([0.1, 0.2, 0.1, 0.2])), beyond_noise(np.array([0.3, -0.3, 0.1]))
+        (True, False)
+    """
+    if len(gain) < 2:
+        return False
+    return bool(gain.mean() > NOISE * gain.std(ddof=1) / np.sqrt(len(gain)))
+
+
 class Texts:
     """Documents as pieces with their labels, and the metric of chosen pieces.
 
@@ -121,6 +134,10 @@ class Texts:
             parts = [self._parts[i][j] for j in pieces]
             joined.append("".join(parts) if self.unit == "char" else [word for part in parts for word in part])
         return scores(joined, [self._wanted[i] for i in rows], self.unit)
+
+    def score(self, rows: Sequence[int], texts: Sequence[str]) -> NDArray[np.float64]:
+        """Main metric of texts as summaries of the documents ``rows``."""
+        return scores(texts, [self.summaries[i] for i in rows], self.unit)
 
 
 def document_folds(

@@ -32,6 +32,7 @@ Measure = Callable[[Sequence[int], Sequence[Sequence[int]]], NDArray[np.float64]
 __all__ = ["Measure", "Pieces", "Settings", "passing", "probabilities", "train_labeler"]
 
 STOPPING = 0.3  # threshold when epochs are compared
+PATIENCE = 3  # epochs without a better one that end a training
 LEAST_STEPS = 10  # of an epoch: few documents are seen several times in it
 INNER = 0.1  # share of the training rows that choose the epoch
 MOST_INNER = 100
@@ -108,6 +109,7 @@ class _Training(nn.Module):
 
     best_score: Tensor
     best_epoch: Tensor
+    epoch: Tensor
 
     def __init__(self, labeler: GatedConvLabeler) -> None:
         super().__init__()
@@ -115,16 +117,22 @@ class _Training(nn.Module):
         self.best = copy.deepcopy(labeler).requires_grad_(False)
         self.register_buffer("best_score", torch.tensor(-1.0, dtype=torch.float64))
         self.register_buffer("best_epoch", torch.tensor(0))
+        self.register_buffer("epoch", torch.tensor(0))
 
     def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         return labeler_loss(self.labeler(x, mask), labels, mask)
 
     def note(self, score: float, epoch: int) -> None:
         """Keep the weights of this epoch unless an earlier one was better."""
+        self.epoch.fill_(epoch)
         if score >= float(self.best_score):
             self.best.load_state_dict(self.labeler.state_dict())
             self.best_score.fill_(score)
             self.best_epoch.fill_(epoch)
+
+    def over(self) -> bool:
+        """Whether the last epochs brought nothing; also true when a finished run is opened again."""
+        return int(self.epoch - self.best_epoch) >= PATIENCE
 
 
 @dataclass(frozen=True)
@@ -210,18 +218,19 @@ def train_labeler(
 
     inner = given.take(held) if len(held) else None
 
-    def on_step(record: dict[str, Any]) -> None:
+    def on_step(record: dict[str, Any]) -> bool:
         epoch, rest = divmod(record["step"], each)
-        if rest:
-            return
+        if rest or training.over():
+            return training.over()
         if inner is None:
             training.note(0.0, epoch)
-            return
+            return False
         training.eval()
         values = inner.split(probabilities([training.labeler], inner))
         training.train()
         scores = measure(held.tolist(), [passing(p, STOPPING) for p in values])
         training.note(float(scores.mean()), epoch)
+        return training.over()
 
     fit(
         training, batch, steps=each * settings.epochs, out=folder, save_every=max(each, 200), seed=settings.seed,

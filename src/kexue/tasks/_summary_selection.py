@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kexue.tasks._summary_extractor import Measure
+from kexue.tasks._summary_data import Texts
 
 __all__ = ["Selection", "tune_selection"]
 
@@ -61,27 +61,23 @@ class Selection:
 
 
 def tune_selection(
-    values: Sequence[NDArray[np.float32]],
-    words: Sequence[Sequence[list[str]]],
-    lengths: Sequence[int],
-    measure: Measure,
-    seed: int,
+    values: Sequence[NDArray[np.float32]], data: Texts, learned: NDArray[np.int64], seed: int
 ) -> tuple[Selection, float]:
     """The rule with the highest mean metric, and that mean.
 
     Args:
         values: Out-of-fold probabilities of each document.
-        words: Words of the pieces of each document.
-        lengths: Length of each summary.
-        measure: Main metric of the pieces chosen of each of some documents.
-        seed: For the choice of documents, where there are many.
+        data: The documents.
+        learned: Those that take part.
+        seed: For the choice among them, where there are many.
     """
-    rows = np.random.default_rng(seed).permutation(len(values))[:MOST_ROWS]
-    mean = float(np.mean(lengths))
+    rows = np.random.default_rng(seed).permutation(learned)[:MOST_ROWS].tolist()
+    mean = float(np.mean([data.lengths[i] for i in learned]))
     rules = [Selection(share * mean, threshold) for share in LENGTHS for threshold in THRESHOLDS]
-    chosen = [[(i, tuple(rule(values[i], words[i]))) for i in rows.tolist()] for rule in rules]
+    chosen = [[(i, tuple(rule(values[i], data.words[i]))) for i in rows] for rule in rules]
     distinct = list(dict.fromkeys(key for keys in chosen for key in keys))
-    scores = dict(zip(distinct, measure([i for i, _ in distinct], [j for _, j in distinct]).tolist(), strict=True))
-    means = [float(np.mean([scores[key] for key in keys])) for keys in chosen]
+    scores = data.measure([i for i, _ in distinct], [pieces for _, pieces in distinct]).tolist()
+    known = dict(zip(distinct, scores, strict=True))
+    means = [float(np.mean([known[key] for key in keys])) for keys in chosen]
     best = int(np.argmax(means))
     return rules[best], means[best]

@@ -3,17 +3,20 @@
 Source: Mihalcea & Tarau 2004, "TextRank: Bringing Order into Texts", the baseline of an extractor as that of 科学空间
 8046 (SPACES:“抽取-生成”式长文本摘要); the penalty of repetition follows Carbonell & Goldstein 1998 (MMR).
 
-Let A (n, G) be the tf-idf of the pieces, rows of length 1, idf = ln(n / df) + 1, W the cosines without the diagonal, s
-its row sums, d the damping. The ranks are those of a reader who follows a similar piece with probability d:
+Let A (n, G) hold idf = ln(n / df) + 1 where piece i has n-gram g, each row divided by the square root of its length,
+W = A A^T without its diagonal, s its row sums, d the damping. The ranks are those of a reader who goes on to a similar
+piece with probability d:
 
     x = d W diag(1 / s) x + (1 - d) / n,    sum x = 1
 
 The n-grams are words in lower case and, in scripts without spaces, pairs of neighbouring characters.
 
-What we do differently, and why: W has n^2 entries and A few, so W is never formed: W x = A (A^T x) - x. With
-x = sqrt(s) y the system is symmetric and positive definite with condition (1 + d) / (1 - d), so that some 40 steps of
-conjugate gradients solve it to 12 digits, whatever n is. What a piece repeats is counted as the share of its n-grams
-that the chosen ones have brought, which needs no matrix either.
+What we do differently, and why: W has n^2 entries and A few, so W is never formed: W x = A (A^T x) - diag(A A^T) x.
+With x = sqrt(s) y the system is symmetric and positive definite with condition (1 + d) / (1 - d), so that some 40 steps
+of conjugate gradients solve it to 12 digits, whatever n is. The usual cosine, rows of length 1 with counts, prefers
+short pieces such as headings; half of that division and no counts were better on Chinese abstracts and on English
+documentation (main metric of the best piece .345 instead of .340, and .117 instead of .106). What a piece repeats is
+the share of its n-grams that the chosen ones have brought, which needs no matrix either.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ def text_rank(
         raise ValueError(f"damping must be below 1; got {damping!r}")
     check_int("neighbors", neighbors, 1)
     check_tokenizer(tokenizer)
-    if hasattr(pieces, "ndim") and not _holds_texts(pieces):
+    if getattr(pieces, "ndim", 1) != 1:
         return _walk(_nearest(_vectors(pieces), int(neighbors)), float(damping))
     return _walk(_similarity(piece_grams(_texts(pieces), tokenizer)), float(damping))
 
@@ -142,7 +145,7 @@ def select_pieces(
 
 
 def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | None = None) -> Any:
-    """(n, G) sparse counts of the n-grams of each piece."""
+    """(n, G) sparse table of the n-grams that each piece has: ones."""
     known: dict[Any, int] = {}
     ids: list[int] = []
     starts = [0]
@@ -151,6 +154,7 @@ def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | No
         starts.append(len(ids))
     table = sparse.csr_array((np.ones(len(ids)), np.array(ids, np.int64), starts), (len(texts), max(1, len(known))))
     table.sum_duplicates()
+    table.data[:] = 1
     return table
 
 
@@ -166,21 +170,19 @@ def _grams(text: str) -> Iterable[str]:
 _is_unspaced = re.compile(f"[{_UNSPACED}]").match
 
 
-def _similarity(counts: Any) -> Graph:
-    """Cosines of tf-idf."""
-    n = counts.shape[0]
-    holders = np.bincount(counts.indices, minlength=counts.shape[1])
-    units = counts.copy()
-    units.data *= np.log(n / np.maximum(holders, 1))[counts.indices] + 1
-    rows = np.repeat(np.arange(n), np.diff(counts.indptr))
-    lengths = np.sqrt(np.bincount(rows, units.data**2, n))
-    units.data /= lengths[rows]
-    shared = holders[counts.indices] > 1  # n-grams of one piece alone make no edge
+def _similarity(table: Any) -> Graph:
+    """Products of the rows of A."""
+    n = table.shape[0]
+    holders = np.bincount(table.indices, minlength=table.shape[1])
+    rows = np.repeat(np.arange(n), np.diff(table.indptr))
+    values = (np.log(max(1, n) / np.maximum(holders, 1)) + 1)[table.indices]
+    values /= np.bincount(rows, values**2, n)[rows] ** 0.25
+    shared = holders[table.indices] > 1  # n-grams of one piece alone make no edge
     edges = np.bincount(rows[shared], minlength=n)
     starts = np.concatenate([[0], np.cumsum(edges)])
-    keep = sparse.csr_array((units.data[shared], counts.indices[shared], starts), counts.shape)
+    keep = sparse.csr_array((values[shared], table.indices[shared], starts), table.shape)
     back = keep.T.tocsr()
-    own = np.bincount(rows[shared], units.data[shared] ** 2, n)
+    own = np.bincount(rows[shared], values[shared] ** 2, n)
 
     def product(x: NDArray[Any]) -> NDArray[Any]:
         return keep @ (back @ x) - own * x
@@ -286,10 +288,6 @@ def _texts(pieces: Any) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"pieces must be str; got {text!r} of type {type(text).__name__}")
     return texts
-
-
-def _holds_texts(pieces: Any) -> bool:
-    return isinstance(pieces, np.ndarray) and pieces.ndim == 1 and pieces.dtype.kind in "UO"
 
 
 def _vectors(vectors: Any) -> NDArray[Any]:

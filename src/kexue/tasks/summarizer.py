@@ -34,17 +34,17 @@ from sklearn.utils.validation import check_is_fitted
 from kexue._checks import check_int, check_real
 from kexue.tasks import _summary_files as files
 from kexue.tasks._piece_features import PieceEncoder, tokens
-from kexue.tasks._summary_data import Texts, check_pairs, check_texts, document_folds, language_of, scores
+from kexue.tasks._summary_data import Texts, beyond_noise, check_pairs, check_texts, document_folds, language_of, scores
 from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilities, train_labeler
 from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import tune_selection
+from kexue.tasks._summary_trimmer import learn_to_trim
 from kexue.tasks.pieces import join_pieces, split_pieces
 
 __all__ = ["Summarizer"]
 
 LEAST_PAIRS = 50  # fewer are no training for a generator
 MOST_SET_ASIDE = 200
-NOISE = 2.0  # standard errors by which a generator must be better
 EXTRACTION = 0.2  # threshold of the generator's input
 TOGETHER = 1 << 18  # characters of documents whose vectors are in memory at a time in predict
 
@@ -68,6 +68,7 @@ class Summarizer(BaseEstimator):
         lr: Learning rate of Adam.
         max_pieces: Pieces of a document that a labeller is trained on: the stretch that has most of the labelled ones.
             (The article takes the last 256, as judgments end with the decision.) ``predict`` reads all.
+        trim: Whether to learn which words of the pieces to leave out; it is done if it is better by more than noise.
         generator: A SummaryGenerator with settings of your own; it is copied.
         show_progress: None shows a bar if standard error is a terminal.
 
@@ -82,6 +83,7 @@ class Summarizer(BaseEstimator):
             "out-of-fold" extracts, on which the two numbers of the selection were chosen.
         length_, threshold_: The selection: wanted length of an extract, in words (characters of Chinese), and least
             probability of a piece beyond the first.
+        trims_: Whether words are left out of the extracts.
         epochs_: Epoch that each labeller was taken from.
 
     Raises:
@@ -109,10 +111,11 @@ class Summarizer(BaseEstimator):
         random_state: int = 0,
         *,
         encoder: Any = "hash",
-        hidden_size: int = 64,
+        hidden_size: int = 32,
         batch_size: int = 16,
         lr: float = 3e-3,
-        max_pieces: int = 256,
+        max_pieces: int = 128,
+        trim: bool = True,
         generator: Any = None,
         show_progress: bool | None = None,
     ) -> None:
@@ -126,6 +129,7 @@ class Summarizer(BaseEstimator):
         self.batch_size = batch_size
         self.lr = lr
         self.max_pieces = max_pieces
+        self.trim = trim
         self.generator = generator
         self.show_progress = show_progress
 
@@ -181,17 +185,19 @@ class Summarizer(BaseEstimator):
                 part = given.take(test)
                 for i, p in zip(test, part.split(probabilities([labeler], part)), strict=True):
                     values[i] = p
+            selection, score = tune_selection(values, data, learned, settings.seed)
+            trimmer = None
+            if self.trim:
+                halves = document_folds(2, texts, learned, settings.seed)
+                trimmer, score = learn_to_trim(data, values, selection, halves, settings, folder)
             generator = self._train_generator(data, values, learned, folder / "generator")
         if len(set_aside):
             part = given.take(set_aside)
             for i, p in zip(set_aside, part.split(probabilities(labelers, part)), strict=True):
                 values[i] = p
-        selection, score = tune_selection(
-            [values[i] for i in learned], [data.words[i] for i in learned], [data.lengths[i] for i in learned],
-            lambda rows, chosen: data.measure(learned[list(rows)].tolist(), chosen), settings.seed,
-        )  # fmt: skip
         self.unit_, self._separators, self._encode = unit, separators, encode
-        self._labelers, self._selection, self.epochs_ = labelers, selection, epochs
+        self._labelers, self._selection, self._trimmer, self.epochs_ = labelers, selection, trimmer, epochs
+        self.trims_ = trimmer is not None
         self.length_, self.threshold_ = selection.length, selection.threshold
         self.out_of_fold_extracts_ = [passing(p, EXTRACTION) for p in values]
         self._generator, self.uses_generator_ = None, False
@@ -279,11 +285,13 @@ class Summarizer(BaseEstimator):
             given = Pieces.joined([self._encode(row) for row in pieces])
             values = given.split(probabilities(self._labelers, given))
             for i, row, p in zip(rows, pieces, values, strict=True):
-                if threshold is None:
-                    chosen = self._selection(p, [tokens(piece) for piece in row])
+                words = [tokens(piece) for piece in row]
+                if threshold is not None:
+                    out[i] = join_pieces([row[j] for j in passing(p, threshold)])
+                elif self._trimmer is not None:
+                    out[i] = self._trimmer(row, words, p)
                 else:
-                    chosen = passing(p, threshold)
-                out[i] = join_pieces([row[j] for j in chosen])
+                    out[i] = join_pieces([row[j] for j in self._selection(p, words)])
         return out
 
     def _groups(self, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -330,18 +338,6 @@ class Summarizer(BaseEstimator):
             ValueError: The folder holds something else, another format version, or weights that do not fit.
         """
         return files.load(cls, folder, encoder)
-
-
-def beyond_noise(gain: NDArray[np.float64]) -> bool:
-    """Whether paired differences are above zero by more than two standard errors of their mean.
-
-    Example:
-        >>> beyond_noise(np.array([0.1, 0.2, 0.1, 0.2])), beyond_noise(np.array([0.3, -0.3, 0.1]))
-        (True, False)
-    """
-    if len(gain) < 2:
-        return False
-    return bool(gain.mean() > NOISE * gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def check_validation(validation: Any) -> tuple[list[str], list[str]]:
