@@ -1,7 +1,7 @@
 """The folder of a trained :class:`kexue.tasks.Summarizer`.
 
-``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors`` and, if summaries are
-generated, ``generator/``. No pickle anywhere.
+``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors``, if extracts
+are trimmed ``trimmer.safetensors`` and, if summaries are generated, ``generator/``. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kexue.models.char_gru import read_head
 from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import Selection
+from kexue.tasks._summary_trimmer import Runs, Trimmer
 from kexue.tasks.gated_conv import GatedConvLabeler
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, OSError, UnicodeDe
 def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
     """Write the folder, replacing an earlier one in one step."""
     params = {k: _plain(v) for k, v in model.get_params(deep=False).items() if k != "generator"}
+    trimmer = model._trimmer
     head = {
         "format": FORMAT,
         "kind": KIND,
@@ -45,17 +47,41 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
         "epochs": model.epochs_,
         "length": model.length_,
         "threshold": model.threshold_,
+        "trims": None if trimmer is None else {
+            "width": trimmer.labelers[0].input_size,
+            "labelers": len(trimmer.labelers),
+            "extract": [trimmer.extract.length, trimmer.extract.threshold],
+            "runs": [trimmer.rule.threshold, trimmer.rule.cost],
+        },
         "generates": model._generator is not None,
         "scores": model.scores_,
         "scored_on": model.scored_on_,
         "out_of_fold_extracts": model.out_of_fold_extracts_,
     }
     with replaced_folder(folder, HEAD, "saved summarizer") as target:
-        weights = {f"{k}.{name}": v for k, x in enumerate(model._labelers) for name, v in x.state_dict().items()}
-        save_file({name: v.contiguous() for name, v in weights.items()}, target / "labelers.safetensors")
+        _save_labelers(model._labelers, target / "labelers.safetensors")
+        if trimmer is not None:
+            _save_labelers(trimmer.labelers, target / "trimmer.safetensors")
         if model._generator is not None:
             model._generator.save(target / "generator")
         write_json(target / HEAD, head)
+
+
+def _save_labelers(labelers: list[GatedConvLabeler], path: Path) -> None:
+    weights = {f"{k}.{name}": v for k, labeler in enumerate(labelers) for name, v in labeler.state_dict().items()}
+    save_file({name: v.contiguous() for name, v in weights.items()}, path)
+
+
+def _load_labelers(path: Path, count: int, width: int, hidden_size: int) -> list[GatedConvLabeler]:
+    weights = load_file(path)
+    labelers = []
+    for k in range(count):
+        labeler = GatedConvLabeler(width, hidden_size)
+        labeler.load_state_dict({name: weights.pop(f"{k}.{name}") for name in labeler.state_dict()})
+        labelers.append(labeler.eval())
+    if weights or not labelers:
+        raise ValueError(f"{path} holds other weights than those of {count} labellers: {sorted(weights)}")
+    return labelers
 
 
 def _plain(value: Any) -> Any:
@@ -88,15 +114,14 @@ def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
         model.epochs_, model.out_of_fold_extracts_ = list(head["epochs"]), head["out_of_fold_extracts"]
         model._selection = Selection(float(head["length"]), float(head["threshold"]))
         model.length_, model.threshold_ = model._selection.length, model._selection.threshold
-        weights = load_file(source / "labelers.safetensors")
-        model._labelers = []
-        for k in range(int(head["labelers"])):
-            labeler = GatedConvLabeler(int(head["width"]), int(head["hidden_size"]))
-            mine = {name: weights.pop(f"{k}.{name}") for name in labeler.state_dict()}
-            labeler.load_state_dict(mine)
-            model._labelers.append(labeler.eval())
-        if weights or not model._labelers:
-            raise ValueError(f"{source} holds other weights than its {head['labelers']} labellers: {sorted(weights)}")
+        hidden, trims = int(head["hidden_size"]), head["trims"]
+        path = source / "labelers.safetensors"
+        model._labelers = _load_labelers(path, int(head["labelers"]), int(head["width"]), hidden)
+        model._trimmer, model.trims_ = None, trims is not None
+        if trims is not None:
+            path = source / "trimmer.safetensors"
+            labelers = _load_labelers(path, int(trims["labelers"]), int(trims["width"]), hidden)
+            model._trimmer = Trimmer(labelers, Selection(*map(float, trims["extract"])), Runs(*map(float, trims["runs"])))
         model.uses_generator_ = bool(head["generates"])
         model._generator = SummaryGenerator.load(source / "generator") if model.uses_generator_ else None
         model._encode = PieceEncoder(model.encoder)

@@ -165,7 +165,7 @@ class Runs:
         return runs(values, self.threshold, self.cost)
 
 
-RULES = tuple(Runs(t, c) for t in (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5) for c in (0.2, 0.5, 1.0, 1.5, 2.5))
+RULES = tuple(Runs(t, c) for t in (0.15, 0.2, 0.25, 0.3, 0.35, 0.4) for c in (0.7, 1.5, 100.0))
 
 
 @dataclass(frozen=True)
