@@ -30,12 +30,16 @@ def test_lines_that_were_full_are_joined_and_others_stay():
     assert "precision unless another type is asked for, and returned as a new array." in lines[0]
     assert "Parameters" in lines
     assert "axis : int" in lines
-    assert "The axis along which the mean is computed; without, that of the flattened array, which has one value." in lines
+    assert (
+        "The axis along which the mean is computed; without, that of the flattened array, which has one value." in lines
+    )
     assert "- the first item, which is as long as the lines of the paragraph above it" in lines
     assert "- the second item, which goes on in the line that follows, for it is too long for one line" in lines
 
 
-@pytest.mark.parametrize("text", ["", "\n", "one line", "a\nb\nc", "\n\n\n", "床前明月光,疑是地上霜" * 5 + "\n举头望明月"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "one line", "a\nb\nc", "\n\n\n", "床前明月光,疑是地上霜" * 5 + "\n举头望明月"]
+)
 def test_short_lines_and_scripts_without_spaces_keep_their_breaks(text):
     assert unwrapped(text) == text
 

@@ -12,7 +12,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kexue.cli.common import Encoding, IdColumn, Json, Seed, SkipBad, TextColumn, interruptible, option_names, print_json
+from kexue.cli.common import (
+    Encoding,
+    IdColumn,
+    Json,
+    Seed,
+    SkipBad,
+    TextColumn,
+    interruptible,
+    option_names,
+    print_json,
+)
 from kexue.cli.common import print_table as print_rows
 
 _STDIN = "standard input"
@@ -41,8 +51,8 @@ summarize_app = typer.Typer(
     cls=_Summarize,
     no_args_is_help=True,
     add_completion=False,
-    help="Summaries of texts: with a model learned from your own pairs of a text and its summary, or, without pairs, by "
-    "the vectors of a workspace.\n\n"
+    help="Summaries of texts: with a model learned from your own pairs of a text and its summary, or, without pairs, "
+    "by the vectors of a workspace.\n\n"
     "kexue summarize train PAIRS... --out DIR   learns;  options: kexue summarize train --help\n\n"
     "kexue summarize DIR FILE...                summarises;  options: kexue summarize DIR --help",
     options_metavar="",
@@ -77,6 +87,9 @@ def train(
     encoder: Annotated[
         str, typer.Option(metavar="hash|PATH", help="Features of the pieces: built in, or a local BERT checkpoint.")
     ] = "hash",
+    trim: Annotated[
+        bool, typer.Option(help="Trim pieces to the words that matter, if that is better; without, pieces stay whole.")
+    ] = True,
     held_out: Annotated[
         float, typer.Option(help="Share of the pairs that are measured on instead of learned from.")
     ] = 0.1,
@@ -99,7 +112,7 @@ def train(
         raise typer.BadParameter(f"must be auto, yes or no; got {extract_only!r}", param_hint="--extract-only")
     only: Any = {"auto": "auto", "yes": True, "no": False}[extract_only]
     try:
-        settings = SummarySettings(language, only, folds, epochs, encoder, held_out, seed)
+        settings = SummarySettings(language, only, folds, epochs, encoder, trim, held_out, seed)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     given = {"id_column": id_column, "text_column": text_column, "summary_column": summary_column}
@@ -138,7 +151,9 @@ def files(
     length: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Most characters of a summary; without, as was learned.")
     ] = None,
-    pieces: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most pieces of the text in a summary.")] = None,
+    pieces: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most pieces of the text in a summary.")
+    ] = None,
     method: Annotated[
         str,
         typer.Option(

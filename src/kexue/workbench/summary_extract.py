@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["summarize_by_model"]
 
 
-def summarize_by_model(
-    model: Summarizer, text: str, length: int | None = None, most: int | None = None
-) -> Summary:
+def summarize_by_model(model: Summarizer, text: str, length: int | None = None, most: int | None = None) -> Summary:
     """Summarise a text by a trained summarizer.
 
     Args:
         model: The summarizer.
         text: The text.
-        length: Most characters; None: as was learned. One piece is taken even if all are longer. A generator takes no
-            such orders, so with one of them the summary is an extract.
+        length: Most characters; None: as was learned. One piece is taken even if all are longer. Trimmers and
+            generators take no such orders, so with one of them the summary is made of whole pieces.
         most: Most pieces; None: as was learned.
     """
     from kexue.tasks.pieces import join_pieces, piece_spans
@@ -35,17 +33,14 @@ def summarize_by_model(
         return Summary("", [], "trained")
     pieces = [flat[start:stop] for start, stop in spans]
     values = probabilities_of(model, pieces)
-    if model.uses_generator_ and length is None and most is None:
-        from kexue.tasks.summarizer import EXTRACTION, passing
-
-        found = chosen(flat, spans, passing(values, EXTRACTION), values.tolist())
-        return Summary(model.predict([flat])[0], found, "generated")
-    if length is None and most is None:
-        taken = usual_choice(model, pieces, values)
+    if length is not None or most is not None:
+        taken, method = _within(pieces, values, length, most), "trained"
     else:
-        taken = _within(pieces, values, length, most)
+        taken, method = _usual(model, pieces, values)
     found = chosen(flat, spans, taken, values.tolist())
-    return Summary(join_pieces(piece.text for piece in found), found, "trained")
+    if method == "trained":
+        return Summary(join_pieces(piece.text for piece in found), found, method)
+    return Summary(" ".join(model.predict([flat])[0].split()), found, method)
 
 
 def probabilities_of(model: Summarizer, pieces: list[str]) -> NDArray[np.float32]:
@@ -55,16 +50,21 @@ def probabilities_of(model: Summarizer, pieces: list[str]) -> NDArray[np.float32
     return probabilities(model._labelers, Pieces.joined([model._encode(pieces)]))
 
 
-def usual_choice(model: Summarizer, pieces: list[str], values: NDArray[np.float32]) -> list[int]:
-    """The pieces that :meth:`Summarizer.predict` takes."""
+def _usual(model: Summarizer, pieces: list[str], values: NDArray[np.float32]) -> tuple[list[int], str]:
+    """The pieces that the summary of :meth:`Summarizer.predict` is made of, and how it is made of them."""
     from kexue.tasks._piece_features import tokens
+    from kexue.tasks._summary_extractor import passing
+    from kexue.tasks.summarizer import EXTRACTION
 
-    return model._selection(values, [tokens(piece) for piece in pieces])
+    if model.uses_generator_:
+        return passing(values, EXTRACTION), "generated"
+    words = [tokens(piece) for piece in pieces]
+    if model._trimmer is not None:
+        return model._trimmer.extract(values, words), "trimmed"
+    return model._selection(values, words), "trained"
 
 
-def _within(
-    pieces: list[str], values: NDArray[np.float32], length: int | None, most: int | None
-) -> list[int]:
+def _within(pieces: list[str], values: NDArray[np.float32], length: int | None, most: int | None) -> list[int]:
     """The likeliest pieces that fit, none twice; at least one."""
     sizes = np.array([len(piece) for piece in pieces])
     left = int(sizes.sum()) if length is None else length

@@ -12,8 +12,8 @@ import numpy as np
 
 from kexue.corpus import Document, split_summary
 from kexue.workbench import parts
-from kexue.workbench.store import DocumentStore
 from kexue.workbench.steps import Context
+from kexue.workbench.store import DocumentStore
 from kexue.workbench.summaries import SummarySettings, compared, fitted
 from kexue.workbench.summary_evaluation import usual_length
 from kexue.workbench.summary_extract import summarize_by_model
@@ -45,7 +45,7 @@ def learn_summaries(context: Context) -> dict[str, Any]:
         why = f"{len(pairs)} texts bring a summary, fewer than {FEWEST}" if pairs else "no text brings a summary"
         return {"result": f"nothing to learn from ({why}); texts are summarised by their vectors"}
     train, held = _split(pairs, seed)
-    settings = SummarySettings(extract_only=True, folds=FOLDS, epochs=EPOCHS, seed=seed)
+    settings = SummarySettings(extract_only=True, trim=False, folds=FOLDS, epochs=EPOCHS, seed=seed)
     pairs_of = [pair for pair, _ in train]
     model = fitted(pairs_of, settings, FOLDS, folder / parts.TRAINING / "summaries")
     model.save(folder / parts.SUMMARIZER)

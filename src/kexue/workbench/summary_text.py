@@ -58,7 +58,8 @@ class Summary(NamedTuple):
     Args:
         text: The summary.
         pieces: The pieces of the text that it was made of, in the order of the text.
-        method: "trained", "generated" (written from ``pieces`` by a trained generator) or "vectors".
+        method: How it was made: "trained", of whole pieces; "trimmed", of the words of ``pieces`` that matter;
+            "generated", written from ``pieces``; or "vectors", of whole sentences.
     """
 
     text: str
@@ -144,7 +145,10 @@ def chosen(
     """
     return [
         SummaryPiece(
-            i, *spans[i], " ".join(text[slice(*spans[i])].split()), None if scores is None else round(float(scores[i]), 4)
+            i,
+            *spans[i],
+            " ".join(text[slice(*spans[i])].split()),
+            None if scores is None else round(float(scores[i]), 4),
         )
         for i in sorted(taken)
     ]

@@ -26,6 +26,7 @@ __all__ = ["rank_pieces", "summarize_by_vectors", "take_pieces"]
 
 OPENING = 0.25  # bonus of the first piece
 REPEATED = 0.5  # how much of the cosine with a piece that was taken already is held against a piece
+SAME = 0.95  # cosine from which on a piece says what another has said
 FEWEST_WORDS = 3  # of a sentence: fewer are headings, numbers, remains of tables
 WORST = 0.5  # of the best score: what is further from the text is not taken to fill the length
 SHARE = 0.2  # of the text, the usual length of a summary
@@ -107,6 +108,7 @@ def take_pieces(
         free[best] = False
         free &= sizes <= (length if strict else 2 * length)
         near = np.maximum(near, vectors @ vectors[best])
+        free &= near < SAME
     return taken
 
 

@@ -146,8 +146,8 @@ class Workspace(Searcher):
             return summarize_by_model(model, text, length, pieces)
         if method == "trained":
             raise ValueError(
-                f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version built "
-                "it; use method 'vectors', or learn one from pairs with `kexue summarize train`"
+                f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version "
+                "built it; use method 'vectors', or learn one from pairs with `kexue summarize train`"
             )
         return summarize_by_vectors(self._parts, text, length, pieces)
 
