@@ -256,12 +256,11 @@ def test_sentences_near_the_whole_text_are_taken_and_do_not_repeat_each_other(wo
     assert take_pieces(sizes, scores, vectors, 8, None) == [0, 2]
     assert take_pieces(np.array([4, 9, 4]), scores, vectors, 3, None) == [0]
     assert take_pieces(sizes, scores, vectors, 9, 1) == [0]
-    vectors[1] = 0.8, 0.6
-    assert take_pieces(sizes, scores, vectors, 10, None, strict=False) == [0, 1, 2]
-    assert take_pieces(sizes, scores, vectors, 9, None, strict=False) == [0, 1]
-    assert take_pieces(sizes, scores, vectors, 9, None) == [0, 1]
-    assert take_pieces(sizes, scores, vectors, 6, None, strict=False) == [0, 1]
-    assert take_pieces(sizes, scores, vectors, 6, None) == [0]
+    vectors[1] = 0.8, 0.6  # worth 0.8 - 0.4 after the first; the last 0.5, then the other way round
+    assert take_pieces(sizes, scores, vectors, 12, None) == [0, 2, 1]
+    assert take_pieces(sizes, scores, vectors, 11, None) == [0, 2]
+    assert take_pieces(sizes, scores, vectors, 10, None, strict=False) == [0, 2, 1]
+    assert take_pieces(sizes, scores, vectors, 9, None, strict=False) == [0, 2]
 
 
 def documentation(count=70):

@@ -190,7 +190,7 @@ def train_summaries(
 
 
 def _pairs(corpus: Any, options: dict[str, Any]) -> tuple[list[Pair], list[str]]:
-    given = [corpus] if isinstance(corpus, str | Path) else list(corpus)
+    given: list[Any] = [corpus] if isinstance(corpus, str | Path) else list(corpus)
     if given and all(isinstance(item, Pair) for item in given):
         if options:
             raise ValueError(f"options of the reader are for paths; got {', '.join(options)} with pairs")
