@@ -20,7 +20,8 @@ def test_agrees_with_a_dense_solve(pieces, damping):
 
 
 def test_grams_are_words_and_pairs_of_characters():
-    assert list(_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it", "is", "é", "中"]
+    assert list(_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it_is", "é", "中"]
+    assert list(_grams("See (numpy.linalg), it's\nA，B。")) == ["see", "numpy.linalg", "it's", "a", "b"]
     assert list(_grams("中国人")) == ["中国", "国人"]
     assert list(_grams("，。-- ")) == []
 

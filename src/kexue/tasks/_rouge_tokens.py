@@ -58,8 +58,8 @@ def token_table(texts: Sequence[Text], unique: bool, weighted: bool) -> Tokens:
         ids, starts, known = _numbered(texts)
         width = max(1, len(known))
         weights = np.array([len(_str_token(token)) for token in known] if weighted else [], np.int64)
-        if weighted and not known:
-            weights = np.ones(1, np.int64)
+        if (weights == 1).all():  # as without weights, which is much faster
+            weights, weighted = np.zeros(0, np.int64), False
     rows = np.repeat(np.arange(len(texts)), np.diff(starts))
     wide = ids.astype(np.int64)
     ones, one_rows = _sorted_grams(wide, rows, len(texts), unique)
