@@ -31,7 +31,7 @@ def space(tmp_path_factory):
     result = kexue("build", folder / "notes.jsonl", "--out", folder / "space", "--epochs", 2, "--dim", 16)
     assert result.returncode == 0, result.stderr
     assert "48 documents" in result.stdout
-    for step in ("read", "tokenise", "count", "vectors", "encoder", "index", "evaluate", "report"):
+    for step in ("read", "tokenise", "count", "vectors", "encoder", "index", "evaluate", "summaries", "report"):
         assert step in result.stderr
     return folder / "space"
 

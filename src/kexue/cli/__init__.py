@@ -37,6 +37,7 @@ from kexue.cli.gan import gan_app
 from kexue.cli.growth import grow
 from kexue.cli.language import generate, pretrain, score, suggest
 from kexue.cli.similarity import similarity_app
+from kexue.cli.summaries import summarize_app
 from kexue.cli.word_queries import words_app
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(words_app, name="words")
 app.add_typer(similarity_app, name="similarity")
+app.add_typer(summarize_app, name="summarize")
 app.add_typer(gan_app, name="gan")
 app.command()(grow)
 for command in (drift, explain, pretrain, score, suggest, generate):

@@ -30,7 +30,7 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", "--skip-errors", help="Leave out unreadable files instead of stopping.")
 ]
 
-_COLUMNS = ("id_column", "title_column", "text_column", "label_column")
+_COLUMNS = ("id_column", "title_column", "text_column", "label_column", "summary_column")
 # Parameters of the library whose names in errors become those of the command line.
 _PARAMETER = re.compile(r"\b(min_count|min_pmi|min_gain|min_prob|min_support|max_words|max_length|n_context|window)=")
 

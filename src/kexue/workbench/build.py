@@ -1,6 +1,6 @@
 """Build a workspace step by step, in a temporary sibling folder that becomes the workspace when it is complete.
 
-    read -> tokenise -> count -> vectors -> encoder -> index -> evaluate -> report
+    read -> tokenise -> count -> vectors -> encoder -> index -> evaluate -> summaries -> report
 
 Each finished step is noted in ``state.json``. A build that was interrupted or killed goes on after its last finished
 step, inside the encoder's training after its last checkpoint. The workspace that stood there before is untouched until
@@ -44,6 +44,7 @@ STEPS: tuple[tuple[str, Callable[[steps.Context], dict[str, Any]]], ...] = (
     ("encoder", steps.encoder),
     ("index", steps.index),
     ("evaluate", steps.evaluate),
+    ("summaries", steps.summaries),
     ("report", steps.report),
 )
 

@@ -14,7 +14,13 @@ from kexue.workbench.errors import WorkspaceError
 
 FORMAT = 1
 NAME = "manifest.json"
+MEASURED = ("evaluate", "summaries")  # steps whose figures have tables
 _REBUILD = "build it again with `kexue build ... --out {0} --force`"
+
+
+def tables(figures: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a build measured: title -> rows."""
+    return {title: rows for step in MEASURED for title, rows in figures.get(step, {}).get("tables", {}).items()}
 
 
 @dataclass

@@ -23,6 +23,7 @@ from kexue.workbench.store import DocumentStore
 from kexue.workbench.tokens import Ragged, TokenizedCorpus
 
 if TYPE_CHECKING:
+    from kexue.tasks import Summarizer
     from kexue.words import PMIEmbedding
 
 DOCUMENTS = "documents.sqlite"
@@ -34,6 +35,7 @@ WORDS = "words"
 ENCODER = "encoder"
 SIGNALS = "signals"
 RANKER = "ranker"
+SUMMARIZER = "summarizer"
 REPORT = "report.html"
 TRAINING = "training"
 CURVE = "training.json"
@@ -103,6 +105,18 @@ class Parts:
 
         try:
             return PMIEmbedding.load(self.folder / WORDS) if (self.folder / WORDS).exists() else None
+        except DAMAGE as error:
+            raise damaged(self.folder, error) from error
+
+    @cached_property
+    def summarizer(self) -> Summarizer | None:
+        """What was learned from texts with summaries; None if there were none, or an earlier version built this."""
+        if not (self.folder / SUMMARIZER).exists():
+            return None
+        from kexue.tasks import Summarizer
+
+        try:
+            return Summarizer.load(self.folder / SUMMARIZER)
         except DAMAGE as error:
             raise damaged(self.folder, error) from error
 

@@ -14,6 +14,7 @@ from kexue._files import atomic_path
 from kexue.workbench import parts as layout
 from kexue.workbench.evaluation import choose_held_out
 from kexue.workbench.lexicon import explain, telling_words
+from kexue.workbench.manifest import tables as measured_tables
 from kexue.workbench.pages import page
 from kexue.workbench.parts import Parts
 from kexue.workbench.search import Hit, Searcher
@@ -47,7 +48,8 @@ def write_report(
         figures=figures,
         words=explain(figures.get("tokenise", {}).get("choice", {})),
         timings=timings,
-        tables=figures.get("evaluate", {}).get("tables", {}),
+        tables=measured_tables(figures),
+        summaries=figures.get("summaries", {}).get("examples", []),
         signals=figures.get("index", {}).get("signals", {}),
         searches=searches,
         held_out=held_out,

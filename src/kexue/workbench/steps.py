@@ -377,6 +377,13 @@ def _sample(relevant: list[set[int]], most: int, seed: int) -> list[set[int]]:
     return [some if number in kept else set() for number, some in enumerate(relevant)]
 
 
+def summaries(context: Context) -> dict[str, Any]:
+    """Learn to summarise from texts that bring their own summaries, as documentation does."""
+    from kexue.workbench.summary_step import learn_summaries
+
+    return learn_summaries(context)
+
+
 def report(context: Context) -> dict[str, Any]:
     """Write the report page."""
     from kexue.workbench.report import write_report

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from kexue import __version__
 from kexue._files import recover_directory
-from kexue.workbench.manifest import Manifest
+from kexue.workbench.manifest import MEASURED, Manifest, tables
 from kexue.workbench.parts import DAMAGE, Parts, damaged
 from kexue.workbench.search import Searcher
 
 if TYPE_CHECKING:
     from kexue.corpus import Document
+    from kexue.workbench.summary_text import Summary
 
 
 class Workspace(Searcher):
@@ -108,6 +109,48 @@ class Workspace(Searcher):
         """
         return cls(folder)
 
+    def summarize(
+        self, text: str, length: int | None = None, *, pieces: int | None = None, method: str = "auto"
+    ) -> str:
+        """Summarise a text by pieces of it; :meth:`summary` also tells where they stand.
+
+        Args:
+            text: The text.
+            length: Most characters; None: as was learned, or a fifth of the text, at least 200 and at most 600. At
+                least one piece is taken.
+            pieces: Most pieces; None: as many as fit.
+            method: "trained" is what the build learned from texts that bring their own summaries (documentation does);
+                "vectors" takes the sentences that are nearest to the whole text and do not repeat each other, and
+                favours the opening; "auto" is the first if there is one, else the second.
+
+        Returns:
+            The summary; empty only if the text is blank.
+
+        Raises:
+            TypeError: The text is not a str.
+            ValueError: ``method="trained"`` without anything learned, a length or a number of pieces below 1.
+        """
+        return self.summary(text, length, pieces=pieces, method=method).text
+
+    def summary(
+        self, text: str, length: int | None = None, *, pieces: int | None = None, method: str = "auto"
+    ) -> Summary:
+        """Summarise a text as :meth:`summarize` does, and tell which pieces of it were taken."""
+        from kexue.workbench.summary_extract import summarize_by_model
+        from kexue.workbench.summary_text import check_request
+        from kexue.workbench.summary_vectors import summarize_by_vectors
+
+        check_request(text, length, pieces, method)
+        model = None if method == "vectors" else self._parts.summarizer
+        if model is not None:
+            return summarize_by_model(model, text, length, pieces)
+        if method == "trained":
+            raise ValueError(
+                f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version "
+                "built it; use method 'vectors', or learn one from pairs with `kexue summarize train`"
+            )
+        return summarize_by_vectors(self._parts, text, length, pieces)
+
     def close(self) -> None:
         """Close the files; after that nothing can be asked. ``with Workspace.open(folder) as space`` does it too."""
         self._parts.store.close()
@@ -121,8 +164,10 @@ class Workspace(Searcher):
     def info(self) -> dict[str, Any]:
         """Source, settings, figures, evaluation, and timings of the workspace, JSON-compatible."""
         figures = dict(self.manifest.figures)
-        evaluation = figures.get("evaluate", {}).get("tables", {})
-        figures["evaluate"] = {key: value for key, value in figures.get("evaluate", {}).items() if key != "tables"}
+        evaluation = tables(figures)
+        for step in MEASURED:
+            if step in figures:
+                figures[step] = {key: value for key, value in figures[step].items() if key != "tables"}
         return {
             "folder": str(self.folder),
             "kexue": __version__,

@@ -1,0 +1,119 @@
+"""The step of a build that learns to summarise: documentation carries its own summaries, the first line of each text.
+
+Corpora of other texts have none, unless their documents bring one as ``meta["summary"]``; then nothing is learned here,
+and :meth:`kexue.workbench.Workspace.summarize` ranks sentences by the vectors of the workspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kexue.corpus import Document, split_summary
+from kexue.workbench import parts
+from kexue.workbench.steps import Context
+from kexue.workbench.store import DocumentStore
+from kexue.workbench.summaries import SummarySettings, compared, fitted
+from kexue.workbench.summary_evaluation import usual_length
+from kexue.workbench.summary_extract import summarize_by_model
+from kexue.workbench.summary_pairs import Pair
+from kexue.workbench.summary_text import sentence_spans
+from kexue.workbench.summary_vectors import summarize_by_vectors
+
+__all__ = ["TITLE", "learn_summaries", "pair_of"]
+
+TITLE = "Summaries: the first line of a text from the rest, of modules that training never saw"
+FEWEST = 60  # pairs below which nothing is learned
+MOST = 1800  # pairs that are used
+HELD = 300  # of them, at most, and at most a fifth: held back
+LONGEST = 6_000  # characters of a text
+TRIED = 4  # times as many documents are looked at, since many have no summary or one that another has
+_BLOCK = 256
+FOLDS, EPOCHS = 2, 8  # what pays: half a minute in all
+_LEAST_WORDS = 3
+_LOOKED_AT = 1500  # characters, to tell whether a text has several sentences
+
+
+def learn_summaries(context: Context) -> dict[str, Any]:
+    """Train a summarizer on the pairs that the documents hold, and compare it on pairs of other modules."""
+    folder, seed = context.folder, context.settings.seed
+    store = DocumentStore(folder / parts.DOCUMENTS)
+    pairs = _sample(store, seed)
+    store.close()
+    if len(pairs) < FEWEST:
+        why = f"{len(pairs)} texts bring a summary, fewer than {FEWEST}" if pairs else "no text brings a summary"
+        return {"result": f"nothing to learn from ({why}); texts are summarised by their vectors"}
+    train, held = _split(pairs, seed)
+    settings = SummarySettings(extract_only=True, trim=False, folds=FOLDS, epochs=EPOCHS, seed=seed)
+    pairs_of = [pair for pair, _ in train]
+    model = fitted(pairs_of, settings, FOLDS, folder / parts.TRAINING / "summaries")
+    model.save(folder / parts.SUMMARIZER)
+    asked = [pair for pair, _ in held]
+    opened = parts.Parts.load(folder)
+    length = usual_length([pair.summary for pair in pairs_of])
+    vectors = [summarize_by_vectors(opened, pair.text, about=length).text for pair in asked]
+    opened.store.close()
+    rows = compared(model, pairs_of, asked, {"vectors": vectors})
+    best = max(row["main"] for row in rows[:-1])
+    return {
+        "pairs": len(pairs_of),
+        "held back": len(asked),
+        "result": f"main {rows[-1]['main']:.3f}, the best of the others {best:.3f}",
+        "tables": {TITLE: rows},
+        "examples": [
+            {"id": pair.id, "reference": pair.summary, "summary": summarize_by_model(model, pair.text).text}
+            for pair in asked[:4]
+        ],
+    }
+
+
+def pair_of(document: Document) -> Pair | None:
+    """The text of a document without its summary, and the summary; None if it has none of its own.
+
+    Example:
+        >>> text = "Sum of two numbers.\\n\\nThe numbers are added. Both may be negative. Nothing is rounded."
+        >>> pair = pair_of(Document("add", text, "Sum of two numbers.", ("math", "math"), {"package": "math"}))
+        >>> pair.summary, pair.text[:22]
+        ('Sum of two numbers.', 'The numbers are added.')
+        >>> pair_of(Document("add", text, "Sum of two numbers.")) is None
+        True
+    """
+    given = document.meta.get("summary")
+    if isinstance(given, str) and given.strip():
+        return Pair(document.id, document.text, given) if document.text.strip() else None
+    if not document.title or "package" not in document.meta:
+        return None
+    summary, rest = split_summary(document.text)
+    if summary != document.title or len(summary.split()) < _LEAST_WORDS or len(sentence_spans(rest[:_LOOKED_AT])) < 2:
+        return None
+    return Pair(document.id, rest[:LONGEST], summary)
+
+
+def _sample(store: DocumentStore, seed: int) -> list[tuple[Pair, str]]:
+    """At most MOST pairs with different summaries, of random documents, each with its module."""
+    order = np.random.default_rng(seed).permutation(len(store))[: TRIED * MOST]
+    found: dict[str, tuple[Pair, str]] = {}
+    for start in range(0, len(order), _BLOCK):
+        for document in store.fetch(order[start : start + _BLOCK].tolist()):
+            pair = pair_of(document)
+            if pair is not None and pair.summary not in found:
+                found[pair.summary] = pair, document.labels[1] if len(document.labels) > 1 else document.id
+            if len(found) == MOST:
+                return list(found.values())
+    return list(found.values())
+
+
+def _split(pairs: list[tuple[Pair, str]], seed: int) -> tuple[list[tuple[Pair, str]], list[tuple[Pair, str]]]:
+    """Pairs to learn from and those held back, which come from other modules."""
+    modules = sorted({module for _, module in pairs})
+    order = np.random.default_rng(seed + 1).permutation(len(modules))
+    sizes = {module: sum(1 for _, other in pairs if other == module) for module in modules}
+    most = min(HELD, len(pairs) // 5)
+    held: set[str] = set()
+    count = 0
+    for module in (modules[i] for i in order):
+        if count + sizes[module] <= most:
+            held.add(module)
+            count += sizes[module]
+    return [pair for pair in pairs if pair[1] not in held], [pair for pair in pairs if pair[1] in held]
