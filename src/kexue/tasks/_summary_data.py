@@ -131,7 +131,7 @@ class Texts:
         """Main metric of the chosen pieces of each of the documents ``rows``."""
         joined: list[Any] = []
         for i, pieces in zip(rows, chosen, strict=True):
-            parts = [self._parts[i][j] for j in pieces]
+            parts: list[Any] = [self._parts[i][j] for j in pieces]
             joined.append("".join(parts) if self.unit == "char" else [word for part in parts for word in part])
         return scores(joined, [self._wanted[i] for i in rows], self.unit)
 

@@ -55,7 +55,10 @@ class Words:
     def __init__(self, pieces: Sequence[str], chosen: Sequence[int], values: NDArray[np.float32]) -> None:
         parts = [pieces[j] for j in chosen]
         self.text = join_pieces(parts)
-        found, piece, inside, length = [], [], [], []
+        found: list[tuple[int, int]] = []
+        piece: list[int] = []
+        inside: list[int] = []
+        length: list[int] = []
         at = 0
         for j, part in zip(chosen, parts, strict=True):
             at = self.text.index(part, at)
