@@ -12,6 +12,7 @@ need no training.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import zlib
@@ -208,13 +209,14 @@ def _bert(folder: Path) -> Callable[[list[str]], NDArray[np.float32]]:
     """Masked mean of the last layer of a checkpoint on disk; nothing is downloaded.
 
     Raises:
-        ValueError: There is no folder, or it lacks a model, weights of it or a tokenizer.
+        ValueError: There is no folder, or it lacks a model, weights of it or its tokenizer.
     """
     if not folder.is_dir():
         raise ValueError(f'encoder must be "hash" or the folder of a BERT checkpoint; there is no folder {folder}')
     import torch
     from safetensors import SafetensorError
 
+    importlib.import_module("kexue.models.family")  # makes the Auto classes know the Kexue models
     from kexue._transformers import AutoModel
     from kexue.tasks._nsp_loading import load_tokenizer
     from kexue.tasks._text_encoders import text_encoder
@@ -227,9 +229,13 @@ def _bert(folder: Path) -> Callable[[list[str]], NDArray[np.float32]]:
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # which is not used
     if missing:
         raise ValueError(f"encoder {folder} lacks {len(missing)} weights, among them {missing[0]}")
+    tokenizer = load_tokenizer(None, folder)
+    known, most = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if most >= known:
+        raise ValueError(f"encoder {folder} has the tokenizer of another model: token {most}, but {known} embeddings")
     model = model.float().eval()
     longest = min(512, int(getattr(model.config, "max_position_embeddings", 512)))
-    face = text_encoder((load_tokenizer(None, folder), model), longest)
+    face = text_encoder((tokenizer, model), longest)
 
     def encode(texts: list[str]) -> NDArray[np.float32]:
         lengths, vectors = face.prepare(texts)

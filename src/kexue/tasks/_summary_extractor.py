@@ -39,6 +39,7 @@ INNER = 0.1  # share of the training rows that choose the epoch
 MOST_INNER = 100
 POOL = 8  # batches among which documents of similar length are brought together
 WINDOW = 4096  # pieces at a time in prediction
+SAVE_EVERY = 200  # steps between checkpoints
 
 
 @dataclass
@@ -243,7 +244,7 @@ def train_labeler(
         return training.over()
 
     fit(
-        training, batch, steps=each * settings.epochs, out=folder, save_every=max(each, 200), seed=settings.seed,
+        training, batch, steps=each * settings.epochs, out=folder, save_every=SAVE_EVERY, seed=settings.seed,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.lr), schedule="constant", clip=None,
         fingerprint=_fingerprint(given, labels, rows, settings), keep=1, on_step=on_step, label=label,
         show_progress=settings.show_progress,
