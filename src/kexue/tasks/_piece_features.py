@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from scipy import sparse
 from kexue.tasks.graph_rank import text_rank
 
 __all__ = ["WIDTH", "PieceEncoder", "tokens"]
+
+#: (N, D): sparse, or an array
+Vectors: TypeAlias = "sparse.csr_array | NDArray[np.float32]"
 
 WIDTH = 256
 MARKS = 17  # columns after those of the hash
@@ -178,8 +181,8 @@ class PieceEncoder:
     def __reduce__(self) -> Any:
         return PieceEncoder, (self.encoder, self.width, self.probe)
 
-    def __call__(self, pieces: Sequence[str]) -> sparse.csr_array:
-        """Vectors of the pieces of ONE document, (N, D) float32, mostly zeros for "hash".
+    def __call__(self, pieces: Sequence[str]) -> Vectors:
+        """Vectors of the pieces of ONE document, (N, D) float32, sparse for "hash".
 
         Raises:
             TypeError: The function returns no array of numbers.
@@ -202,7 +205,7 @@ class PieceEncoder:
             place = int(np.flatnonzero(~np.isfinite(out).all(1))[0])
             raise ValueError(f"encoder must return finite numbers; got others for text {place}, {pieces[place]!r:.80}")
         self.width = out.shape[1]
-        return sparse.csr_array(out)
+        return out
 
 
 def _bert(folder: Path) -> Callable[[list[str]], NDArray[np.float32]]:

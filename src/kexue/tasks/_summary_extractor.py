@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
+from kexue.tasks._piece_features import Vectors
 from kexue.tasks._summary_data import set_aside
 from kexue.tasks.gated_conv import GatedConvLabeler, labeler_loss
 from kexue.training import batch_indices, fit
@@ -47,18 +48,20 @@ class Pieces:
     """Rows of vectors, document after document.
 
     Attributes:
-        vectors: (N, D) sparse; row ``offsets[i] + j`` is piece j of document i.
+        vectors: (N, D), sparse or an array; row ``offsets[i] + j`` is piece j of document i.
         offsets: (documents + 1,).
     """
 
-    vectors: sparse.csr_array
+    vectors: Vectors
     offsets: NDArray[np.int64]
 
     @classmethod
-    def joined(cls, documents: Sequence[sparse.csr_array]) -> Pieces:
+    def joined(cls, documents: Sequence[Vectors]) -> Pieces:
         """From the vectors of each document."""
-        lengths = [x.shape[0] for x in documents]
-        return cls(sparse.csr_array(sparse.vstack(documents)), np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = np.concatenate([[0], np.cumsum([x.shape[0] for x in documents])])
+        if isinstance(documents[0], np.ndarray):
+            return cls(np.concatenate(documents), offsets)
+        return cls(sparse.csr_array(sparse.vstack(documents)), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,6 +69,11 @@ class Pieces:
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Pieces:
         """Some of the documents."""
         return Pieces.joined([self.vectors[self.offsets[i] : self.offsets[i + 1]] for i in rows])
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """The rows from ``start`` to ``stop``."""
+        part = self.vectors[start:stop]
+        return torch.from_numpy(part if isinstance(part, np.ndarray) else part.toarray())
 
     def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         """One array for each document of one value for each piece."""
@@ -92,7 +100,7 @@ def probabilities(labelers: Sequence[GatedConvLabeler], given: Pieces) -> NDArra
             here = torch.from_numpy(place[a:b] - start)
             x = torch.zeros(1, stop - start, given.vectors.shape[1])
             mask = torch.zeros(1, stop - start, dtype=torch.bool)
-            x[0, here] = torch.from_numpy(given.vectors[a:b].toarray())
+            x[0, here] = given.dense(a, b)
             mask[0, here] = True
             mean = torch.stack([torch.sigmoid(labeler(x, mask)[0]) for labeler in labelers]).mean(0)
             c, d = np.searchsorted(place, [at, at + WINDOW])
@@ -223,7 +231,7 @@ def train_labeler(
         for k, c in enumerate(chosen):
             (a, b), i = spans[c], learned[c]
             first = given.offsets[i]
-            x[k, : b - a] = torch.from_numpy(given.vectors[first + a : first + b].toarray())
+            x[k, : b - a] = given.dense(first + a, first + b)
             y[k, : b - a] = torch.from_numpy(labels[i][a:b].astype(np.float32))
         return {"x": x, "mask": mask, "labels": y}
 
@@ -267,6 +275,8 @@ def _fingerprint(given: Pieces, labels: list[NDArray[np.bool_]], rows: NDArray[n
     plain = settings.data, settings.hidden_size, settings.batch_size, settings.max_pieces
     digest = hashlib.sha256(repr(plain).encode())
     chosen = np.concatenate(labels)
-    for part in (given.vectors.data, given.vectors.indices, given.offsets, chosen, rows):
+    vectors = given.vectors
+    numbers = (vectors,) if isinstance(vectors, np.ndarray) else (vectors.data, vectors.indices)
+    for part in (*numbers, given.offsets, chosen, rows):
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()

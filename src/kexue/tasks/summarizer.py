@@ -139,6 +139,8 @@ class Summarizer(BaseEstimator):
         (2, False)
     """
 
+    _generator: SummaryGenerator | None
+
     def __init__(
         self,
         language: Any = "auto",
@@ -254,7 +256,7 @@ class Summarizer(BaseEstimator):
             made.scores_["extractor"], made.scored_on_ = score, "out-of-fold"
         else:
             made._compare(*held_out)
-        vars(self).update(vars(made))
+        self.__dict__.update(made.__dict__)
         return self
 
     def _compare(self, texts: list[str], wanted: list[str]) -> None:
@@ -280,9 +282,11 @@ class Summarizer(BaseEstimator):
         """The generator, unless it is not wanted or there are too few pairs to try it."""
         if self._mode is True or (self._mode == "auto" and len(values) < LEAST_PAIRS):
             return None
-        from kexue.tasks._summary_generator import SummaryGenerator  # imports transformers: seconds
+        generator = self.generator
+        if generator is None:
+            from kexue.tasks._summary_generator import SummaryGenerator  # imports transformers: seconds
 
-        generator = SummaryGenerator(random_state=int(self.random_state)) if self.generator is None else self.generator
+            generator = SummaryGenerator(random_state=int(self.random_state))
         sources = [join_pieces([data.pieces[i][j] for j in passing(values[i], EXTRACTION)]) for i in rows]
         oracle = [join_pieces([data.pieces[i][j] for j in np.flatnonzero(data.labels[i])]) for i in rows]
         return clone(generator).fit(
@@ -315,8 +319,9 @@ class Summarizer(BaseEstimator):
             raise ValueError(f"extract_only must be True, False or 'auto'; got {self.extract_only!r}")
         if self.generator is not None and not isinstance(self.generator, BaseEstimator):
             raise TypeError(f"generator must be a SummaryGenerator; got {self.generator!r}")
-        if hasattr(self.generator, "_check"):
-            self.generator._check()
+        check = getattr(self.generator, "_check", None)
+        if check is not None:
+            check()
 
     def _split(self, same: NDArray[np.int64], given: bool, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pairs to learn from, and pairs set aside to compare extractor and generator."""
