@@ -217,8 +217,8 @@ class Summarizer(BaseEstimator):
 
         values: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
         labelers, epochs = [], []
+        encode = PieceEncoder(self.encoder)
         with _folder(checkpoint) as folder:
-            encode = PieceEncoder(self.encoder)
             data = Texts(texts, wanted, unit, separators)
             given = Pieces.joined([encode(pieces) for pieces in data.pieces])
             for k, (train, test) in enumerate(folds):
