@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kexue._checks import check_choice
 from kexue._files import recover_directory, replaced_folder, write_json
 from kexue.models.char_gru import read_head
 from kexue.tasks._piece_features import PieceEncoder
@@ -108,7 +109,8 @@ def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
     try:
         model = _read(cls, source, head)
     except (*_BROKEN, SafetensorError) as error:
-        raise ValueError(f"{source} holds no complete summarizer: {error}") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{source} holds no complete summarizer: {why}") from None
     if encoder is not None:
         model.encoder = encoder
     try:
@@ -124,6 +126,7 @@ def _read(cls: type[Any], source: Path, head: dict[str, Any]) -> Any:
     params = {k: tuple(v) if isinstance(v, list) else v for k, v in head["params"].items()}
     params["folds"] = 5 if params["folds"] is None else params["folds"]
     model = cls(**params)
+    check_choice("unit", head["unit"], ("char", "word"))
     model.unit_, model.scores_, model.scored_on_ = head["unit"], dict(head["scores"]), head["scored_on"]
     separators = head["separators"]
     model._separators = separators if isinstance(separators, str) else tuple(separators)
