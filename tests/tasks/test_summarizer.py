@@ -150,27 +150,6 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
         Summarizer.load(tmp_path / "model")
 
 
-def test_a_run_continues_from_its_checkpoint(
-    fitted: Summarizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = summarizer.train_labeler
-    calls = []
-
-    def stop(*given: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train(*given)
-
-    monkeypatch.setattr(summarizer, "train_labeler", stop)
-    with pytest.raises(KeyboardInterrupt):
-        made().fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path)
-    monkeypatch.setattr(summarizer, "train_labeler", train)
-    assert made().fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path).predict(DOCUMENTS) == fitted.predict(DOCUMENTS)
-    with pytest.raises(ValueError, match="data or model are others"):
-        made().fit(DOCUMENTS[::-1], SUMMARIES[::-1], checkpoint=tmp_path)
-
-
 def test_a_function_as_encoder_is_asked_for_again(tmp_path: Path) -> None:
     def encoder(texts: list[str]) -> Any:
         return np.array([["result" in text, len(text) / 50] for text in texts], np.float32)

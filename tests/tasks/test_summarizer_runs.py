@@ -112,8 +112,9 @@ model.fit(documents, summaries, checkpoint=sys.argv[2])
 def test_a_run_is_not_continued_with_other_summaries(tmp_path: Path) -> None:
     made(trim=False).fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path)
     others = [*SUMMARIES[:-1], SUMMARIES[-1] + "!"]  # the same labels
-    with pytest.raises(ValueError, match="data or model are others"):
-        made(trim=False).fit(DOCUMENTS, others, checkpoint=tmp_path)
+    for pairs in ((DOCUMENTS, others), (DOCUMENTS[::-1], SUMMARIES[::-1])):
+        with pytest.raises(ValueError, match="data or model are others"):
+            made(trim=False).fit(*pairs, checkpoint=tmp_path)
 
 
 class Echo(BaseEstimator):  # type: ignore[misc]
@@ -201,7 +202,8 @@ def test_it_is_an_estimator_of_scikit_learn(undisturbed: Summarizer) -> None:
     assert plain.set_params(folds=3).get_params()["folds"] == 3
     lists = clone(plain).fit(DOCUMENTS[:8], SUMMARIES[:8])
     assert_same(clone(plain).fit((text for text in texts), iter(wanted)), lists)
-    assert_same(lists.fit(DOCUMENTS, SUMMARIES), clone(plain).fit(DOCUMENTS, SUMMARIES))  # nothing of the first fit
+    second = DOCUMENTS[8:14], SUMMARIES[8:14]
+    assert_same(lists.fit(*second), clone(plain).fit(*second))  # nothing of the first fit
     for again in (pickle.loads(pickle.dumps(undisturbed)), copy.deepcopy(undisturbed)):
         assert_same(again, undisturbed)
         assert again.predict(DOCUMENTS) == undisturbed.predict(DOCUMENTS)
