@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sklearn.model_selection import (
     StratifiedKFold,
 )
 
-from kexue.tasks import Summarizer, split_pieces, summarizer
+from kexue.tasks import Summarizer, rouge, split_pieces, summarizer
 from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_data import Texts, beyond_noise, document_folds, language_of
 from kexue.tasks._summary_extractor import Pieces, inner_rows, passing, probabilities, window
@@ -148,6 +149,26 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
     (tmp_path / "model" / "labelers.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no complete summarizer"):
         Summarizer.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("unit", None), ("length", "x"), ("labelers", 10**7), ("width", 0), ("width", 5), ("params", 3), ("trims", {})],
+)
+def test_a_damaged_folder_is_refused_in_one_line(key: str, value: Any, fitted: Summarizer, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    path = tmp_path / "model" / "summarizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^[^\n]*model holds no complete summarizer: [^\n]+$"):
+        Summarizer.load(tmp_path / "model")
+
+
+def test_extracts_and_baselines_are_scored_on_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kexue.tasks._summary_selection.MOST_ROWS", 5)
+    model = made(trim=False, epochs=1).fit(DOCUMENTS, SUMMARIES)
+    rows = np.random.default_rng(0).permutation(24)[:5]
+    lead = [rouge(split_pieces(DOCUMENTS[i])[0], SUMMARIES[i], "word")["main"] for i in rows]
+    assert model.scores_["lead-1"] == pytest.approx(np.mean(lead))
 
 
 def test_a_function_as_encoder_is_asked_for_again(tmp_path: Path) -> None:
