@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +34,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_int, check_real
+from kexue._files import run_folder
 from kexue.tasks import _summary_files as files
 from kexue.tasks._piece_features import PieceEncoder, tokens
 from kexue.tasks._summary_data import (
@@ -467,15 +467,13 @@ def check_validation(validation: Any, documents: Sequence[str]) -> tuple[list[st
 
 @contextmanager
 def _folder(checkpoint: Any) -> Iterator[Path]:
-    """Where a training is saved; without a checkpoint, a folder that goes away when it ends."""
-    if checkpoint is not None:
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        yield Path(checkpoint)
-        return
-    with tempfile.TemporaryDirectory(prefix="kexue-summarizer-") as folder:
+    """The folder of the training; an interruption does not point to one that goes away."""
+    with run_folder(checkpoint) as folder:
         try:
-            yield Path(folder)
+            yield folder
         except TrainingInterrupted:
+            if checkpoint is not None:
+                raise
             raise KeyboardInterrupt(
                 "training stopped, and nothing of it is kept; with checkpoint=FOLDER it could be continued"
             ) from None
