@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
-from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, tokens
+from kexue.tasks import _piece_features
+from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, hashes_of, tokens
 
 PIECES = ["Return the mean.", "..", "原告诉称，", "The mean is a number.", ""]
 
@@ -32,6 +35,15 @@ def test_vectors_of_a_document_are_finite_and_the_same_each_time(pieces: list[st
     assert np.isfinite(found).all()
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, PieceEncoder()(pieces).toarray())
+
+
+def test_hashes_are_those_of_zlib_and_only_those_of_usual_words_are_remembered() -> None:
+    for word in ("the", "weighted", "均", "x" * 5000):
+        parts = [word] if len(word) <= 4 else [word, "^" + word[:4], word[-3:] + "$"]
+        assert hashes_of(word) == tuple(zlib.crc32(part.encode()) for part in parts)
+    before = _piece_features._kept_hashes.cache_info().currsize
+    hashed(["y" * 100 + str(i) for i in range(10)])
+    assert _piece_features._kept_hashes.cache_info().currsize == before
 
 
 def test_words_are_lower_case_and_chinese_characters_stand_alone() -> None:

@@ -41,6 +41,7 @@ SAME = 0.01  # relative distance of the probes of two encoders that are the same
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 _BEGIN, _END = 4, 3  # characters of the beginning and of the end of a word
+_KEPT = 64  # characters of a word whose hashes are remembered; encoded data has words of megabytes
 
 
 def tokens(text: str) -> list[str]:
@@ -53,14 +54,17 @@ def tokens(text: str) -> list[str]:
     return TOKEN.findall(text.lower())
 
 
-@lru_cache(1 << 16)
 def hashes_of(word: str) -> tuple[int, ...]:
     """The word, and of a long one its beginning and its end, which inflected forms share."""
-    whole = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-    if len(word) <= _BEGIN:
-        return (whole,)
-    parts = (f"^{word[:_BEGIN]}", f"{word[-_END:]}$")
-    return (whole, *(zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in parts))
+    return _kept_hashes(word) if len(word) <= _KEPT else _hashes(word)
+
+
+def _hashes(word: str) -> tuple[int, ...]:
+    parts = (word,) if len(word) <= _BEGIN else (word, f"^{word[:_BEGIN]}", f"{word[-_END:]}$")
+    return tuple(zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in parts)
+
+
+_kept_hashes = lru_cache(1 << 16)(_hashes)
 
 
 def mixed(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
