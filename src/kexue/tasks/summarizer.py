@@ -89,9 +89,9 @@ class Summarizer(BaseEstimator):
     """Learn to summarize from documents and their summaries.
 
     Args:
-        language: "zh": the metric counts characters and pieces end at Chinese marks; "en": words and English marks;
-            "auto": characters if a quarter of the words of the documents are Chinese characters, marks of both. A
-            tuple of separators cuts there, and the metric goes by the documents.
+        language: "zh": the metric counts characters and pieces end at Chinese marks (at ， and not at the comma of
+            ASCII); "en": words and English marks; "auto": characters if a quarter of the words of the documents are
+            Chinese characters, marks of both. A tuple of separators cuts there, and the metric goes by the documents.
         extract_only: True: summaries are extracts. False: the generator always writes them. "auto": it is trained and
             used if it is better than the extract on held-out documents by more than noise, see ``uses_generator_``.
         folds: Number of folds, or a splitter of scikit-learn that leaves each document out once, such as a
