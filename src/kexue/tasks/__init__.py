@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from kexue.tasks.rouge_metric import rouge, rouge_corpus
     from kexue.tasks.samples_contrast import SamplesContrast
     from kexue.tasks.sentence_similarity import SentenceSimilarity
-    from kexue.tasks.summarizer import Summarizer
+    from kexue.tasks.summarizer import ExplainedPiece, Summarizer
     from kexue.tasks.zero_shot import NSPZeroShotClassifier
 
 __all__ = [
+    "ExplainedPiece",
     "GatedConvLabeler",
     "NSPZeroShotClassifier",
     "NextSentenceScorer",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExplainedPiece": "summarizer",
     "GatedConvLabeler": "gated_conv",
     "NSPZeroShotClassifier": "zero_shot",
     "NextSentenceScorer": "next_sentence",
