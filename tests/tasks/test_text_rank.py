@@ -111,7 +111,18 @@ def test_the_best_pieces_that_fit_in_the_order_of_the_document():
 
 def test_the_best_piece_is_taken_even_if_it_does_not_fit():
     assert select_pieces(["甲乙丙", "甲乙"], [1, 2], 1) == [1]
+    assert select_pieces(["甲乙丙", "甲乙", " "], [1, 2, 3], 1) == [1]
     assert select_pieces([], [], 5) == []
+
+
+def test_blank_pieces_are_not_taken():
+    for unit in ("char", "word", "piece"):
+        assert select_pieces(["", "a b", " \u3000", "c d"], [4, 1, 4, 2], 9, unit) == [1, 3]
+
+
+def test_scores_may_be_a_tensor():
+    scores = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    assert select_pieces(["甲", "乙"], scores, 1) == [1]
 
 
 def test_repetitions_are_not_taken():
@@ -138,7 +149,7 @@ def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy
         best, place = -1.0, -1
         for i, piece in enumerate(pieces):
             repeated = len(grams[i] & said) / max(1, len(grams[i]))
-            if i in chosen or len(piece) > left or (redundancy and repeated == 1):
+            if i in chosen or not piece or len(piece) > left or (redundancy and repeated == 1):
                 continue
             if scores[i] * (1 - redundancy * repeated) > best:
                 best, place = scores[i] * (1 - redundancy * repeated), i
@@ -147,7 +158,9 @@ def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy
         chosen.append(place)
         said |= grams[place]
         left -= len(pieces[place])
-    assert select_pieces(pieces, scores, budget, redundancy=redundancy) == (sorted(chosen) or [int(np.argmax(scores))])
+    if not chosen:
+        chosen = [max(range(len(pieces)), key=lambda i: scores[i] if pieces[i] else -1)]
+    assert select_pieces(pieces, scores, budget, redundancy=redundancy) == sorted(chosen)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +169,7 @@ def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy
         ({"scores": [1, 2]}, ValueError, r"one value for each of 1 pieces; got shape \(2,\)"),
         ({"scores": [-1.0]}, ValueError, "not negative"),
         ({"scores": [float("nan")]}, ValueError, "finite"),
+        ({"scores": ["a"]}, TypeError, "scores must be real numbers"),
         ({"budget": 0}, ValueError, "budget must be at least 1"),
         ({"budget": 1.5}, TypeError, "budget must be an integer"),
         ({"unit": "line"}, ValueError, "unit must be one of"),

@@ -21,6 +21,7 @@ repeats is the share of its n-grams that the chosen ones have brought, which nee
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -109,7 +110,8 @@ def select_pieces(
         pieces: n pieces.
         scores: (n,) scores that are not negative, such as ranks or probabilities; ``range(n, 0, -1)`` with redundancy 0
             takes the opening.
-        budget: How long the extract may be at most. If no piece fits, it is the one with the highest score.
+        budget: How long the extract may be at most. If no piece fits, it is the one with the highest score. Blank
+            pieces are not taken.
         unit: What the budget counts: characters, words (as :func:`kexue.tasks.rouge` counts them) or pieces.
         redundancy: In [0, 1]; 0 does not look at repetitions. Otherwise a piece whose n-grams have all been said is
             not taken.
@@ -119,7 +121,7 @@ def select_pieces(
         Indices in the order of the document.
 
     Raises:
-        TypeError: Pieces that are no str, a budget that is no integer.
+        TypeError: Pieces that are no str, scores that are no numbers, a budget that is no integer.
         ValueError: Scores of another shape, negative or not finite; a budget below 1; a redundancy outside [0, 1].
         ImportError: A budget of words of a Chinese text without jieba (extra ``zh``).
 
@@ -135,7 +137,7 @@ def select_pieces(
     if redundancy > 1:
         raise ValueError(f"redundancy must be at most 1; got {redundancy!r}")
     check_tokenizer(tokenizer)
-    values = np.array(scores, np.float64)
+    values = _numbers("scores", scores).astype(np.float64)
     if values.shape != (len(texts),):
         raise ValueError(f"scores must have one value for each of {len(texts)} pieces; got shape {values.shape}")
     if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -145,7 +147,7 @@ def select_pieces(
     costs = _costs(texts, unit)
     grams = piece_grams(texts, tokenizer) if redundancy else None
     chosen = _chosen(values, costs, int(budget), float(redundancy), grams)
-    return sorted(chosen) or [int(values.argmax())]
+    return sorted(chosen) or [int(np.where(costs > 0, values, -1).argmax())]
 
 
 def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | None = None) -> Any:
@@ -243,41 +245,45 @@ def _walk(graph: Graph, damping: float) -> NDArray[np.float64]:
 def _chosen(
     values: NDArray[np.float64], costs: NDArray[np.int64], budget: int, redundancy: float, grams: Any
 ) -> list[int]:
-    """Pieces in the order in which they are taken."""
-    open_ = costs <= budget
-    chosen: list[int] = []
+    """Pieces in the order in which they are taken; pieces that cost nothing are not.
+
+    What a piece is worth only falls, so that the best one is at the top of a heap as soon as its value there is right.
+    """
+    repeated = np.zeros(len(values), np.int64)
+    own = np.ones(len(values), np.int64)
     if grams is not None:
         own = np.maximum(np.diff(grams.indptr), 1)
         holders = grams.T.tocsr()
         said = np.zeros(grams.shape[1], np.bool_)
-        repeated = np.zeros(len(values), np.int64)
-    worth = values.copy()
-    while open_.any():
-        place = int(np.where(open_, worth, -1).argmax())
-        chosen.append(place)
-        budget -= int(costs[place])
-        open_[place] = False
-        if budget <= 0:
-            break
-        open_ &= costs <= budget
-        if grams is not None:
-            new = grams.indices[grams.indptr[place] : grams.indptr[place + 1]]
-            new = new[~said[new]]
-            said[new] = True
-            touched = np.concatenate([holders.indices[holders.indptr[g] : holders.indptr[g + 1]] for g in new] or [new])
-            repeated += np.bincount(touched, minlength=len(values))
-            worth = values * (1 - redundancy * repeated / own)
-            open_ &= repeated < own
+    heap = [(-value, place) for place, value in enumerate(values.tolist()) if costs[place] > 0]
+    heapq.heapify(heap)
+    chosen: list[int] = []
+    while heap and budget > 0:
+        before, place = heap[0]
+        now = -float(values[place] * (1 - redundancy * repeated[place] / own[place]))
+        if costs[place] > budget or repeated[place] == own[place]:
+            heapq.heappop(heap)
+        elif now != before:
+            heapq.heapreplace(heap, (now, place))
+        else:
+            heapq.heappop(heap)
+            chosen.append(place)
+            budget -= int(costs[place])
+            if grams is not None:
+                new = grams.indices[grams.indptr[place] : grams.indptr[place + 1]]
+                for g in new[~said[new]]:
+                    repeated[holders.indices[holders.indptr[g] : holders.indptr[g + 1]]] += 1
+                said[new] = True
     return chosen
 
 
 def _costs(texts: list[str], unit: str) -> NDArray[np.int64]:
     if unit == "piece":
-        return np.ones(len(texts), np.int64)
+        return np.array([not text.isspace() and text != "" for text in texts], np.int64)
     if unit == "word":
         words = cut(list(texts), "word", None, any(has_chinese(text) for text in texts))
         return np.array([len(tokens) for tokens in words], np.int64)
-    return np.array([len(text) for text in texts], np.int64)
+    return np.array([0 if text.isspace() else len(text) for text in texts], np.int64)
 
 
 def _texts(pieces: Any) -> list[str]:
@@ -292,15 +298,21 @@ def _texts(pieces: Any) -> list[str]:
 
 def _vectors(vectors: Any) -> NDArray[Any]:
     """(n, D) float32 or float64, checked."""
-    if hasattr(vectors, "detach"):  # a tensor, which may have a gradient, be on another device, or be bfloat16
-        vectors = vectors.detach()
-        vectors = (vectors.float() if str(vectors.dtype) == "torch.bfloat16" else vectors).cpu().numpy()
-    array = np.asarray(vectors)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"vectors must be real numbers; got an array of {array.dtype}")
+    array = _numbers("vectors", vectors)
     if array.ndim != 2:
         raise ValueError(f"vectors must be a matrix (pieces, width); got shape {array.shape}")
     array = array.astype(np.float32 if array.dtype.itemsize < 8 and array.dtype.kind == "f" else np.float64)
     if not np.isfinite(array).all():
         raise ValueError("vectors must be finite; got NaN or infinity")
+    return array
+
+
+def _numbers(name: str, given: Any) -> NDArray[Any]:
+    """An array or a tensor (which may have a gradient, be on another device, or be bfloat16) as an array."""
+    if hasattr(given, "detach"):
+        given = given.detach()
+        given = (given.float() if str(given.dtype) == "torch.bfloat16" else given).cpu().numpy()
+    array = np.asarray(given)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be real numbers; got an array of {array.dtype}")
     return array
