@@ -43,41 +43,18 @@ _LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.)*\Z")
 _NUMBERED = re.compile(r"(?:\A|:)\s*\d{1,3}\Z")  # the number of an item at the beginning of its piece
 _DOTTED = re.compile(r"[a-z]{1,2}(?:\.[a-z]{1,2})+")  # U.S., p.m., Ph.D.
 _NAME = re.compile(r"(?:[^\W\d_]\.\s{1,3}){0,4}([^\W\d_]{2,})")  # more initials, and a word
-_NEVER_LAST = frozenset(
-    [
-        "approx",
-        "ca",
-        "capt",
-        "cf",
-        "dr",
-        "e.g",
-        "gov",
-        "i.e",
-        "lt",
-        "mr",
-        "mrs",
-        "ms",
-        "prof",
-        "resp",
-        "sen",
-        "viz",
-        "vs",
-    ]
-)  # never the end of a sentence
-_MAYBE_LAST = frozenset(
-    ["al", "co", "corp", "dept", "est", "etc", "inc", "incl", "jr", "ltd", "max", "min", "sr", "st"]
-)  # the end where a capital follows
-_BEFORE_NUMBER = frozenset(
-    [
-        *["app", "art", "ch", "def", "eq", "eqs", "fig", "figs", "no", "nos", "p", "para", "pp", "ref", "refs", "sec"],
-        *["tab", "thm", "vol", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"],
-    ]
-)
-_BEGINNINGS = frozenset(  # words that begin a sentence rather than go on with a name: "the matrix A. The rows"
-    """a all an and as at both but by each every for from he here his how however i if in it its let many most no note
-    now on one or our see she since so some such that the their then there these they this those thus to we what when
-    where which while with you your""".split()
-)
+# Abbreviations: never the end of a sentence; the end where a capital follows; no end before a number.
+_is_never_last = re.compile(r"approx|ca|capt|cf|dr|e\.g|gov|i\.e|lt|mr|mrs|ms|prof|resp|sen|viz|vs").fullmatch
+_is_maybe_last = re.compile("al|co|corp|dept|est|etc|inc|incl|jr|ltd|max|min|sr|st").fullmatch
+_is_before_number = re.compile(
+    "app|art|ch|def|eqs?|figs?|nos?|pp?|para|refs?|sec|tab|thm|vol|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec"
+).fullmatch
+# Words that begin a sentence rather than go on with a name: "the matrix A. The rows".
+_begins = re.compile(
+    "all|an|and|as|at|both|but|by|each|every|for|from|he|here|his|how|however|if|in|its?|let|many|most|no|"
+    "note|now|on|one|or|our|see|she|since|so|some|such|that|the|their|then|there|these|they|this|those|thus|to|"
+    "we|what|when|where|which|while|with|you|your"
+).fullmatch
 _WORD = 24  # characters before a full stop that are looked at
 
 
@@ -201,7 +178,7 @@ def _inside_number(text: str, start: int, stop: int) -> bool:
 
 
 def _cuts(text: str, last: int, start: int, stop: int, after: int) -> bool:
-    """Whether the mark ``text[start:stop]``, whose closing brackets end at ``after``, ends the piece begun at ``last``."""
+    """Whether the mark ``text[start:stop]``, which closes at ``after``, ends the piece begun at ``last``."""
     if _inside_number(text, start, stop):
         return False
     mark = text[start:stop]
@@ -235,15 +212,15 @@ def _ends_sentence(text: str, before: str, after: int) -> bool:
         return True
     word = found.group()
     low = word.lower()
-    if low in _NEVER_LAST:
+    if _is_never_last(low):
         return False
-    if low in _BEFORE_NUMBER and (follows.isdigit() or follows == "("):
+    if _is_before_number(low) and (follows.isdigit() or follows == "("):
         return False
-    if low in _MAYBE_LAST or _DOTTED.fullmatch(low):
+    if _is_maybe_last(low) or _DOTTED.fullmatch(low):
         return (follows.isalpha() and not follows.islower()) or follows in "\"'“‘"
     if len(word) == 1 and word.isupper():  # "Donald E. Knuth", but not "the matrix A. The rows"
         name = _NAME.match(text, resume)
-        return not (name and follows.isupper() and name.group(1).lower() not in _BEGINNINGS)
+        return not (name and follows.isupper() and not _begins(name.group(1).lower()))
     return True
 
 
