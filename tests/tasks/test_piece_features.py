@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, tokens
+from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed
+from kexue.tasks._text_words import tokens
 
 PIECES = ["Return the mean.", "..", "原告诉称，", "The mean is a number.", ""]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.tasks import select_pieces, text_rank
-from kexue.tasks.graph_rank import _grams
+from kexue.tasks._text_words import linked_grams
 from reference import spaces_rouge as reference
 
 
@@ -15,15 +15,15 @@ from reference import spaces_rouge as reference
 @settings(max_examples=150, deadline=None)
 def test_agrees_with_a_dense_solve(pieces, damping):
     ranks = text_rank(pieces, damping)
-    expected = reference.walk(reference.similarity([list(_grams(p)) for p in pieces]), damping) if pieces else []
+    expected = reference.walk(reference.similarity([list(linked_grams(p)) for p in pieces]), damping) if pieces else []
     np.testing.assert_allclose(ranks, expected, rtol=1e-9, atol=0)
 
 
 def test_grams_are_words_and_pairs_of_characters():
-    assert list(_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it_is", "é", "中"]
-    assert list(_grams("See (numpy.linalg), it's\nA，B。")) == ["see", "numpy.linalg", "it's", "a", "b"]
-    assert list(_grams("中国人")) == ["中国", "国人"]
-    assert list(_grams("，。-- ")) == []
+    assert list(linked_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it_is", "é", "中"]
+    assert list(linked_grams("See (numpy.linalg), it's\nA，B。")) == ["see", "numpy.linalg", "it's", "a", "b"]
+    assert list(linked_grams("中国人")) == ["中国", "国人"]
+    assert list(linked_grams("，。-- ")) == []
 
 
 def test_pieces_with_nothing_in_common_are_equal_and_lowest():
@@ -42,7 +42,7 @@ def test_equal_pieces_have_equal_ranks():
     assert ranks[0] == ranks[2] == ranks[4]
 
 
-def test_a_tokenizer_replaces_the_grams():
+def test_a_tokenizer_replaces_thelinked_grams():
     pieces = ["a-b", "b-c", "c-d"]
     expected = reference.walk(reference.similarity([p.split("-") for p in pieces]), 0.85)
     np.testing.assert_allclose(text_rank(pieces, tokenizer=lambda p: p.split("-")), expected, rtol=1e-10)
@@ -143,7 +143,7 @@ def test_repetitions_are_not_taken():
 @settings(max_examples=100, deadline=None)
 def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy, seed):
     scores = np.random.default_rng(seed).random(len(pieces))
-    grams = [set(_grams(piece)) for piece in pieces]
+    grams = [set(linked_grams(piece)) for piece in pieces]
     chosen, said, left = [], set(), budget
     while True:
         best, place = -1.0, -1

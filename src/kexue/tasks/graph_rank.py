@@ -22,8 +22,6 @@ repeats is the share of its n-grams that the chosen ones have brought, which nee
 from __future__ import annotations
 
 import heapq
-import itertools
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -33,20 +31,12 @@ from scipy import sparse
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.tasks._cosines import block_rows, unit_rows
-from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, has_chinese
+from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, cut_by
+from kexue.tasks._text_words import has_chinese, linked_grams
 from kexue.tasks.rouge_metric import cut
 
 __all__ = ["select_pieces", "text_rank"]
 
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3005-\u3007\u3040-\u312f\u31a0-\u4dbf\u4e00-\ua4cf"
-    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-# A word ends where white space or a script without spaces begins; inside it anything may stand (numpy.linalg, it's).
-_GRAMS = re.compile(
-    f"[{_UNSPACED}]+|[^\\W_{_UNSPACED}](?:[^\\s{_UNSPACED}\u3000-\u303f\uff00-\uff65]*[^\\W_{_UNSPACED}])?"
-)
-_is_unspaced = re.compile(f"[{_UNSPACED}]").match
 # The product with W, its row sums (n,), and which pieces have a neighbour at all (n,).
 Graph = tuple[Callable[[NDArray[Any]], NDArray[Any]], NDArray[np.float64], NDArray[np.bool_]]
 _TOLERANCE = 1e-12  # of the residual, relative to the right-hand side
@@ -156,20 +146,11 @@ def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | No
     ids: list[int] = []
     starts = [0]
     for text in texts:
-        ids += [known.setdefault(gram, len(known)) for gram in (tokenizer or _grams)(text)]
+        ids += [known.setdefault(gram, len(known)) for gram in cut_by(tokenizer or linked_grams, text)]
         starts.append(len(ids))
     table = sparse.csr_array((np.ones(len(ids)), np.array(ids, np.int64), starts), (len(texts), max(1, len(known))))
     table.sum_duplicates()
     return table
-
-
-def _grams(text: str) -> Iterable[str]:
-    """Words in lower case; of runs of letters without spaces, all pairs of neighbours (of a single letter, itself)."""
-    for run in _GRAMS.findall(text.lower()):
-        if len(run) > 1 and _is_unspaced(run):
-            yield from map("".join, itertools.pairwise(run))
-        else:
-            yield run
 
 
 def _similarity(table: Any) -> Graph:

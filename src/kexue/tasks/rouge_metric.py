@@ -32,17 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue.tasks._rouge_kernel import overlaps
-from kexue.tasks._rouge_tokens import (
-    Text,
-    Tokenizer,
-    Tokens,
-    as_tokens,
-    check_unit,
-    has_chinese,
-    jieba_words,
-    token_table,
-    word_list,
-)
+from kexue.tasks._rouge_tokens import Text, Tokenizer, Tokens, as_tokens, check_unit, cut_by, token_table
+from kexue.tasks._text_words import has_chinese, jieba_words, word_list
 
 __all__ = ["rouge", "rouge_corpus"]
 
@@ -176,7 +167,7 @@ def cut(texts: list[Text], unit: str, tokenizer: Tokenizer | None, chinese: bool
     function: Any = tokenizer or (None if unit == "char" else jieba_words if chinese else word_list)
     if function is None:
         return texts
-    return [list(function(text)) if isinstance(text, str) else text for text in texts]
+    return [cut_by(function, text) if isinstance(text, str) else text for text in texts]
 
 
 def _pair_scores(

@@ -33,12 +33,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_int, check_real
 from kexue.tasks import _summary_files as files
-from kexue.tasks._piece_features import PieceEncoder, tokens
+from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_data import Texts, beyond_noise, check_pairs, check_texts, document_folds, language_of, scores
 from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilities, train_labeler
 from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import tune_selection
 from kexue.tasks._summary_trimmer import learn_to_trim
+from kexue.tasks._text_words import tokens
 from kexue.tasks.graph_rank import text_rank
 from kexue.tasks.pieces import join_pieces, split_pieces
 

@@ -52,8 +52,8 @@ def probabilities_of(model: Summarizer, pieces: list[str]) -> NDArray[np.float32
 
 def _usual(model: Summarizer, pieces: list[str], values: NDArray[np.float32]) -> tuple[list[int], str]:
     """The pieces that the summary of :meth:`Summarizer.predict` is made of, and how it is made of them."""
-    from kexue.tasks._piece_features import tokens
     from kexue.tasks._summary_extractor import passing
+    from kexue.tasks._text_words import tokens
     from kexue.tasks.summarizer import EXTRACTION
 
     if model.uses_generator_:
