@@ -74,6 +74,7 @@ def test_chinese(text, pieces):
             ["Smith et al. (2004) and al. 2005.", "She, et al.", "Then"],
         ),
         ("Ph.D. students, at 5 p.m. today, max. 3", ["Ph.D. students, at 5 p.m. today, max. 3"]),
+        ("the inverse of A.  Effective", ["the inverse of A.", "Effective"]),  # two spaces end a sentence
         ("on Jan. 5. Go on . . . then. See .5 of it", ["on Jan. 5.", "Go on . . . then.", "See .5 of it"]),
         ("in 1999. .5 is half", ["in 1999.", ".5 is half"]),
         ("a != b?x", ["a != b?x"]),
@@ -100,6 +101,7 @@ def test_ascii_marks_in_chinese_text():
 
 
 def test_numbers_of_items_stay_with_them():
+    assert split_pieces("男女之比为1:4.国内调查") == ["男女之比为1:4.", "国内调查"]
     text = "判决如下：1.被告偿还3.5万元；2.驳回其他请求。共3.其中"
     assert split_pieces(text) == ["判决如下：", "1.被告偿还3.5万元；", "2.驳回其他请求。", "共3.", "其中"]
     assert split_pieces("１．被告；２．原告") == ["１．被告；", "２．原告"]

@@ -40,7 +40,7 @@ _QUOTES = frozenset("\"'")
 _CHINESE = re.compile("[\u2e80-\u312f\u31a0-\ua4cf\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
 _SPACE = re.compile(r"\s*")
 _LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.)*\Z")
-_NUMBERED = re.compile(r"(?:\A|:)\s*\d{1,3}\Z")  # the number of an item at the beginning of its piece
+_NUMBERED = re.compile(r"(?:\A|:\s)\s*\d{1,3}\Z")  # the number of an item at the beginning of its piece
 _DOTTED = re.compile(r"[a-z]{1,2}(?:\.[a-z]{1,2})+")  # U.S., p.m., Ph.D.
 _NAME = re.compile(r"(?:[^\W\d_]\.\s{1,3}){0,4}([^\W\d_]{2,})")  # more initials, and a word
 # Abbreviations: never the end of a sentence; the end where a capital follows; no end before a number.
@@ -218,7 +218,7 @@ def _ends_sentence(text: str, before: str, after: int) -> bool:
         return False
     if _is_maybe_last(low) or _DOTTED.fullmatch(low):
         return (follows.isalpha() and not follows.islower()) or follows in "\"'“‘"
-    if len(word) == 1 and word.isupper():  # "Donald E. Knuth", but not "the matrix A. The rows"
+    if len(word) == 1 and word.isupper() and resume == after + 1:  # "E. Knuth", but not "the matrix A. The rows"
         name = _NAME.match(text, resume)
         return not (name and follows.isupper() and not _begins(name.group(1).lower()))
     return True
