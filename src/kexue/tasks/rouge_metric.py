@@ -16,11 +16,12 @@ unknown words off) if one of the two texts has a Chinese character, otherwise ru
 rouge-l is the heaviest common subsequence. The author's proposal, which he did not build: a law name of 14 characters
 is worth 14 when it is matched as a whole and 0 when it is not, while a particle is worth 1.
 
-What we do differently, and why: packages called rouge* give different numbers. With ``unique=False`` all three are those
-of ``rouge_score`` with the same tokens, to the last bit. With ``unique=True`` all three are those of ``rouge-chinese``,
-and rouge-1 and rouge-2 those of ``rouge`` 1.0 (the author's), which however cuts texts at every ASCII full stop, drops
-it, and counts distinct tokens of rouge-l; here rouge-l is the plain definition. Texts become numbers once for a whole corpus, n-grams are sorted numbers
-that are merged, and the subsequence is found 64 positions at a time (:mod:`kexue.tasks._rouge_kernel`).
+What we do differently, and why: packages called rouge* give different numbers. With ``unique=False`` all three are
+those of ``rouge_score`` with the same tokens, to the last bit. With ``unique=True`` all three are those of
+``rouge-chinese``, and rouge-1 and rouge-2 those of ``rouge`` 1.0 (the author's), which however cuts texts at every
+ASCII full stop, drops it, and counts distinct tokens of rouge-l; here rouge-l is the plain definition. Texts become
+numbers once for a whole corpus, n-grams are sorted numbers that are merged, and the subsequence is found 64 positions
+at a time (:mod:`kexue.tasks._rouge_kernel`).
 """
 
 from __future__ import annotations
