@@ -89,6 +89,8 @@ def test_edges_of_vectors_go_to_the_nearest(monkeypatch):
         ({"pieces": ["甲"], "damping": -0.1}, ValueError, "damping must be at least 0"),
         ({"pieces": ["甲"], "neighbors": 0}, ValueError, "neighbors must be at least 1"),
         ({"pieces": ["甲"], "tokenizer": 1}, TypeError, "tokenizer must be a function"),
+        ({"pieces": ["甲"], "tokenizer": lambda piece: [[piece]]}, TypeError, "tokens must be hashable"),
+        ({"pieces": ["甲"], "tokenizer": lambda piece: 5}, TypeError, "tokenizer must return an iterable"),
         ({"pieces": np.zeros((2, 2, 2))}, ValueError, "must be a matrix"),
         ({"pieces": np.array([[np.nan]])}, ValueError, "finite"),
         ({"pieces": np.array([["a"]])}, TypeError, "real numbers"),

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_choice
 
-__all__ = ["Text", "Tokenizer", "Tokens", "as_tokens", "check_tokenizer", "check_unit", "cut_by", "token_table"]
+__all__ = [
+    "Text",
+    "Tokenizer",
+    "Tokens",
+    "as_tokens",
+    "check_tokenizer",
+    "check_unit",
+    "cut_by",
+    "numbered",
+    "token_table",
+]
 
 Text = str | Sequence[Hashable]
 Tokenizer = Callable[[str], Iterable[Hashable]]
@@ -50,7 +60,7 @@ def token_table(texts: Sequence[Text], unique: bool, weighted: bool) -> Tokens:
         ids, starts, width = _characters([text for text in texts if isinstance(text, str)])
         weights = np.zeros(0, np.int64)
     else:
-        ids, starts, known = _numbered(texts)
+        ids, starts, known = numbered(texts)
         width = max(1, len(known))
         weights = np.array([len(_str_token(token)) for token in known] if weighted else [], np.int64)
         if (weights == 1).all():  # as without weights, which is much faster
@@ -116,7 +126,7 @@ def _characters(texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64],
     return table[points] - np.int32(1), starts, width
 
 
-def _numbered(texts: Sequence[Text]) -> tuple[NDArray[np.int32], NDArray[np.int64], dict[Hashable, int]]:
+def numbered(texts: Iterable[Text]) -> tuple[NDArray[np.int32], NDArray[np.int64], dict[Hashable, int]]:
     """Ids of all tokens by first appearance, where each text starts, and the tokens."""
     known: dict[Hashable, int] = {}
     ids: list[int] = []

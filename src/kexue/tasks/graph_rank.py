@@ -31,7 +31,7 @@ from scipy import sparse
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.tasks._cosines import block_rows, unit_rows
-from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, cut_by
+from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, cut_by, numbered
 from kexue.tasks._text_words import has_chinese, linked_grams
 from kexue.tasks.rouge_metric import cut
 
@@ -142,13 +142,8 @@ def select_pieces(
 
 def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | None = None) -> Any:
     """(n, G) sparse table: how often each piece has each n-gram."""
-    known: dict[Any, int] = {}
-    ids: list[int] = []
-    starts = [0]
-    for text in texts:
-        ids += [known.setdefault(gram, len(known)) for gram in cut_by(tokenizer or linked_grams, text)]
-        starts.append(len(ids))
-    table = sparse.csr_array((np.ones(len(ids)), np.array(ids, np.int64), starts), (len(texts), max(1, len(known))))
+    ids, starts, known = numbered(cut_by(tokenizer or linked_grams, text) for text in texts)
+    table = sparse.csr_array((np.ones(len(ids)), ids, starts), (len(texts), max(1, len(known))))
     table.sum_duplicates()
     return table
 
