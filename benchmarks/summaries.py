@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.harness import Row, Table, cpu_seconds, installed, versions
 from kexue.corpus import installed_documentation
 from kexue.tasks import Summarizer, join_pieces, split_pieces, text_rank
-from kexue.tasks._piece_features import tokens
 from kexue.tasks._summary_data import language_of, scores
+from kexue.tasks._text_words import tokens
 
 SECTION = "Summaries"
 SEEDS = (0, 1, 2)

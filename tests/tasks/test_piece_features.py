@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kexue.tasks import _piece_features
-from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, hashes_of, tokens
+from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, hashes_of
+from kexue.tasks._text_words import tokens
 
 PIECES = ["Return the mean.", "..", "原告诉称，", "The mean is a number.", ""]
 

@@ -18,8 +18,8 @@ import numpy as np
 from kexue.corpus import installed_documentation
 from kexue.reproduce._spaces_part import Part
 from kexue.tasks import Summarizer, align_extract, join_pieces, split_pieces, text_rank
-from kexue.tasks._piece_features import tokens
 from kexue.tasks._summary_data import scores
+from kexue.tasks._text_words import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -25,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from kexue.tasks._text_words import tokens
 from kexue.tasks.graph_rank import text_rank
 
-__all__ = ["WIDTH", "PieceEncoder", "tokens"]
+__all__ = ["WIDTH", "PieceEncoder"]
 
 #: (N, D): sparse, or an array
 Vectors: TypeAlias = "sparse.csr_array | NDArray[np.float32]"
@@ -37,21 +37,8 @@ MARKS = 17  # columns after those of the hash
 BATCH = 64  # pieces at a time through BERT
 PROBE = ("A piece of the document, number 1.", "文档的第二段，", "Summaries are short!")
 SAME = 0.01  # relative distance of the probes of two encoders that are the same, on another machine too
-#: What counts as a word: letters and digits in a row, or one character of a script that writes no spaces.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 _BEGIN, _END = 4, 3  # characters of the beginning and of the end of a word
 _KEPT = 64  # characters of a word whose hashes are remembered; encoded data has words of megabytes
-
-
-def tokens(text: str) -> list[str]:
-    """Words in lower case; characters where no spaces are written.
-
-    Example:
-        >>> tokens("Return the 3D-mean 均值。")
-        ['return', 'the', '3d', 'mean', '均', '值']
-    """
-    return TOKEN.findall(text.lower())
 
 
 def hashes_of(word: str) -> tuple[int, ...]:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 
 from kexue._checks import check_choice, check_int
-from kexue.tasks._piece_features import tokens
-from kexue.tasks._rouge_tokens import has_chinese, word_list
+from kexue.tasks._text_words import has_chinese, tokens, word_list
 from kexue.tasks.extract_labels import align_extract
 from kexue.tasks.pieces import split_pieces
 from kexue.tasks.rouge_metric import rouge_corpus

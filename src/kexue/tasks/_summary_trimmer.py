@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from kexue.tasks._piece_features import TOKEN, columns_of, hashes_of, mixed, tokens
+from kexue.tasks._piece_features import columns_of, hashes_of, mixed
 from kexue.tasks._summary_data import Texts, beyond_noise
 from kexue.tasks._summary_extractor import Pieces, Settings, probabilities, train_labeler
 from kexue.tasks._summary_selection import MOST_ROWS, Selection
+from kexue.tasks._text_words import TOKEN, tokens
 from kexue.tasks.gated_conv import GatedConvLabeler
 from kexue.tasks.pieces import join_pieces
 

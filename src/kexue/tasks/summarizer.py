@@ -36,7 +36,7 @@ from sklearn.utils.validation import check_is_fitted
 from kexue._checks import check_int, check_real
 from kexue._files import run_folder
 from kexue.tasks import _summary_files as files
-from kexue.tasks._piece_features import PieceEncoder, tokens
+from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_data import (
     Texts,
     beyond_noise,
@@ -52,6 +52,7 @@ from kexue.tasks._summary_data import (
 from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilities, train_labeler
 from kexue.tasks._summary_selection import sampled, tune_selection
 from kexue.tasks._summary_trimmer import learn_to_trim
+from kexue.tasks._text_words import tokens
 from kexue.tasks.graph_rank import text_rank
 from kexue.tasks.pieces import join_pieces, piece_spans, split_pieces
 from kexue.training import TrainingInterrupted
