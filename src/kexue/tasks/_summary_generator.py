@@ -3,8 +3,8 @@
 Source: 科学空间 8046 (SPACES:“抽取-生成”式长文本摘要(法研杯总结)), sections on generation, BIO Copy and sparse softmax.
 
     [CLS] source [SEP] [CLS] target [SEP]     the source sees itself from both sides, the target what comes before
-    loss = sparse cross entropy of the target + 2 * cross entropy of the copy tags O, B, I
-    decoding: beam search over the top_k best tokens that the copy tag allows, no normalisation by length
+    loss = sparse cross entropy of the target + 1/2 * cross entropy of the copy tags O, B, I
+    decoding: beam search over the top_k best tokens that the copy tag allows
 
 What we do differently, and why: no weights are downloaded, so the model starts from nothing. Then sparse softmax
 under-fits, so the loss is dense first and sparse for the last part of the steps; the decoder can point at the source
