@@ -302,7 +302,7 @@ def said_so_far(memory: Memory | None, ids: Any, target: Tensor) -> Any:
     if memory is None:
         return None
     found = (ids[:, :, None] == memory.ids[:, None]) & target[:, :, None]
-    return found.cumsum(1) > 0
+    return found.cumsum(1, dtype=torch.int32) > 0
 
 
 def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:
