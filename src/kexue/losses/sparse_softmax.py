@@ -160,6 +160,51 @@ def picked_losses(
         weight: (n,) of the classes, or None.
         smoothing: Label smoothing.
     """
+    if within is None and not smoothing and not torch.compiler.is_compiling():
+        return _PlainLosses.apply(picked, index, target, ignored, weight)
+    return _differentiable_losses(picked, index, within, target, ignored, weight, smoothing)
+
+
+class _PlainLosses(torch.autograd.Function):
+    """:func:`picked_losses` without label smoothing, its first gradient in a fourth of the operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, picked: Tensor, index: Tensor, target: Tensor, ignored: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        top = picked[:, :-1].amax(1, keepdim=True)
+        silent = (top == -math.inf).logical_or_(ignored.unsqueeze(1))
+        chance = picked - top
+        own = chance[:, -1].clone()
+        chance.exp_()
+        total = chance[:, :-1].sum(1, keepdim=True)
+        loss = total.log().squeeze(1).sub_(own)
+        chance.div_(total)
+        at = index == target.unsqueeze(1)
+        chance[:, :-1].sub_(at.to(chance.dtype))
+        torch.sub(at.any(1).to(chance.dtype), 1, out=chance[:, -1])
+        if weight is not None:
+            factor = weight[target]
+            loss.mul_(factor)
+            chance.mul_(factor.unsqueeze(1))
+        ctx.save_for_backward(picked, index, target, ignored, weight, chance.masked_fill_(silent, 0))
+        return loss.masked_fill_(silent.squeeze(1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        picked, index, target, ignored, weight, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate once more
+            losses = _differentiable_losses(picked, index, None, target, ignored, weight, 0.0)
+            (result,) = torch.autograd.grad(losses, picked, grad, create_graph=True)
+        else:
+            result = slope * grad.unsqueeze(1)
+        return result, None, None, None, None
+
+
+def _differentiable_losses(
+    picked: Tensor, index: Tensor, within: Tensor | None, target: Tensor, ignored: Tensor, weight: Tensor | None,
+    smoothing: float,
+) -> Tensor:  # fmt: skip
     at = index == target.unsqueeze(1)
     if within is not None:
         at = at & within
