@@ -64,7 +64,8 @@ def linear_sparse_cross_entropy(
         reduction: "mean" over the rows that count (0 if none does), "sum", or "none" (0 for rows that do not count).
         label_smoothing: As in :func:`sparse_cross_entropy`.
         sparse_grad: Let the gradient of ``weight`` be a sparse tensor of the rows touched, as torch.optim.SparseAdam
-            takes it; ``weight`` should be a parameter. Not under torch.compile, and not with k >= V.
+            takes it; ``weight`` should be a parameter. Not under torch.compile, and not with k >= V. The dense gradient
+            is V D numbers where the dense head holds 3 N V: with few rows it is most of the memory.
         chunk_bytes: Bound on the scores that are held at a time; None is 4 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:

@@ -18,7 +18,7 @@ sum is at least p. With k >= n or p = 1 all is as in the dense functions of torc
 
 What we do differently from topk + logsumexp: ties have a rule, so that devices agree; one pass finds Omega (see
 ``_topk_kernel.py``); the target's two parts of the gradient meet in float32; rows that do not count contribute exactly
-0, whatever they hold. Everything behind Omega is made of differentiable torch functions of k + 1 scores a row.
+0, whatever they hold. Everything behind Omega is done on k + 1 scores a row.
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def check_ignored(ignore_index: Any) -> None:
         raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
 
 
-def check_options(
-    weight: Any, classes: int | None, reduction: Any, label_smoothing: Any, name: str = "weight"
-) -> None:
+def check_options(weight: Any, classes: int | None, reduction: Any, label_smoothing: Any, name: str = "weight") -> None:
     """Raise unless the options that both losses share are good; None for a number of classes that is not known."""
     check_choice("reduction", reduction, REDUCTIONS)
     check_real("label_smoothing", label_smoothing, minimum=0.0)
@@ -178,7 +176,7 @@ def picked_losses(
 
 
 class _PlainLosses(torch.autograd.Function):
-    """:func:`picked_losses` without label smoothing, its first gradient in a fourth of the operations."""
+    """:func:`picked_losses` without label smoothing, its first gradient written out."""
 
     @staticmethod
     def forward(
@@ -217,6 +215,7 @@ def _differentiable_losses(
     picked: Tensor, index: Tensor, within: Tensor | None, target: Tensor, ignored: Tensor, weight: Tensor | None,
     smoothing: float,
 ) -> Tensor:  # fmt: skip
+    """:func:`picked_losses` of torch functions alone, which can be differentiated and compiled as they are."""
     at = index == target.unsqueeze(1)
     if within is not None:
         at = at & within
