@@ -119,7 +119,8 @@ class Workspace(Searcher):
             length: Most characters; None: as was learned, or a fifth of the text, at least 200 and at most 600. At
                 least one piece is taken.
             pieces: Most pieces; None: as many as fit.
-            method: "trained" is what the build learned from texts that bring their own summaries (documentation does);
+            method: "trained" is what the build learned from texts that bring their own summaries (documentation does),
+                kept only if it was better than the vectors on modules that were held back;
                 "vectors" takes the sentences that are nearest to the whole text and do not repeat each other, and
                 favours the opening; "auto" is the first if there is one, else the second.
 
@@ -146,8 +147,9 @@ class Workspace(Searcher):
             return summarize_by_model(model, text, length, pieces)
         if method == "trained":
             raise ValueError(
-                f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version "
-                "built it; use method 'vectors', or learn one from pairs with `kexue summarize train`"
+                f"{self.folder} has no summarizer of its own: its texts bring too few summaries, or what was learned "
+                "from them was no better than the vectors, or an earlier version built it; use method 'vectors', or "
+                "learn one from pairs with `kexue summarize train`"
             )
         return summarize_by_vectors(self._parts, text, length, pieces)
 
