@@ -91,7 +91,7 @@ def quality(source: str, texts: list[str], summaries: list[str]) -> Table:
     peers["text_rank, best piece"] = central
     found: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    training, trims = [], []
+    training = []
     for seed in SEEDS:
         order = np.random.default_rng(seed).permutation(len(texts))
         held = order[: min(HELD_BACK, len(order) // 5)]
@@ -100,7 +100,6 @@ def quality(source: str, texts: list[str], summaries: list[str]) -> Table:
         model = Summarizer(extract_only=True, random_state=seed, show_progress=False)
         model.fit([texts[i] for i in train], [summaries[i] for i in train])
         training.append(cpu_seconds() - start)
-        trims.append(model.trims_)
         documents, wanted = [texts[i] for i in held], [summaries[i] for i in held]
         for name, summarize in {**peers, "Summarizer, extracts": model.predict}.items():
             start = cpu_seconds()
@@ -124,7 +123,7 @@ def quality(source: str, texts: list[str], summaries: list[str]) -> Table:
         f"0.2 R1 + 0.4 R2 + 0.4 RL by {unit}s. Times are for the held-back documents.",
         base, rows, versions("torch", *(["sumy"] if installed("sumy") else [])),
         [
-            f"Training takes {statistics.median(training):.0f} CPU seconds (median). Trimmed: {trims}.",
+            f"Training takes {statistics.median(training):.0f} CPU seconds (median).",
             "All get the same pieces; the peers, which know no wanted length, give the one piece they rank first.",
         ],
     )  # fmt: skip

@@ -70,7 +70,7 @@ def test_no_document_is_extracted_by_a_labeller_that_saw_it(monkeypatch: pytest.
     monkeypatch.setattr(summarizer, "train_labeler", spy)
     monkeypatch.setattr(Pieces, "take", lambda self, rows: asked.append(set(map(int, rows))) or take(self, rows))
     documents = [*DOCUMENTS, *DOCUMENTS[:6]]  # equal ones share a fold
-    model = made(epochs=1, trim=False).fit(documents, [*SUMMARIES, *SUMMARIES[:6]])
+    model = made(epochs=1).fit(documents, [*SUMMARIES, *SUMMARIES[:6]])
     assert len(model.out_of_fold_extracts_) == 30
     extracted: list[int] = []
     for k, rows in enumerate(seen):
@@ -144,7 +144,7 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
     loaded = Summarizer.load(tmp_path / "model")
     assert loaded.predict(DOCUMENTS) == fitted.predict(DOCUMENTS)
     assert loaded.get_params() == fitted.get_params()
-    for name in ("scores_", "unit_", "out_of_fold_extracts_", "trims_", "length_", "threshold_", "epochs_"):
+    for name in ("scores_", "unit_", "out_of_fold_extracts_", "length_", "threshold_", "epochs_"):
         assert getattr(loaded, name) == getattr(fitted, name)
     (tmp_path / "model" / "labelers.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no complete summarizer"):
@@ -153,7 +153,7 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("unit", None), ("length", "x"), ("labelers", 10**7), ("width", 0), ("width", 5), ("params", 3), ("trims", {})],
+    [("unit", None), ("length", "x"), ("labelers", 10**7), ("width", 0), ("width", 5), ("params", 3)],
 )
 def test_a_damaged_folder_is_refused_in_one_line(key: str, value: Any, fitted: Summarizer, tmp_path: Path) -> None:
     fitted.save(tmp_path / "model")
@@ -165,7 +165,7 @@ def test_a_damaged_folder_is_refused_in_one_line(key: str, value: Any, fitted: S
 
 def test_extracts_and_baselines_are_scored_on_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kexue.tasks._summary_selection.MOST_ROWS", 5)
-    model = made(trim=False, epochs=1).fit(DOCUMENTS, SUMMARIES)
+    model = made(epochs=1).fit(DOCUMENTS, SUMMARIES)
     rows = np.random.default_rng(0).permutation(24)[:5]
     lead = [rouge(split_pieces(DOCUMENTS[i])[0], SUMMARIES[i], "word")["main"] for i in rows]
     assert model.scores_["lead-1"] == pytest.approx(np.mean(lead))
@@ -175,7 +175,7 @@ def test_a_function_as_encoder_is_asked_for_again(tmp_path: Path) -> None:
     def encoder(texts: list[str]) -> Any:
         return np.array([["result" in text, len(text) / 50] for text in texts], np.float32)
 
-    model = made(encoder=encoder, trim=False).fit(DOCUMENTS, SUMMARIES)
+    model = made(encoder=encoder).fit(DOCUMENTS, SUMMARIES)
     model.save(tmp_path / "model")
     with pytest.raises(ValueError, match="load with encoder="):
         Summarizer.load(tmp_path / "model")
@@ -247,7 +247,7 @@ def test_a_generator_must_be_better_by_more_than_noise(monkeypatch: pytest.Monke
             return ["" for _ in sources]
 
     monkeypatch.setattr(summarizer, "LEAST_PAIRS", 10)
-    settings = {"trim": False, "epochs": 4}
+    settings = {"epochs": 4}
     model = made(extract_only="auto", generator=Perfect(), **settings).fit(DOCUMENTS, SUMMARIES)
     assert model.uses_generator_
     assert model.scored_on_ == "validation"

@@ -34,7 +34,7 @@ def write(folder: Path, seed: int = 0, kind: Any = BertModel, **changes: Any) ->
 
 
 def fitted(folder: Path) -> Summarizer:
-    model = Summarizer("en", True, 2, 2, encoder=folder, trim=False, show_progress=False)
+    model = Summarizer("en", True, 2, 2, encoder=folder, show_progress=False)
     return model.fit(DOCUMENTS, SUMMARIES)
 
 

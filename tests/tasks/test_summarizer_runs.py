@@ -17,7 +17,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import KFold, cross_val_score
 
-from kexue.tasks import Summarizer, _summary_extractor, _summary_trimmer, summarizer
+from kexue.tasks import Summarizer, _summary_extractor, summarizer
 from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_extractor import Pieces
 from kexue.training import TrainingInterrupted
@@ -34,14 +34,13 @@ def made(**settings: Any) -> Summarizer:
 
 
 def weights(model: Summarizer) -> dict[str, torch.Tensor]:
-    labelers = [*model._labelers, *(model._trimmer.labelers if model._trimmer else [])]
-    return {f"{k}.{name}": x for k, labeler in enumerate(labelers) for name, x in labeler.state_dict().items()}
+    return {f"{k}.{name}": x for k, labeler in enumerate(model._labelers) for name, x in labeler.state_dict().items()}
 
 
 def assert_same(model: Summarizer, other: Summarizer) -> None:
     assert weights(model).keys() == weights(other).keys()
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(model).items())
-    for name in ("epochs_", "scores_", "length_", "threshold_", "trims_", "out_of_fold_extracts_"):
+    for name in ("epochs_", "scores_", "length_", "threshold_", "out_of_fold_extracts_"):
         assert getattr(model, name) == getattr(other, name)
 
 
@@ -72,8 +71,7 @@ def test_a_run_that_is_interrupted_every_17_steps_ends_with_the_same_weights(
         except TrainingInterrupted as error:
             stops.append((error.checkpoint.parent.name, error.step % 10))
             assert not hasattr(model, "unit_")
-    inside = {folder for folder, step in stops if step}
-    assert {name.split("-")[0] for name in inside} == {"fold", "words"}  # inside an epoch, of pieces and of words
+    assert {folder for folder, step in stops if step} == {"fold-0", "fold-1"}  # inside an epoch of each
     assert_same(model, undisturbed)
     with pytest.raises(KeyboardInterrupt, match="nothing of it is kept; with checkpoint=FOLDER"):
         made().fit(DOCUMENTS, SUMMARIES)
@@ -110,11 +108,11 @@ model.fit(documents, summaries, checkpoint=sys.argv[2])
 
 
 def test_a_run_is_not_continued_with_other_summaries(tmp_path: Path) -> None:
-    made(trim=False).fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path)
+    made().fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path)
     others = [*SUMMARIES[:-1], SUMMARIES[-1] + "!"]  # the same labels
     for pairs in ((DOCUMENTS, others), (DOCUMENTS[::-1], SUMMARIES[::-1])):
         with pytest.raises(ValueError, match="data or model are others"):
-            made(trim=False).fit(*pairs, checkpoint=tmp_path)
+            made().fit(*pairs, checkpoint=tmp_path)
 
 
 class Echo(BaseEstimator):  # type: ignore[misc]
@@ -168,17 +166,16 @@ def test_equal_documents_stand_on_one_side_everywhere(
                     asked.append(len(given.rows))
         return probabilities(labelers, given)
 
-    for module in (summarizer, _summary_trimmer):
-        monkeypatch.setattr(module, "train_labeler", spy_train)
-        monkeypatch.setattr(module, "probabilities", spy_probabilities)
+    monkeypatch.setattr(summarizer, "train_labeler", spy_train)
+    monkeypatch.setattr(summarizer, "probabilities", spy_probabilities)
     monkeypatch.setattr(_summary_extractor, "inner_rows", spy_inner)
     monkeypatch.setattr(Pieces, "take", spy_take)
     monkeypatch.setattr(summarizer, "LEAST_PAIRS", 10)
-    model = made(folds=folds, epochs=1, extract_only=extract_only, generator=Echo(), trim=extract_only)
+    model = made(folds=folds, epochs=1, extract_only=extract_only, generator=Echo())
     model.fit(documents, summaries)
     assert all(model.out_of_fold_extracts_)
-    if extract_only:  # every document by its fold, and again by its half of the trimming
-        assert sum(asked) == 2 * len(documents)
+    if extract_only:  # every document by its fold
+        assert sum(asked) == len(documents)
     else:  # those set aside were asked of every labeller, the others of one
         learned = {names[summaries.index(text)] for text in model._generator.targets_}
         rows = [name in learned for name in names]
@@ -194,7 +191,7 @@ def test_validation_documents_must_be_others() -> None:
 
 
 def test_it_is_an_estimator_of_scikit_learn(undisturbed: Summarizer) -> None:
-    plain = made(epochs=1, trim=False)
+    plain = made(epochs=1)
     texts, wanted = np.array(DOCUMENTS[:8]), np.array(SUMMARIES[:8], object)
     found = cross_val_score(plain, texts, wanted, cv=2, error_score="raise")
     assert found.min() > 0.3
@@ -210,7 +207,7 @@ def test_it_is_an_estimator_of_scikit_learn(undisturbed: Summarizer) -> None:
 
 
 def test_a_fit_that_fails_leaves_the_old_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(epochs=1, trim=False).fit(DOCUMENTS[:8], SUMMARIES[:8])
+    model = made(epochs=1).fit(DOCUMENTS[:8], SUMMARIES[:8])
     before = dict(model.__dict__)
 
     def fails(*_: Any) -> Any:
@@ -237,20 +234,15 @@ def test_an_explanation_has_the_pieces_that_a_summary_is_made_of(
     undisturbed: Summarizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [*DOCUMENTS[:6], " \n", "\ud800 one piece", "第一句。第二句，"]
-    whole = made(epochs=1, trim=False).fit(DOCUMENTS, SUMMARIES)
     monkeypatch.setattr(summarizer, "LEAST_PAIRS", 10)
-    generated = made(extract_only=False, epochs=1, trim=False, generator=Echo()).fit(DOCUMENTS, SUMMARIES)
-    assert undisturbed.trims_
-    for model in (whole, undisturbed, generated):
+    generated = made(extract_only=False, epochs=1, generator=Echo()).fit(DOCUMENTS, SUMMARIES)
+    for model in (undisturbed, generated):
         for text, pieces, summary in zip(texts, model.explain(texts), model.predict(texts), strict=True):
             assert [text[p.start : p.stop].replace("\ud800", "\ufffd") for p in pieces] == [p.text for p in pieces]
             assert all(0 < piece.probability < 1 for piece in pieces)
             chosen = [piece.text for piece in pieces if piece.chosen]
             assert bool(chosen) == bool(text.strip())
-            if model is undisturbed:
-                assert set("".join(summary.split())) <= set("".join(chosen))
-            else:
-                assert summary == summarizer.join_pieces(chosen)
+            assert summary == summarizer.join_pieces(chosen)
     assert sum(p.chosen for p in generated.explain(texts)[0]) == sum(
         p.probability > 0.2 for p in generated.explain(texts)[0]
     )
@@ -259,7 +251,6 @@ def test_an_explanation_has_the_pieces_that_a_summary_is_made_of(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"trim": "no"}, TypeError, "trim must be a bool; got 'no'"),
         ({"show_progress": 1}, TypeError, "show_progress must be a bool or None; got 1"),
         ({"generator": "x"}, TypeError, "generator must be a SummaryGenerator; got 'x'"),
         ({"extract_only": 1}, ValueError, "extract_only must be True, False or 'auto'; got 1"),
@@ -274,9 +265,8 @@ def test_settings_are_refused_before_anything_is_read(settings: Any, error: type
 
 
 def test_settings_of_numpy_are_settings() -> None:
-    model = made(extract_only=np.True_, trim=np.False_, folds=np.int64(2), epochs=np.int32(1)).fit(DOCUMENTS, SUMMARIES)
+    model = made(extract_only=np.True_, folds=np.int64(2), epochs=np.int32(1)).fit(DOCUMENTS, SUMMARIES)
     assert not model.uses_generator_
-    assert not model.trims_
     assert model.scored_on_ == "out-of-fold"
 
 

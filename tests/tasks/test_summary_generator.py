@@ -16,9 +16,9 @@ import torch
 from kexue.tasks._summary_choice import PENALTIES, set_aside
 from kexue.tasks._summary_data import scores
 from kexue.tasks._summary_decoding import Search, beam_search
-from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_training import Rows, framed
 from kexue.tasks._summary_vocabulary import CLS, SEP
+from kexue.tasks.summary_generator import SummaryGenerator
 from kexue.training import TrainingInterrupted
 from reference.spaces_gen import best_text
 
@@ -39,7 +39,12 @@ def test_it_learns_to_copy_what_is_to_be_copied(fitted):
 
 def test_a_batch_gives_what_each_row_alone_gives(fitted):
     texts = [*SOURCES, "a zebra", SOURCES[0] * 3]
-    for options in ({"beams": 1}, {"beams": 3}, {"beams": 3, "copy": True, "length_penalty": 0.5}):
+    for options in (
+        {"beams": 1},
+        {"beams": 1, "copy": True},
+        {"beams": 3},
+        {"beams": 3, "copy": True, "length_penalty": 0.5},
+    ):
         model = SummaryGenerator(**{**fitted.get_params(), **options})
         model.__dict__ |= {k: v for k, v in fitted.__dict__.items() if k.endswith("_")}
         assert model.generate(texts) == [model.generate([text])[0] for text in texts]
@@ -51,7 +56,7 @@ def test_a_blank_source_gives_an_empty_text(fitted):
 
 
 def test_long_texts_are_cut_by_the_documented_rule(fitted, monkeypatch):
-    import kexue.tasks._summary_generator as module
+    import kexue.tasks.summary_generator as module
 
     read = []
     monkeypatch.setattr(module, "beam_search", lambda model, sources, search: read.extend(sources) or [[]])
@@ -164,7 +169,7 @@ def test_a_fit_that_broke_off_goes_on_bit_by_bit(tmp_path, monkeypatch, whole, b
     with monkeypatch.context() as patched:
         patched.setattr(Rows, "__call__", breaks)
         if broken == "choice":
-            patched.setattr("kexue.tasks._summary_generator.choose_decoding", chooses)
+            patched.setattr("kexue.tasks.summary_generator.choose_decoding", chooses)
         with pytest.raises(RuntimeError, match="broken"):
             resumed(tmp_path)
     same(resumed(tmp_path), whole)

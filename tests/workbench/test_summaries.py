@@ -31,7 +31,7 @@ from kexue.workbench.summary_vectors import take_pieces
 
 THINGS = ("budget", "bridge", "school", "harbour", "library", "museum", "railway", "stadium", "market", "tower")
 PLACES = ("north", "south", "east", "west", "old", "new")
-QUICK = ["--epochs", 3, "--folds", 2, "--extract-only", "yes", "--no-trim"]
+QUICK = ["--epochs", 3, "--folds", 2, "--extract-only", "yes"]
 
 
 def kexue(*arguments, stdin=None):

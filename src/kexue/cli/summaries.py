@@ -91,9 +91,6 @@ def train(
     encoder: Annotated[
         str, typer.Option(metavar="hash|PATH", help="Features of the pieces: built in, or a local BERT checkpoint.")
     ] = "hash",
-    trim: Annotated[
-        bool, typer.Option(help="Trim pieces to the words that matter, if that is better; without, pieces stay whole.")
-    ] = True,
     held_out: Annotated[
         float, typer.Option(help="Share of the pairs that are measured on instead of learned from.")
     ] = 0.1,
@@ -116,7 +113,7 @@ def train(
         raise typer.BadParameter(f"must be auto, yes or no; got {extract_only!r}", param_hint="--extract-only")
     only: Any = {"auto": "auto", "yes": True, "no": False}[extract_only]
     try:
-        settings = SummarySettings(language, only, folds, epochs, encoder, trim, held_out, seed)
+        settings = SummarySettings(language, only, folds, epochs, encoder, held_out, seed)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     given = {"id_column": id_column, "text_column": text_column, "summary_column": summary_column}

@@ -2,7 +2,7 @@
 
 A labeller extracts too well on documents that it was trained on. So the documents are split into folds, and the pieces
 of each are chosen by the labeller that did not see it; whatever is learned from extracts (the length of a summary, the
-trimming, the generator) learns from these. The epoch of a labeller is chosen on an inner part of its own training rows:
+generator) learns from these. The epoch of a labeller is chosen on an inner part of its own training rows:
 chosen on the fold that it then extracts, as in the published code, it would have seen it after all.
 """
 

@@ -1,7 +1,7 @@
 """The folder of a trained :class:`kexue.tasks.Summarizer`.
 
-``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors``, if extracts
-are trimmed ``trimmer.safetensors`` and, if summaries are generated, ``generator/``. No pickle anywhere.
+``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors`` and, if summaries are
+generated, ``generator/``. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from kexue._files import recover_directory, replaced_folder, write_json
 from kexue.models.char_gru import read_head
 from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_selection import Selection
-from kexue.tasks._summary_trimmer import Runs, Trimmer
 from kexue.tasks.gated_conv import GatedConvLabeler
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
     params = {k: _plain(v) for k, v in model.get_params(deep=False).items() if k != "generator"}
     if params["encoder"] is not None:
         params["encoder"] = model._encode.encoder  # a folder as an absolute path
-    trimmer = model._trimmer
     head = {
         "format": FORMAT,
         "kind": KIND,
@@ -49,14 +47,6 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
         "epochs": model.epochs_,
         "length": model.length_,
         "threshold": model.threshold_,
-        "trims": None
-        if trimmer is None
-        else {
-            "width": trimmer.labelers[0].input_size,
-            "labelers": len(trimmer.labelers),
-            "extract": [trimmer.extract.length, trimmer.extract.threshold],
-            "runs": [trimmer.rule.threshold, trimmer.rule.cost],
-        },
         "generates": model._generator is not None,
         "scores": model.scores_,
         "scored_on": model.scored_on_,
@@ -64,8 +54,6 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
     }
     with replaced_folder(folder, HEAD, "saved summarizer") as target:
         _save_labelers(model._labelers, target / "labelers.safetensors")
-        if trimmer is not None:
-            _save_labelers(trimmer.labelers, target / "trimmer.safetensors")
         if model._generator is not None:
             model._generator.save(target / "generator")
         write_json(target / HEAD, head)
@@ -133,17 +121,11 @@ def _read(cls: type[Any], source: Path, head: dict[str, Any]) -> Any:
     model.epochs_, model.out_of_fold_extracts_ = list(head["epochs"]), head["out_of_fold_extracts"]
     model._selection = Selection(float(head["length"]), float(head["threshold"]))
     model.length_, model.threshold_ = model._selection.length, model._selection.threshold
-    hidden, trims = int(head["hidden_size"]), head["trims"]
     path = source / "labelers.safetensors"
-    model._labelers = _load_labelers(path, int(head["labelers"]), int(head["width"]), hidden)
-    model._trimmer, model.trims_ = None, trims is not None
-    if trims is not None:
-        path = source / "trimmer.safetensors"
-        labelers = _load_labelers(path, int(trims["labelers"]), int(trims["width"]), hidden)
-        model._trimmer = Trimmer(labelers, Selection(*map(float, trims["extract"])), Runs(*map(float, trims["runs"])))
+    model._labelers = _load_labelers(path, int(head["labelers"]), int(head["width"]), int(head["hidden_size"]))
     model.uses_generator_, model._generator = bool(head["generates"]), None
     if model.uses_generator_:
-        from kexue.tasks._summary_generator import SummaryGenerator  # imports transformers: seconds
+        from kexue.tasks.summary_generator import SummaryGenerator  # imports transformers: seconds
 
         model._generator = SummaryGenerator.load(source / "generator")
     return model

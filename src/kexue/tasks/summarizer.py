@@ -24,7 +24,6 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -51,14 +50,13 @@ from kexue.tasks._summary_data import (
 )
 from kexue.tasks._summary_extractor import Pieces, Settings, passing, probabilities, train_labeler
 from kexue.tasks._summary_selection import sampled, tune_selection
-from kexue.tasks._summary_trimmer import learn_to_trim
 from kexue.tasks._text_words import tokens
 from kexue.tasks.graph_rank import text_rank
 from kexue.tasks.pieces import join_pieces, piece_spans, split_pieces
 from kexue.training import TrainingInterrupted
 
 if TYPE_CHECKING:
-    from kexue.tasks._summary_generator import SummaryGenerator
+    from kexue.tasks.summary_generator import SummaryGenerator
 
 __all__ = ["ExplainedPiece", "Summarizer"]
 
@@ -106,7 +104,6 @@ class Summarizer(BaseEstimator):
         lr: Learning rate of Adam.
         max_pieces: Pieces of a document that a labeller is trained on: the stretch that has most of the labelled ones.
             (The article takes the last 256, as judgments end with the decision.) ``predict`` reads all.
-        trim: Whether to learn which words of the pieces to leave out; it is done if it is better by more than noise.
         generator: A SummaryGenerator with settings of your own; it is copied.
         show_progress: None shows a bar if standard error is a terminal.
 
@@ -121,7 +118,6 @@ class Summarizer(BaseEstimator):
             "out-of-fold" extracts (of at most 400 documents), on which the two numbers of the selection were chosen.
         length_, threshold_: The selection: wanted length of an extract, in words (characters of Chinese), and least
             probability of a piece beyond the first.
-        trims_: Whether words are left out of the extracts.
         epochs_: Epoch that each labeller was taken from.
 
     Raises:
@@ -155,7 +151,6 @@ class Summarizer(BaseEstimator):
         batch_size: int = 16,
         lr: float = 3e-3,
         max_pieces: int = 128,
-        trim: bool = True,
         generator: Any = None,
         show_progress: bool | None = None,
     ) -> None:
@@ -169,7 +164,6 @@ class Summarizer(BaseEstimator):
         self.batch_size = batch_size
         self.lr = lr
         self.max_pieces = max_pieces
-        self.trim = trim
         self.generator = generator
         self.show_progress = show_progress
 
@@ -233,11 +227,6 @@ class Summarizer(BaseEstimator):
                 for i, p in zip(test, part.split(probabilities([labeler], part)), strict=True):
                     values[i] = p
             selection, score = tune_selection(values, data, learned, seed)
-            trimmer = None
-            if self.trim:
-                halves = document_folds(2, same, learned, seed)
-                its = replace(settings, same=same[learned])
-                trimmer, score = learn_to_trim(data, values, selection, halves, its, folder)
             generator = self._train_generator(data, values, learned, folder / "generator")
         if len(aside):
             part = given.take(aside)
@@ -246,8 +235,7 @@ class Summarizer(BaseEstimator):
             held_out = held_out or ([texts[i] for i in aside], [wanted[i] for i in aside])
         made = copy.copy(self)  # so that whatever happens from here on, this estimator is the old one or the new one
         made.unit_, made._separators, made._encode = unit, separators, encode
-        made._labelers, made._selection, made._trimmer, made.epochs_ = labelers, selection, trimmer, epochs
-        made.trims_ = trimmer is not None
+        made._labelers, made._selection, made.epochs_ = labelers, selection, epochs
         made.length_, made.threshold_ = selection.length, selection.threshold
         made.out_of_fold_extracts_ = [passing(p, EXTRACTION) for p in values]
         made._generator, made.uses_generator_ = generator, generator is not None
@@ -285,7 +273,7 @@ class Summarizer(BaseEstimator):
             return None
         generator = self.generator
         if generator is None:
-            from kexue.tasks._summary_generator import SummaryGenerator  # imports transformers: seconds
+            from kexue.tasks.summary_generator import SummaryGenerator  # imports transformers: seconds
 
             generator = SummaryGenerator(random_state=int(self.random_state))
         sources = [join_pieces([data.pieces[i][j] for j in passing(values[i], EXTRACTION)]) for i in rows]
@@ -310,8 +298,6 @@ class Summarizer(BaseEstimator):
         if self.random_state >= 1 << 63:
             raise ValueError(f"random_state must be below 2 ** 63; got {self.random_state}")
         check_real("lr", self.lr, above=0.0)
-        if not isinstance(self.trim, bool | np.bool_):
-            raise TypeError(f"trim must be a bool; got {self.trim!r}")
         if not isinstance(self.show_progress, bool | None):
             raise TypeError(f"show_progress must be a bool or None; got {self.show_progress!r}")
         if not isinstance(self.extract_only, bool | np.bool_) and not (
@@ -354,13 +340,12 @@ class Summarizer(BaseEstimator):
 
         Returns:
             For each document its pieces in their order, none for a blank one. The chosen ones are those that
-            :meth:`predict` makes the summary of: it joins them; if ``trims_``, it leaves out some of their words; if
-            ``uses_generator_``, it writes the summary from them.
+            :meth:`predict` makes the summary of: it joins them, or writes from them if ``uses_generator_``.
 
         Example:
             >>> documents = [f"Notes of day {i}. The result is {i} points. Thanks to all." for i in range(8)]
             >>> summaries = [f"The result is {i} points." for i in range(8)]
-            >>> model = Summarizer(extract_only=True, folds=2, trim=False).fit(documents, summaries)
+            >>> model = Summarizer(extract_only=True, folds=2).fit(documents, summaries)
             >>> [(piece.text, piece.start, piece.chosen) for piece in model.explain(documents[:1])[0]]
             [('Notes of day 0.', 0, False), ('The result is 0 points.', 16, True), ('Thanks to all.', 40, False)]
         """
@@ -379,19 +364,15 @@ class Summarizer(BaseEstimator):
         """Summaries without the generator."""
         out = [""] * len(texts)
         for i, _, pieces, values in self._read(texts):
-            words = [tokens(piece) for piece in pieces]
-            if self._trimmer is not None:
-                out[i] = self._trimmer(pieces, words, values)
-            else:
-                out[i] = join_pieces([pieces[j] for j in self._selection(values, words)])
+            chosen = self._selection(values, [tokens(piece) for piece in pieces])
+            out[i] = join_pieces([pieces[j] for j in chosen])
         return out
 
     def _chosen(self, pieces: list[str], values: NDArray[np.float32]) -> list[int]:
         """The pieces that a summary is made of."""
         if self._generator is not None:
             return passing(values, EXTRACTION)
-        choose = self._selection if self._trimmer is None else self._trimmer.extract
-        return choose(values, [tokens(piece) for piece in pieces])
+        return self._selection(values, [tokens(piece) for piece in pieces])
 
     def _read(self, texts: Sequence[str]) -> Iterator[tuple[int, list[tuple[int, int]], list[str], NDArray[Any]]]:
         """Number, pieces with their places, and probabilities of each document that is not blank."""

@@ -59,7 +59,6 @@ class SummarySettings:
         folds: Parts of the pairs that are extracted by models of the other parts.
         epochs: Passes over the pairs.
         encoder: Features of the pieces: "hash", or the folder of a local BERT checkpoint.
-        trim: Trim pieces to the words that matter, if that is better.
         held_out: Share of the pairs that nothing is learned from, on which the model is compared with others.
         seed: Seed of everything random.
 
@@ -76,7 +75,6 @@ class SummarySettings:
     folds: int = 5
     epochs: int = 20
     encoder: str = "hash"
-    trim: bool = True
     held_out: float = 0.1
     seed: int = 0
 
@@ -88,8 +86,6 @@ class SummarySettings:
         check_int("epochs", self.epochs, 1)
         if self.encoder != "hash" and not Path(self.encoder).is_dir():
             raise ValueError(f"encoder must be 'hash' or the folder of a BERT checkpoint; got {self.encoder!r}")
-        if not isinstance(self.trim, bool):
-            raise TypeError(f"trim must be a bool; got {self.trim!r}")
         check_real("held_out", self.held_out, minimum=0.0)
         if self.held_out > 0.5:
             raise ValueError(f"held_out must be at most 0.5; got {self.held_out}")
@@ -208,7 +204,7 @@ def fitted(pairs: Sequence[Pair], settings: SummarySettings, folds: int, checkpo
 
     model = Summarizer(
         language=settings.language, extract_only=settings.extract_only, folds=folds, epochs=settings.epochs,
-        encoder=settings.encoder, trim=settings.trim, random_state=settings.seed,
+        encoder=settings.encoder, random_state=settings.seed,
     )  # fmt: skip
     model.fit([unwrapped(p.text) for p in pairs], [p.summary for p in pairs], checkpoint=checkpoint)
     return model

@@ -21,8 +21,8 @@ def summarize_by_model(model: Summarizer, text: str, length: int | None = None, 
     Args:
         model: The summarizer.
         text: The text.
-        length: Most characters; None: as was learned. One piece is taken even if all are longer. Trimmers and
-            generators take no such orders, so with one of them the summary is made of whole pieces.
+        length: Most characters; None: as was learned. One piece is taken even if all are longer. A
+            generator takes no such orders, so with one the summary is made of whole pieces.
         most: Most pieces; None: as was learned.
     """
     from kexue.tasks.pieces import join_pieces
@@ -38,10 +38,9 @@ def summarize_by_model(model: Summarizer, text: str, length: int | None = None, 
     else:
         taken = [i for i, piece in enumerate(pieces) if piece.chosen]
     found = chosen(flat, [(piece.start, piece.stop) for piece in pieces], taken, values.tolist())
-    if whole or not (model.uses_generator_ or model.trims_):
+    if whole or not model.uses_generator_:
         return Summary(join_pieces(piece.text for piece in found), found, "trained")
-    made = " ".join(model.predict([flat])[0].split())
-    return Summary(made, found, "generated" if model.uses_generator_ else "trimmed")
+    return Summary(" ".join(model.predict([flat])[0].split()), found, "generated")
 
 
 def _within(pieces: list[str], values: NDArray[np.float64], length: int | None, most: int | None) -> list[int]:

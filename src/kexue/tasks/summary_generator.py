@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_int, check_real
-from kexue._files import recover_directory, replaced_folder, write_json
+from kexue._files import recover_directory, replaced_folder, run_folder, write_json
 from kexue.models import KexueConfig, KexueForPrefixLM
 from kexue.models.char_gru import read_head
 from kexue.tasks._prompts import check_texts
@@ -227,7 +225,7 @@ class SummaryGenerator(BaseEstimator):
         setting = f"{batches.fingerprint()} {objective.decay} {copying} {self.dropout} {self.num_heads}"
         interrupt: TrainingInterrupted | None = None
         losses: list[float] = []
-        with _folder(checkpoint) as folder:
+        with run_folder(checkpoint) as folder:
             try:
                 losses = fit(
                     objective, batches, steps=steps, out=folder, save_every=checkpoint_every,
@@ -333,13 +331,3 @@ class SummaryGenerator(BaseEstimator):
 def _encoded(vocabulary: SummaryVocabulary, source: str, target: str) -> Pair:
     ids, rare = vocabulary.read(source)
     return np.array(ids, np.int64), np.array(vocabulary.read(target, rare, grow=False)[0], np.int64)
-
-
-@contextmanager
-def _folder(checkpoint: Any) -> Any:
-    if checkpoint is not None:
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        yield Path(checkpoint)
-        return
-    with tempfile.TemporaryDirectory(prefix="kexue-summaries-") as folder:
-        yield Path(folder)
