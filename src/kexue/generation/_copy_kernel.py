@@ -14,6 +14,7 @@ import numpy as np
 from kexue.words._numba import compiled
 
 DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``follow`` and ``step`` return
+BROKEN = -1  # number of the kept scores of a row with NaN
 
 LARGEST_K = 128  # beyond it, inserting into a sorted list is no longer the way to find the k largest
 
@@ -105,40 +106,61 @@ def find(ids: Any, length: int, before: Any, sources: int, rows: Any) -> bool:
 
 
 @compiled(nogil=True)
+def keep(value: Any, place: int, count: int, top_k: int, values: Any, places: Any) -> int:
+    """Put a score among the largest so far, unless it is there; their new number, or BROKEN for NaN."""
+    if value == -math.inf:
+        return count
+    if math.isnan(value):
+        return BROKEN
+    k = count
+    while k > 0 and (values[k - 1] < value or (values[k - 1] == value and places[k - 1] >= place)):
+        k -= 1
+        if places[k] == place:
+            return count
+    if k == top_k:
+        return count
+    for m in range(count, k, -1):
+        values[m], places[m] = values[m - 1], places[m - 1]
+    values[k], places[k] = value, place
+    return min(count + 1, top_k)
+
+
+@compiled(nogil=True)
+def finish(scores: Any, count: int, top_k: int, values: Any, places: Any, out: Any) -> None:
+    """Log-softmax of the kept scores of a row; of all its scores if nothing was kept."""
+    if count == 0:
+        least = values[0]
+        for v in range(len(scores)):
+            value = scores[v]
+            if count == top_k and value <= least:
+                continue
+            count = keep(value, v, count, top_k, values, places)
+            if count == BROKEN:
+                break
+            least = values[top_k - 1]
+    if count == BROKEN or (count > 0 and values[0] == math.inf):
+        out[:] = math.nan
+        return
+    out[:] = -math.inf
+    total, largest = 0.0, np.float64(values[0])
+    for k in range(count):
+        total += math.exp(values[k] - largest)
+    for k in range(count):
+        out[places[k]] = values[k] - largest - math.log(total)
+
+
+@compiled(nogil=True)
 def survivors(scores: Any, mask: Any, top_k: int, out: Any) -> None:
     """Log-softmax over the ``top_k`` largest of the allowed scores (the lowest ids of equal ones), -inf elsewhere."""
-    values, places = np.empty(top_k + 1), np.empty(top_k + 1, np.int64)
+    values, places = np.empty(top_k + 1, scores.dtype), np.empty(top_k + 1, np.int64)
     for row in range(len(scores)):
-        count, broken = 0, False
-        for attempt in range(2):
-            for v in range(scores.shape[1]):
-                if attempt == 0 and not mask[row, v]:
-                    continue
-                value = scores[row, v]
-                if count == top_k and value <= values[count - 1]:
-                    continue
-                if value == -math.inf:
-                    continue
-                if math.isnan(value):
-                    broken = True
+        count = 0
+        for v in range(scores.shape[1]):
+            if mask[row, v]:
+                count = keep(scores[row, v], v, count, top_k, values, places)
+                if count == BROKEN:
                     break
-                k = count
-                while k > 0 and values[k - 1] < value:
-                    values[k], places[k] = values[k - 1], places[k - 1]
-                    k -= 1
-                values[k], places[k] = value, v
-                count = min(count + 1, top_k)
-            if count > 0 or broken:
-                break  # otherwise nothing that is allowed is left: the row is not constrained
-        if broken or (count > 0 and values[0] == math.inf):
-            out[row] = math.nan
-            continue
-        out[row] = -math.inf
-        total = 0.0
-        for k in range(count):
-            total += math.exp(values[k] - values[0])
-        for k in range(count):
-            out[row, places[k]] = values[k] - values[0] - math.log(total)
+        finish(scores[row], count, top_k, values, places, out[row])
 
 
 @compiled(nogil=True)
@@ -158,15 +180,44 @@ def follow(
 
 @compiled(nogil=True)
 def step(
-    ids: Any, usable: Any, ends: Any, owner: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int,
-    match: Any, owners: Any, used: Any, mask: Any, out: Any,
+    ids: Any, usable: Any, ends: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int, match: Any,
+    used: Any, out: Any,
 ) -> int:  # fmt: skip
-    """All of the above for rows that are one token longer than those before."""
-    length = before.shape[1]
-    rows = np.empty(len(now), np.int64)
-    if not find(now, length, before, len(ids), rows):
+    """All of the above for rows that are one token longer than those before.
+
+    A row that copies looks at the scores of what its source allows only, and no mask of the vocabulary is made.
+    """
+    length, size, sources = before.shape[1], ids.shape[1], len(ids)
+    rows, z = np.empty(len(now), np.int64), np.empty(len(now), np.int64)
+    if not find(now, length, before, sources, rows):
         return NOT_FOUND
-    done = follow(ids, usable, ends, owner, use, rows, now[:, length], logits, match, owners, used, mask)
-    if done == DONE:
-        survivors(scores, mask, top_k, out)
-    return int(done)
+    each = len(now) // max(sources, 1)
+    for row in range(len(now)):
+        old, source, token = rows[row], row // each, now[row, length]
+        for j in range(size):
+            match[row, j] = use[old, j] & (ids[source, j] == token)
+    if not choose(logits, match, z):
+        return NOT_A_NUMBER
+    values, places = np.empty(top_k + 1, scores.dtype), np.empty(top_k + 1, np.int64)
+    for row in range(len(now)):
+        source, tag, count, found = row // each, z[row], 0, False
+        used[row] = False
+        if tag == 2:
+            for j in range(1, size):
+                if match[row, j - 1] and usable[source, j]:
+                    found = used[row, j] = True
+                    if count != BROKEN:
+                        count = keep(scores[row, ids[source, j]], ids[source, j], count, top_k, values, places)
+        if tag != 0 and not found:
+            for j in range(size):
+                if usable[source, j]:
+                    found = used[row, j] = True
+                    value = scores[row, ids[source, j]]
+                    if count != BROKEN and not (count == top_k and value < values[top_k - 1]):
+                        count = keep(value, ids[source, j], count, top_k, values, places)
+        if found:
+            for end in ends:
+                if count != BROKEN:
+                    count = keep(scores[row, end], end, count, top_k, values, places)
+        finish(scores[row], count, top_k, values, places, out[row])
+    return DONE

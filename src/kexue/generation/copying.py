@@ -37,6 +37,7 @@ from kexue.generation.copy_constraint import (
     check_logits,
     check_mask,
     check_special,
+    plain,
 )
 from kexue.generation.filters import top_k_filter
 
@@ -118,11 +119,13 @@ class CopyLogitsProcessor(LogitsProcessor):
         """
         self._check(input_ids, scores)
         constraint = self._tables(scores)
-        rows, sources = len(input_ids), len(constraint.ids)
+        rows, sources = input_ids.shape[0], constraint.ids.shape[0]
         if rows % max(sources, 1):
             raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
-        ids = input_ids.detach().to(torch.long).clone(memory_format=torch.contiguous_format)
-        wide = scores.detach().to(compute_dtype(scores)).contiguous()
+        ids = plain(input_ids, torch.long)
+        if ids is input_ids:
+            ids = input_ids.clone()  # the caller may write on in its own tensor
+        wide = plain(scores, compute_dtype(scores))
         logits = self._tags(input_ids)
         made = self._step(constraint, ids, logits, wide)
         if made is None:
@@ -130,20 +133,20 @@ class CopyLogitsProcessor(LogitsProcessor):
             use, allowed = constraint.allow(state, constraint.choose(state, logits))
             self._last = ids, state, use
             made = _survivors(wide, allowed, self.top_k, _on_kernel(constraint, self.top_k))
-        return made.to(scores.dtype)
+        return plain(made, scores.dtype)
 
     def _check(self, input_ids: Any, scores: Any) -> None:
         check_float("scores", scores, 2)
         if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise TypeError(f"input_ids must be a tensor of integers; got {got}")
-        if input_ids.dim() != 2 or len(input_ids) != len(scores):
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got {shape}")
-        if input_ids.shape[1] < self.prompt_length:
+        shape, rows = input_ids.shape, scores.shape[0]
+        if len(shape) != 2 or shape[0] != rows:
+            raise ValueError(f"input_ids must be ({rows}, t), a row for each row of scores; got {tuple(shape)}")
+        if shape[1] < self.prompt_length:
             raise ValueError(
                 f"input_ids must have at least the {self.prompt_length} ids of the prompt (prompt_length) a row; got "
-                f"{input_ids.shape[1]}"
+                f"{shape[1]}"
             )
 
     def _tables(self, scores: Tensor) -> CopyConstraint:
@@ -157,28 +160,34 @@ class CopyLogitsProcessor(LogitsProcessor):
         return found
 
     def _tags(self, input_ids: Tensor) -> Tensor:
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                logits = self.copy_logits(input_ids)
+        else:
             logits = self.copy_logits(input_ids)
         device = input_ids.device if self._constraint is None else self._constraint.ids.device
-        return check_logits(logits, len(input_ids), device)
+        return check_logits(logits, input_ids.shape[0], device)
 
     def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
         if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
-        new, (_, room) = constraint.empty(len(ids)), constraint.room(len(ids))
-        used, made = np.empty_like(new.match), torch.empty(scores.shape, dtype=scores.dtype)
+        rows = ids.shape[0]
+        if owner.shape[0] != rows:
+            owner = constraint.start(rows).owner
+        match, used = np.empty((2, rows, use.shape[1]), np.bool_)
+        given = scores.numpy()
+        made = np.empty(given.shape, given.dtype)
         done = _copy_kernel.step(
-            *constraint.arrays, owner, use, before.numpy(), ids.numpy(), logits.numpy(), scores.numpy(), self.top_k,
-            *new, used, room, made.numpy(),
-        )  # fmt: skip
+            *constraint.arrays, use, before.numpy(), ids.numpy(), logits.numpy(), given, self.top_k, match, used, made
+        )
         if done == _copy_kernel.NOT_A_NUMBER:
             raise ValueError(NOT_A_NUMBER)
         if done == _copy_kernel.NOT_FOUND:
             return None
-        self._last = ids, new, used
-        return made
+        self._last = ids, CopyState(match, owner), used
+        return torch.from_numpy(made)
 
     def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
         """The state of each row: from the call before, or by deciding all tags again."""
