@@ -52,7 +52,7 @@ def learn_summaries(context: Context) -> dict[str, Any]:
     if len(held) < LEAST_HELD:
         why = f"the {len(pairs)} texts that bring a summary are of too few modules to measure on some of these"
         return {"result": f"nothing learned ({why}); texts are summarised by their vectors"}
-    settings = SummarySettings(extract_only=True, folds=FOLDS, epochs=EPOCHS, seed=seed % 2**63)
+    settings = SummarySettings(extract_only=True, folds=FOLDS, epochs=EPOCHS, seed=seed)
     model = fitted(train, settings, FOLDS, folder / parts.TRAINING / "summaries")
     opened = parts.Parts.load(folder)
     length = usual_length([pair.summary for pair in train])

@@ -122,7 +122,8 @@ class Workspace(Searcher):
             method: "trained" is what the build learned from texts that bring their own summaries (documentation does),
                 kept only if it was better than the vectors on modules that were held back;
                 "vectors" takes the sentences that are nearest to the whole text and do not repeat each other, and
-                favours the opening; "auto" is the first if there is one, else the second.
+                favours the opening; "auto" is the first if there is one and the text is of the kind of language
+                that it learned from (words with spaces between them, or Chinese), else the second.
 
         Returns:
             The summary; empty only if the text is blank.
@@ -144,7 +145,10 @@ class Workspace(Searcher):
         check_request(text, length, pieces, method)
         model = None if method == "vectors" else self._parts.summarizer
         if model is not None:
-            return summarize_by_model(model, text, length, pieces)
+            from kexue.tasks._summary_data import language_of
+
+            if method == "trained" or language_of("auto", [text])[0] == model.unit_:
+                return summarize_by_model(model, text, length, pieces)
         if method == "trained":
             raise ValueError(
                 f"{self.folder} has no summarizer of its own: its texts bring too few summaries, or what was learned "
