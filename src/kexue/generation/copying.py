@@ -170,10 +170,12 @@ class CopyLogitsProcessor(LogitsProcessor):
 
     def _step(self, constraint: CopyConstraint, input_ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
-        if self._last is None or input_ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
+        if self._last is None or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
-        rows = input_ids.shape[0]
+        rows, length = input_ids.shape
+        if length != before.shape[1] + 1:
+            return None
         if owner.shape[0] != rows:
             owner = constraint.start(rows).owner
         if isinstance(before, Tensor):
