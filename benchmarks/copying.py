@@ -121,6 +121,7 @@ def processors(source: list[int], tags: list[list[int]], tokens: list[list[int]]
     ids = torch.cat([torch.zeros(BEAMS, 1, dtype=torch.long), torch.tensor(tokens).T], 1)
     logits = torch.nn.functional.one_hot(torch.tensor(tags), 3).float().unbind()
 
+    @torch.no_grad()
     def rebuilt() -> None:
         rule = Rebuild(source, BEAMS, VOCABULARY)
         for t in range(STEPS):
@@ -132,6 +133,7 @@ def processors(source: list[int], tags: list[list[int]], tokens: list[list[int]]
     ours = CopyLogitsProcessor(source, lambda input_ids: logits[input_ids.shape[1] - 1], EOS)
     peer = find_class("EncoderNoRepeatNGramLogitsProcessor")(3, torch.tensor(source))
 
+    @torch.no_grad()  # as generate calls it
     def run(processor: Any) -> None:
         for t in range(STEPS):
             processor(ids[:, : t + 1], scores[t])

@@ -328,6 +328,11 @@ def test_padding_and_special_tokens_of_the_source_are_never_allowed():
     assert allowed_sets(got) == [{EOS, 22, 5}, {EOS, 22, 7, 8}]
 
 
+def test_padding_may_be_of_ids_that_are_not_in_the_vocabulary():
+    state = (copying := CopyConstraint([V + 9, 5], EOS, V, source_mask=[False, True])).start(1)
+    assert allowed_sets(copying.allow(state, torch.tensor([1]))[1]) == [{5, EOS}]
+
+
 def test_bad_input_is_rejected():
     def tags(ids):
         return torch.zeros(len(ids), 3)
@@ -352,6 +357,10 @@ def test_bad_input_is_rejected():
         CopyLogitsProcessor([5], tags, EOS, -1)
     with pytest.raises(TypeError, match="special_ids must be an integer; got 'a'"):
         CopyLogitsProcessor([5], tags, EOS, special_ids="a")
+    with pytest.raises(TypeError, match="special_ids must be several ids, such as a tuple; got 5"):
+        CopyLogitsProcessor([5], tags, EOS, special_ids=5)
+    with pytest.raises(TypeError, match="source_mask must be True or False for each id; got str"):
+        CopyLogitsProcessor([5], tags, EOS, source_mask="a")
     one = torch.tensor([[CLS]])
     with pytest.raises(ValueError, match="source_ids must be below the vocabulary's size, 24; got 30"):
         CopyLogitsProcessor([30], tags, EOS)(one, torch.zeros(1, V))

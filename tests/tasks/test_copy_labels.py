@@ -96,6 +96,12 @@ def test_labels_reject_bad_input():
         copy_labels([[1]], [1])
     with pytest.raises(TypeError, match="source must be a sequence of tokens; got int"):
         copy_labels(3, [1])
+    with pytest.raises(TypeError, match="target must be a sequence of tokens; got set"):
+        copy_labels([1], {1, 2})
+    with pytest.raises(TypeError, match="special_ids must be several tokens, such as a tuple; got 5"):
+        copy_labels([1], [1], special_ids=5)
+    with pytest.raises(TypeError, match="hashable"):
+        copy_labels([1], [1], special_ids=[[1]])
 
 
 def case(seed=0, shape=(3, 7)):
@@ -184,3 +190,5 @@ def test_loss_rejects_bad_input():
         copy_loss(logits.long(), labels, is_source)
     with pytest.raises(ValueError, match=r"source_weight must be at least 0\.0; got -1"):
         copy_loss(logits, labels, is_source, source_weight=-1)
+    with pytest.raises(TypeError, match=r"ignore_index must be an integer; got 1\.5"):
+        copy_loss(logits, labels, is_source, ignore_index=1.5)

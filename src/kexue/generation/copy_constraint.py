@@ -111,7 +111,8 @@ class CopyConstraint:
         mask = check_mask(source_mask, ids)
         ends = check_eos(eos_token_id)
         skipped = [*ends, *check_special(special_ids)]
-        for name, values in (("eos_token_id", ends), ("source_ids", [int(ids.max())] if ids.numel() else [])):
+        inside = ids[mask.to(ids.device)]  # padding may be any id
+        for name, values in (("eos_token_id", ends), ("source_ids", [int(inside.max())] if inside.numel() else [])):
             if max(values, default=0) >= vocab_size:
                 raise ValueError(f"{name} must be below the vocabulary's size, {vocab_size}; got {max(values)}")
         ids = (ids[None] if ids.dim() == 1 else ids).to(device)
@@ -306,7 +307,10 @@ def check_mask(source_mask: Any, ids: Tensor) -> Tensor:
     """The mask as bool, or ValueError."""
     if source_mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(source_mask)
+    try:
+        mask = torch.as_tensor(source_mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"source_mask must be True or False for each id; got {type(source_mask).__name__}") from None
     if mask.shape != ids.shape:
         raise ValueError(f"source_mask must be of the shape of source_ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
@@ -328,7 +332,10 @@ def check_eos(eos_token_id: Any) -> list[int]:
 
 def check_special(special_ids: Any) -> list[int]:
     """The ids that are never copied, or TypeError."""
-    special = special_ids.tolist() if isinstance(special_ids, Tensor) else list(special_ids)
+    special = special_ids.tolist() if isinstance(special_ids, Tensor) else special_ids
+    if not isinstance(special, Iterable):
+        raise TypeError(f"special_ids must be several ids, such as a tuple; got {special!r}")
+    special = list(special)
     for value in special:
         check_int("special_ids", value, 0)
     return [int(value) for value in special]

@@ -105,7 +105,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         self.special_ids = check_special(special_ids)
         self.copy_logits, self.top_k, self.prompt_length = copy_logits, top_k or 0, int(prompt_length)
         self._constraint: CopyConstraint | None = None
-        self._last: tuple[Tensor, CopyState, Any] | None = None  # ids, state, use of the call before
+        self._last: tuple[Any, CopyState, Any] | None = None  # ids, state, use of the call before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities of the tokens that may follow.
@@ -122,13 +122,13 @@ class CopyLogitsProcessor(LogitsProcessor):
         rows, sources = input_ids.shape[0], constraint.ids.shape[0]
         if rows % max(sources, 1):
             raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
-        ids = plain(input_ids, torch.long)
-        if ids is input_ids:
-            ids = input_ids.clone()  # the caller may write on in its own tensor
         wide = plain(scores, compute_dtype(scores))
         logits = self._tags(input_ids)
-        made = self._step(constraint, ids, logits, wide)
+        made = self._step(constraint, input_ids, logits, wide)
         if made is None:
+            ids = plain(input_ids, torch.long)
+            if ids is input_ids:
+                ids = input_ids.clone()  # the caller may write on in its own tensor
             state = self._state(constraint, ids)
             use, allowed = constraint.allow(state, constraint.choose(state, logits))
             self._last = ids, state, use
@@ -168,19 +168,24 @@ class CopyLogitsProcessor(LogitsProcessor):
         device = input_ids.device if self._constraint is None else self._constraint.ids.device
         return check_logits(logits, input_ids.shape[0], device)
 
-    def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
+    def _step(self, constraint: CopyConstraint, input_ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
-        if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
+        if self._last is None or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
-        rows = ids.shape[0]
+        rows, length = input_ids.shape
+        if length != before.shape[1] + 1:
+            return None
         if owner.shape[0] != rows:
             owner = constraint.start(rows).owner
+        if isinstance(before, Tensor):
+            before = before.numpy()
+        ids = np.array(input_ids.numpy(force=True), np.int64, order="C")  # the caller may write on in its own tensor
         match, used = np.empty((2, rows, use.shape[1]), np.bool_)
         given = scores.numpy()
         made = np.empty(given.shape, given.dtype)
         done = _copy_kernel.step(
-            *constraint.arrays, use, before.numpy(), ids.numpy(), logits.numpy(), given, self.top_k, match, used, made
+            *constraint.arrays, use, before, ids, logits.numpy(), given, self.top_k, match, used, made
         )
         if done == _copy_kernel.NOT_A_NUMBER:
             raise ValueError(NOT_A_NUMBER)
@@ -194,7 +199,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         if ids.shape[1] == self.prompt_length:
             return constraint.start(len(ids))
         if self._last is not None:
-            before, state, use = self._last
+            before, state, use = torch.as_tensor(self._last[0]), *self._last[1:]
             new = ids.shape[1] - before.shape[1]
             rows = _find(ids, before, len(constraint.ids), constraint.compiled) if new in (0, 1) else None
             if rows is not None:

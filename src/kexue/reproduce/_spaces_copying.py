@@ -11,6 +11,8 @@ logit). Measured: how many of the four entities of a document are in the summary
 Rule, fixed before measuring. Holds if the token accuracy on held-back documents (seen names, teacher forcing) is at
 least .9 in each seed, and the constraint beats free decoding on seen names by 3 standard errors: of the differences
 of documents over all seeds, and, in full, of the seeds' means. Unseen names are reported and decide nothing.
+The number of steps is not from the rule: it was chosen after runs of 300 and 360 steps, for a margin on the accuracy
+(.903 and .943; the gain was .186 and .114), and the rule held in both.
 
 In full three seeds from the given one, and one more training with sparse softmax (k 10) from scratch. Quick: one seed,
 a smaller pool and fewer steps, too few to reach .9, so that only the second half of the rule is asked.

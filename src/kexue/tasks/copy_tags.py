@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from kexue._checks import check_choice, check_real
+from kexue._checks import check_choice, check_int, check_real
 from kexue._tensors import check_float, compute_dtype
 from kexue.words._numba import compiled
 
@@ -84,11 +84,13 @@ def copy_labels(
     """
     check_choice("ties", ties, TIES)
     tokens = _plain("source", source), _plain("target", target)
-    skipped = set(special_ids.tolist() if isinstance(special_ids, Tensor | np.ndarray) else special_ids)
+    if not isinstance(special_ids, Iterable):
+        raise TypeError(f"special_ids must be several tokens, such as a tuple; got {special_ids!r}")
     number: dict[Hashable, int] = {}
     try:
         x, y = (np.array([number.setdefault(t, len(number)) for t in side], np.int64) for side in tokens)
-        special = [number[token] for token in skipped if token in number]
+        skipped = special_ids.tolist() if isinstance(special_ids, Tensor | np.ndarray) else special_ids
+        special = [number[token] for token in set(skipped) if token in number]
     except TypeError as error:
         raise TypeError(f"tokens must be hashable; got one that is not: {error}") from None
     if special:
@@ -109,6 +111,8 @@ def _plain(name: str, tokens: Any) -> list[Hashable]:
             raise TypeError(f"{name} must hold integers or words; got dtype {tokens.dtype}")
         return list(tokens.tolist())
     try:
+        if isinstance(tokens, set | frozenset):
+            raise TypeError
         return list(tokens)
     except TypeError:
         raise TypeError(f"{name} must be a sequence of tokens; got {type(tokens).__name__}") from None
@@ -236,6 +240,7 @@ def copy_loss(
         tensor(4.3944)
     """
     check_float("copy_logits", copy_logits)
+    check_int("ignore_index", ignore_index, -(2**63))
     check_real("weight", weight, minimum=0.0)
     check_real("source_weight", source_weight, minimum=0.0)
     batch = copy_logits.shape[:-1]
