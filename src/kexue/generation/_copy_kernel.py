@@ -16,6 +16,7 @@ from kexue.words._numba import compiled
 DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``follow`` and ``step`` return
 
 LARGEST_K = 128  # beyond it, inserting into a sorted list is no longer the way to find the k largest
+BLOCK = 64  # scores that are compared at once
 
 
 @compiled(nogil=True)
@@ -36,34 +37,32 @@ def choose(logits: Any, match: Any, z: Any) -> bool:
 
 
 @compiled(nogil=True)
-def allow(ids: Any, usable: Any, ends: Any, owner: Any, match: Any, z: Any, use: Any, mask: Any) -> None:
-    """Fill ``use`` and ``mask``."""
+def reach(usable: Any, owner: Any, match: Any, z: Any, use: Any) -> None:
+    """Fill ``use``; a row of it without any position is not constrained."""
     length = match.shape[1]
     for row in range(len(match)):
-        source, tag = owner[row], z[row]
+        source, found = owner[row], False
         use[row] = False
-        found = False
-        if tag == 2:
+        if z[row] == 2:
             for j in range(1, length):
-                if match[row, j - 1] and usable[source, j]:
-                    if not found:
-                        found = True
-                        mask[row] = False
-                    use[row, j] = True
-                    mask[row, ids[source, j]] = True
-        if tag != 0 and not found:
-            for j in range(length):
-                if usable[source, j]:
-                    if not found:
-                        found = True
-                        mask[row] = False
-                    use[row, j] = True
-                    mask[row, ids[source, j]] = True
-        if found:
-            for end in ends:
-                mask[row, end] = True
-        else:
-            mask[row] = True
+                following = match[row, j - 1] & usable[source, j]
+                use[row, j] = following
+                found |= following
+        if z[row] != 0 and not found:
+            use[row] = usable[source]
+
+
+@compiled(nogil=True)
+def allow(ids: Any, usable: Any, ends: Any, owner: Any, match: Any, z: Any, use: Any, mask: Any) -> None:
+    """Fill ``use`` and ``mask``."""
+    reach(usable, owner, match, z, use)
+    for row in range(len(match)):
+        mask[row] = not use[row].any()
+        for j in range(match.shape[1]):
+            if use[row, j]:
+                mask[row, ids[owner[row], j]] = True
+        for end in ends:
+            mask[row, end] = True
 
 
 @compiled(nogil=True)
@@ -105,40 +104,79 @@ def find(ids: Any, length: int, before: Any, sources: int, rows: Any) -> bool:
 
 
 @compiled(nogil=True)
-def survivors(scores: Any, mask: Any, top_k: int, out: Any) -> None:
-    """Log-softmax over the ``top_k`` largest of the allowed scores (the lowest ids of equal ones), -inf elsewhere."""
-    values, places = np.empty(top_k + 1), np.empty(top_k + 1, np.int64)
+def insert(value: Any, place: int, values: Any, places: Any, count: int) -> int:
+    """Into a list of the largest values (the lowest places of equal ones), unless it is there; its new length."""
+    k = count
+    while k > 0 and (values[k - 1] < value or (values[k - 1] == value and places[k - 1] > place)):
+        k -= 1
+    if k == len(values) or (k > 0 and values[k - 1] == value and places[k - 1] == place):
+        return count
+    count = min(count + 1, len(values))
+    for m in range(count - 1, k, -1):
+        values[m], places[m] = values[m - 1], places[m - 1]
+    values[k], places[k] = value, place
+    return count
+
+
+@compiled(nogil=True)
+def largest(scores: Any, values: Any, places: Any) -> int:
+    """The list for all of ``scores``; its length, -1 if there is NaN."""
+    count, floor = 0, scores.dtype.type(-math.inf)
+    for start in range(0, len(scores), BLOCK):
+        part = scores[start : start + BLOCK]
+        news = 0
+        for value in part:  # without a branch, so that the processor compares several at once
+            news += not value <= floor
+        if news == 0:
+            continue
+        for k in range(len(part)):
+            if part[k] <= floor:
+                continue
+            if math.isnan(part[k]):
+                return -1
+            count = insert(part[k], start + k, values, places, count)
+            if count == len(values):
+                floor = values[count - 1]
+    return count
+
+
+@compiled(nogil=True)
+def survivors(scores: Any, ids: Any, ends: Any, owner: Any, use: Any, top_k: int, out: Any) -> None:
+    """Log-softmax over the ``top_k`` largest of the allowed scores (the lowest ids of equal ones), -inf elsewhere.
+
+    A constrained row costs no look at the vocabulary: its candidates are read off the source.
+    """
+    values, places = np.empty(top_k, scores.dtype), np.empty(top_k, np.int64)
     for row in range(len(scores)):
-        count, broken = 0, False
-        for attempt in range(2):
-            for v in range(scores.shape[1]):
-                if attempt == 0 and not mask[row, v]:
-                    continue
-                value = scores[row, v]
-                if count == top_k and value <= values[count - 1]:
-                    continue
-                if value == -math.inf:
-                    continue
+        source, count, constrained = owner[row], 0, False
+        for j in range(use.shape[1]):
+            if use[row, j]:
+                constrained = True
+                value = scores[row, ids[source, j]]
                 if math.isnan(value):
-                    broken = True
+                    count = -1
                     break
-                k = count
-                while k > 0 and values[k - 1] < value:
-                    values[k], places[k] = values[k - 1], places[k - 1]
-                    k -= 1
-                values[k], places[k] = value, v
-                count = min(count + 1, top_k)
-            if count > 0 or broken:
-                break  # otherwise nothing that is allowed is left: the row is not constrained
-        if broken or (count > 0 and values[0] == math.inf):
+                if value > -math.inf and (count < top_k or value >= values[count - 1]):
+                    count = insert(value, ids[source, j], values, places, count)
+        if constrained and count >= 0:
+            for end in ends:
+                value = scores[row, end]
+                if math.isnan(value):
+                    count = -1
+                    break
+                if value > -math.inf:
+                    count = insert(value, end, values, places, count)
+        if count == 0:  # not constrained, or nothing that is allowed is left
+            count = largest(scores[row], values, places)
+        if count < 0 or (count > 0 and values[0] == math.inf):
             out[row] = math.nan
             continue
         out[row] = -math.inf
-        total = 0.0
+        top, total = float(values[0]), 0.0
         for k in range(count):
-            total += math.exp(values[k] - values[0])
+            total += math.exp(values[k] - top)
         for k in range(count):
-            out[row, places[k]] = values[k] - values[0] - math.log(total)
+            out[row, places[k]] = values[k] - top - math.log(total)
 
 
 @compiled(nogil=True)
@@ -159,14 +197,17 @@ def follow(
 @compiled(nogil=True)
 def step(
     ids: Any, usable: Any, ends: Any, owner: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int,
-    match: Any, owners: Any, used: Any, mask: Any, out: Any,
+    match: Any, owners: Any, used: Any, out: Any,
 ) -> int:  # fmt: skip
-    """All of the above for rows that are one token longer than those before."""
+    """What a logits processor does for rows that are one token longer than those before; no mask is made."""
     length = before.shape[1]
-    rows = np.empty(len(now), np.int64)
+    rows, z = np.empty(len(now), np.int64), np.empty(len(now), np.int64)
     if not find(now, length, before, len(ids), rows):
         return NOT_FOUND
-    done = follow(ids, usable, ends, owner, use, rows, now[:, length], logits, match, owners, used, mask)
-    if done == DONE:
-        survivors(scores, mask, top_k, out)
-    return int(done)
+    if not advance(ids, owner, use, rows, now[:, length], match, owners):
+        return NOT_FOUND
+    if not choose(logits, match, z):
+        return NOT_A_NUMBER
+    reach(usable, owners, match, z, used)
+    survivors(scores, ids, ends, owners, used, top_k, out)
+    return DONE

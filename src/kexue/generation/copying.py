@@ -104,7 +104,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         self.special_ids = check_special(special_ids)
         self.copy_logits, self.top_k, self.prompt_length = copy_logits, top_k or 0, int(prompt_length)
         self._constraint: CopyConstraint | None = None
-        self._last: tuple[Tensor, CopyState, Any] | None = None  # ids, state, use of the call before
+        self._last: tuple[Any, CopyState, Any] | None = None  # ids, state, use of the call before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities of the tokens that may follow.
@@ -121,15 +121,27 @@ class CopyLogitsProcessor(LogitsProcessor):
         rows, sources = len(input_ids), len(constraint.ids)
         if rows % max(sources, 1):
             raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
-        ids = input_ids.detach().to(torch.long).clone(memory_format=torch.contiguous_format)
-        wide = scores.detach().to(compute_dtype(scores)).contiguous()
+        # A copy, since generate may write to its ids
+        ids: Any = (
+            np.array(input_ids.numpy(), np.int64, order="C")
+            if constraint.compiled
+            else input_ids.to(device=scores.device, dtype=torch.long, copy=True)
+        )
+        wide = scores.detach()
+        if wide.dtype in (torch.float16, torch.bfloat16) or not wide.is_contiguous():
+            wide = wide.to(compute_dtype(scores)).contiguous()
         logits = self._tags(input_ids)
         made = self._step(constraint, ids, logits, wide)
         if made is None:
             state = self._state(constraint, ids)
             use, allowed = constraint.allow(state, constraint.choose(state, logits))
             self._last = ids, state, use
-            made = _survivors(wide, allowed, self.top_k, _on_kernel(constraint, self.top_k))
+            if _on_kernel(constraint, self.top_k):
+                made = torch.empty_like(wide)
+                source, _, ends = constraint.arrays
+                _copy_kernel.survivors(wide.numpy(), source, ends, state.owner, use, self.top_k, made.numpy())
+            else:
+                made = _survivors(wide, allowed, self.top_k)
         return made.to(scores.dtype)
 
     def _check(self, input_ids: Any, scores: Any) -> None:
@@ -162,16 +174,16 @@ class CopyLogitsProcessor(LogitsProcessor):
         device = input_ids.device if self._constraint is None else self._constraint.ids.device
         return check_logits(logits, len(input_ids), device)
 
-    def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
+    def _step(self, constraint: CopyConstraint, ids: Any, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
         if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
-        new, (_, room) = constraint.empty(len(ids)), constraint.room(len(ids))
-        used, made = np.empty_like(new.match), torch.empty(scores.shape, dtype=scores.dtype)
+        new, made = constraint.empty(len(ids)), torch.empty_like(scores)
+        used = np.empty_like(new.match)
         done = _copy_kernel.step(
-            *constraint.arrays, owner, use, before.numpy(), ids.numpy(), logits.numpy(), scores.numpy(), self.top_k,
-            *new, used, room, made.numpy(),
+            *constraint.arrays, owner, use, before, ids, logits.numpy(), scores.numpy(), self.top_k, *new, used,
+            made.numpy(),
         )  # fmt: skip
         if done == _copy_kernel.NOT_A_NUMBER:
             raise ValueError(NOT_A_NUMBER)
@@ -180,12 +192,14 @@ class CopyLogitsProcessor(LogitsProcessor):
         self._last = ids, new, used
         return made
 
-    def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
+    def _state(self, constraint: CopyConstraint, ids: Any) -> CopyState:
         """The state of each row: from the call before, or by deciding all tags again."""
         if ids.shape[1] == self.prompt_length:
             return constraint.start(len(ids))
+        ids = torch.as_tensor(ids)
         if self._last is not None:
             before, state, use = self._last
+            before = torch.as_tensor(before)
             new = ids.shape[1] - before.shape[1]
             rows = _find(ids, before, len(constraint.ids), constraint.compiled) if new in (0, 1) else None
             if rows is not None:
@@ -205,20 +219,16 @@ def _find(ids: Tensor, before: Tensor, sources: int, compiled: bool) -> Tensor |
     if compiled:
         rows = torch.empty(len(ids), dtype=torch.long)
         return rows if _copy_kernel.find(ids.numpy(), length, before.numpy(), sources, rows.numpy()) else None
-    groups = ids[:, :length].reshape(sources, -1, 1, length)
-    equal = (groups == before.reshape(sources, 1, -1, length)).all(-1)  # (B, rows, rows before)
+    groups = ids[:, :length].reshape(sources, len(ids) // sources, 1, length)
+    equal = (groups == before.reshape(sources, 1, len(before) // sources, length)).all(-1)  # (B, rows, rows before)
     if not bool(equal.any(-1).all()):
         return None
     first = torch.arange(sources, device=ids.device)[:, None] * equal.shape[2]
     return (first + equal.to(torch.uint8).argmax(-1)).flatten()
 
 
-def _survivors(scores: Tensor, allowed: Tensor, top_k: int, compiled: bool) -> Tensor:
+def _survivors(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     """Log-softmax over the top k of the allowed tokens of each row."""
-    if compiled:
-        made = torch.empty(scores.shape, dtype=scores.dtype)
-        _copy_kernel.survivors(scores.numpy(), allowed.numpy(), top_k, made.numpy())
-        return made
     masked = scores.masked_fill(~allowed, -torch.inf)
     masked = torch.where((masked == -torch.inf).all(1, keepdim=True), scores, masked)
     broken = masked.isnan().any(1, keepdim=True)
