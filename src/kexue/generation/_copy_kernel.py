@@ -16,7 +16,7 @@ from kexue.words._numba import compiled
 DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``follow`` and ``step`` return
 
 LARGEST_K = 128  # beyond it, inserting into a sorted list is no longer the way to find the k largest
-BLOCK = 64  # scores that are compared at once
+BLOCK = 32  # scores that are compared at once
 
 
 @compiled(nogil=True)

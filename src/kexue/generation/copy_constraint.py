@@ -277,7 +277,10 @@ def check_logits(copy_logits: Any, rows: int, device: torch.device) -> Tensor:
     check_float("copy_logits", copy_logits)
     if copy_logits.shape != (rows, 3):
         raise ValueError(f"copy_logits must be ({rows}, 3), O B I a row; got shape {tuple(copy_logits.shape)}")
-    return copy_logits.detach().to(device=device, dtype=compute_dtype(copy_logits)).contiguous()
+    logits = copy_logits.detach()
+    if logits.device != device or logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.to(device=device, dtype=compute_dtype(logits))
+    return logits.contiguous()
 
 
 def check_ids(source_ids: Any) -> Tensor:

@@ -118,7 +118,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         """
         self._check(input_ids, scores)
         constraint = self._tables(scores)
-        rows, sources = len(input_ids), len(constraint.ids)
+        rows, sources = scores.shape[0], constraint.ids.shape[0]
         if rows % max(sources, 1):
             raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
         # A copy, since generate may write to its ids
@@ -130,7 +130,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         wide = scores.detach()
         if wide.dtype in (torch.float16, torch.bfloat16) or not wide.is_contiguous():
             wide = wide.to(compute_dtype(scores)).contiguous()
-        logits = self._tags(input_ids)
+        logits = self._tags(input_ids, scores.device)
         made = self._step(constraint, ids, logits, wide)
         if made is None:
             state = self._state(constraint, ids)
@@ -142,14 +142,14 @@ class CopyLogitsProcessor(LogitsProcessor):
                 _copy_kernel.survivors(wide.numpy(), source, ends, state.owner, use, self.top_k, made.numpy())
             else:
                 made = _survivors(wide, allowed, self.top_k)
-        return made.to(scores.dtype)
+        return made if made.dtype == scores.dtype else made.to(scores.dtype)
 
     def _check(self, input_ids: Any, scores: Any) -> None:
         check_float("scores", scores, 2)
         if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise TypeError(f"input_ids must be a tensor of integers; got {got}")
-        if input_ids.dim() != 2 or len(input_ids) != len(scores):
+        if input_ids.dim() != 2 or input_ids.shape[0] != scores.shape[0]:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got {shape}")
         if input_ids.shape[1] < self.prompt_length:
@@ -168,11 +168,10 @@ class CopyLogitsProcessor(LogitsProcessor):
             self._last = None
         return found
 
-    def _tags(self, input_ids: Tensor) -> Tensor:
+    def _tags(self, input_ids: Tensor, device: torch.device) -> Tensor:
         with torch.no_grad():
             logits = self.copy_logits(input_ids)
-        device = input_ids.device if self._constraint is None else self._constraint.ids.device
-        return check_logits(logits, len(input_ids), device)
+        return check_logits(logits, input_ids.shape[0], device)
 
     def _step(self, constraint: CopyConstraint, ids: Any, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
@@ -206,7 +205,7 @@ class CopyLogitsProcessor(LogitsProcessor):
                 return constraint.advance(state, use, ids[:, -1], rows) if new else constraint.reorder(state, rows)
         state = constraint.start(len(ids))
         for t in range(self.prompt_length, ids.shape[1]):
-            use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t])))
+            use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t], ids.device)))
             state = constraint.advance(state, use, ids[:, t])
         return state
 
