@@ -6,12 +6,18 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import Table, compare, installed
-from kexue.tasks import align_extract, rouge_corpus, split_pieces, text_rank
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import Row, Table, compare, cpu_seconds, installed, versions
+from kexue.corpus import installed_documentation
+from kexue.tasks import align_extract, join_pieces, rouge_corpus, split_pieces, text_rank
 from kexue.tasks._rouge_kernel import overlaps
 from kexue.tasks._rouge_tokens import token_table
+from kexue.tasks._text_words import word_list
 
 SECTION = "ROUGE, extractive labels, TextRank"
+PACKAGES = ("sklearn", "torch", "matplotlib", "transformers", "numba", "jinja2", "scipy", "networkx", "sympy")
 
 
 def judgments(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -94,9 +100,7 @@ def subsequence() -> Table:
     """The longest common subsequence alone."""
     a, b = (summary for _, summary in judgments(2))
     tokens = token_table([a, b] * 100, unique=True, weighted=False)
-    from numpy import arange
-
-    left, right = arange(0, 200, 2), arange(1, 200, 2)
+    left, right = np.arange(0, 200, 2), np.arange(1, 200, 2)
     fields = (tokens.ids, tokens.starts, tokens.ones, tokens.one_starts, tokens.twos, tokens.two_starts)
     expected = _table_subsequence(a, b)
     if overlaps(*fields, tokens.weights, tokens.width, left, right)[0, 2] != expected:
@@ -166,25 +170,35 @@ def labels() -> Table:
     )
 
 
+def sumy_choice(name: str, words: Callable[[str], list[str]]) -> Callable[[list[str], int], list[int]]:
+    """The most central pieces, by a summarizer of sumy that gets our pieces and words."""
+    from importlib import import_module
+
+    from sumy.models.dom import ObjectDocumentModel, Paragraph, Sentence
+
+    class Words:
+        def to_words(self, text: str) -> tuple[str, ...]:
+            return tuple(words(text))
+
+    summarizer = getattr(import_module(f"sumy.summarizers.{name}_rank"), f"{name.title()}RankSummarizer")()
+
+    def choice(pieces: list[str], count: int) -> list[int]:
+        sentences = {k: Sentence(piece, Words()) for k, piece in enumerate(pieces) if words(piece)}
+        chosen = summarizer(ObjectDocumentModel([Paragraph(list(sentences.values()))]), count)
+        return [k for k, sentence in sentences.items() if any(sentence is one for one in chosen)]
+
+    return choice
+
+
 def ranks() -> Table:
     """TextRank of 200 pieces."""
     pieces = [piece for text, _ in judgments(2) for piece in split_pieces(text, "zh")][:200]
     contenders: dict[str, Callable[[], Any]] = {"text_rank": lambda: text_rank(pieces)}
     packages = []
     if installed("sumy"):
-        from sumy.models.dom import ObjectDocumentModel, Paragraph, Sentence
-        from sumy.summarizers.lex_rank import LexRankSummarizer
-        from sumy.summarizers.text_rank import TextRankSummarizer
-
-        class Pairs:
-            def to_words(self, text: str) -> tuple[str, ...]:
-                return tuple(text[k : k + 2] for k in range(len(text) - 1)) or (text,)
-
-        def document() -> Any:
-            return ObjectDocumentModel([Paragraph([Sentence(piece, Pairs()) for piece in pieces])])
-
-        contenders["sumy TextRank"] = lambda: TextRankSummarizer()(document(), 20)
-        contenders["sumy LexRank"] = lambda: LexRankSummarizer()(document(), 20)
+        for name in ("text", "lex"):
+            choice = sumy_choice(name, lambda text: [text[k : k + 2] for k in range(len(text) - 1)] or [text])
+            contenders[f"sumy {name.title()}Rank"] = lambda choice=choice: choice(pieces, 20)
         packages.append("sumy")
     return compare(
         "TextRank",
@@ -196,5 +210,61 @@ def ranks() -> Table:
     )
 
 
+def _documentation(package: str, most: int) -> list[tuple[list[str], str]]:
+    """Pieces of docstrings without their first lines, and these."""
+    found = []
+    for document in installed_documentation([package]):
+        line, _, text = document.text.strip().partition("\n")
+        if len(text) > 200 and len(word_list(line)) > 2 and 4 <= len(pieces := split_pieces(text)) <= 100:
+            found.append((pieces, line))
+    random.Random(0).shuffle(found)
+    return found[:most]
+
+
+def quality(most: int = 250) -> Table:
+    """The pieces that are ranked first, against first lines of docstrings."""
+    choices: dict[str, Callable[[list[str], int], list[int]]] = {
+        "text_rank": lambda pieces, count: sorted(np.argsort(-text_rank(pieces), kind="stable")[:count].tolist()),
+        "opening": lambda pieces, count: list(range(count)),
+    }
+    if installed("sumy"):
+        choices |= {f"sumy {name.title()}Rank": sumy_choice(name, word_list) for name in ("text", "lex")}
+    packages = [name for name in PACKAGES if installed(name)]
+    pairs = [_documentation(name, most) for name in packages]
+    found: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
+    seconds = dict.fromkeys(choices, 0.0)
+    for name, choice in choices.items():
+        for count in (1, 3):
+            for rows in pairs:
+                start = cpu_seconds()
+                written = [join_pieces(pieces[k] for k in choice(pieces, count)) for pieces, _ in rows]
+                seconds[name] += cpu_seconds() - start
+                main = rouge_corpus(written, [line for _, line in rows], "word", tokenizer=word_list)["main"]
+                found.setdefault((name, count), []).append(main)
+    peer = "sumy TextRank" if installed("sumy") else "opening"
+    table = []
+    for name in choices:
+        extra = {}
+        for count, what in ((1, "best piece"), (3, "best three")):
+            extra[what] = f"{np.mean([main.mean() for main in found[name, count]]):.4f}"
+            if name != "text_rank":
+                lead = [ours - main for ours, main in zip(found["text_rank", count], found[name, count], strict=True)]
+                noise = np.sqrt(sum(x.var() / len(x) for x in lead)) / len(lead)
+                above = sum(x.mean() > 0 for x in lead)
+                extra[f"lead of text_rank, {what}"] = (
+                    f"{np.mean([x.mean() for x in lead]):+.4f} (s.e. {noise:.4f}; in {above} of {len(lead)})"
+                )
+        table.append(Row(name, seconds[name] * 1e3, seconds[peer] / seconds[name], extra))
+    return Table(
+        "Quality of TextRank",
+        f"{sum(map(len, pairs))} docstrings of {', '.join(packages)} (at most {most} each): the pieces ranked first "
+        "against the first line, main metric by words, mean over the packages.",
+        peer,
+        table,
+        versions("numpy", *(["sumy"] if installed("sumy") else [])),
+        ["All get the same pieces. The similarity of text_rank was not chosen on these packages."],
+    )
+
+
 def run() -> list[Table]:
-    return [scores(), subsequence(), labels(), ranks()]
+    return [scores(), subsequence(), labels(), ranks(), quality()]

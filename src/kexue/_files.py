@@ -155,6 +155,17 @@ def replaced_folder(path: str | os.PathLike[str], mark: str, content: str) -> It
         raise
 
 
+@contextlib.contextmanager
+def run_folder(checkpoint: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield the folder of a training: ``checkpoint``, made if it is not there; without one a folder that goes away."""
+    if checkpoint is not None:
+        Path(checkpoint).mkdir(parents=True, exist_ok=True)
+        yield Path(checkpoint)
+        return
+    with tempfile.TemporaryDirectory(prefix="kexue-run-") as folder:
+        yield Path(folder)
+
+
 def _set_aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def check_float(name: str, x: Any, dims: int | None = None) -> None:

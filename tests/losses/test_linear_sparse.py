@@ -295,6 +295,9 @@ H, W, Y = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3])
         (lambda: LinearSparseCrossEntropyLoss(0), ValueError, "0"),
         (lambda: LinearSparseCrossEntropyLoss(chunk_bytes=1.0), TypeError, "1.0"),
         (lambda: LinearSparseCrossEntropyLoss(label_smoothing=2), ValueError, "2"),
+        (lambda: LinearSparseCrossEntropyLoss(class_weight=torch.tensor(1.0)), ValueError, "class_weight"),
+        (lambda: LinearSparseCrossEntropyLoss(ignore_index=True), TypeError, "True"),
+        (lambda: LinearSparseCrossEntropyLoss(sparse_grad="yes"), TypeError, "yes"),
     ],
 )
 def test_bad_input_is_named(call, error, words):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kexue.losses import SparseCrossEntropyLoss, _topk_kernel, sparse_cross_entropy, sparse_softmax
 from kexue.losses._topk_kernel import nucleus, top_indices
+from kexue.losses.sparse_softmax import _differentiable_losses, picked_losses
 from reference import spaces_sparse as reference
 
 INF = math.inf
@@ -84,6 +85,37 @@ def test_the_largest_are_found_and_ties_go_to_the_lowest_index(n, k, levels, see
         assert torch.equal(top_indices(rounded, k).sort(dim=1).values, stable)
     if k < n:
         assert torch.equal(_topk_kernel._chosen(scores, k).sort(dim=1).values, want)
+
+
+@pytest.mark.parametrize("n", [127, 128, 129, 191, 1000, 4096, 4097])
+def test_short_and_long_rows_find_the_same(n):
+    scores = torch.randn(24, n, generator=generator(n))
+    scores[4:8] = scores[4:8].mul(3).round()  # many equal scores
+    scores[8:12, 20:] = -INF  # fewer than k scores
+    scores[12] = 0
+    scores[13:16, 77] = INF
+    scores[16] = scores[16].sort().values
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    for k in (1, 10, 32, 33):
+        assert torch.equal(top_indices(scores, k).sort(dim=1).values, order[:, :k].sort(dim=1).values)
+
+
+def test_short_rows_need_no_heap_unless_they_have_nan_or_ties():
+    from kexue.losses._topk_scan import BLOCK, FEW, _take
+
+    def take(row, k=10):
+        keys, index = np.empty(k, np.float32), np.empty(k, np.int64)
+        seats = np.empty(BLOCK + 4 * k + len(row) // BLOCK + 1, np.int64)
+        return _take(row.numpy(), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32), seats, keys, index)
+
+    for seed in range(20):
+        row = torch.randn(1000, generator=generator(seed))
+        assert take(row)
+        assert take(row[:128], FEW // 2)
+        for place in (0, 500, 999):
+            assert not take(row.index_fill(0, torch.tensor([place]), math.nan))
+    assert not take(torch.zeros(1000))
+    assert not take(torch.full((1000,), -INF))
 
 
 @settings(max_examples=30, deadline=None)
@@ -253,6 +285,29 @@ def test_gradients_and_second_gradients_agree_with_finite_differences(kept):
     assert torch.autograd.gradgradcheck(lambda x: sparse_softmax(x, **kept), scores)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_short_way_to_the_gradient_gives_that_of_autograd(weighted):
+    picked = drawn(6, 5, 3).requires_grad_()
+    index, target = torch.arange(4).expand(6, 4), torch.tensor([0, 3, 7, 2, 1, 8])
+    ignored = torch.tensor([False, False, False, True, False, False])
+    with torch.no_grad():
+        picked[:, 4] -= 20  # a target outside Omega is below it
+        picked[0, 4], picked[1, 4], picked[4, 4] = picked[0, 0], picked[1, 3], picked[4, 1]
+        picked[5] = -INF
+        picked[3, 1] = math.nan
+    weight = torch.linspace(0.5, 2, 9, dtype=torch.float64) if weighted else None
+    given = (picked, index, None, target, ignored, weight, 0.0)
+    ours, usual = picked_losses(*given), _differentiable_losses(*given)
+    torch.testing.assert_close(ours, usual)
+    pull = drawn(1, 6, 4)[0]
+    first = [torch.autograd.grad(loss, picked, pull, create_graph=again, retain_graph=True)[0]
+             for loss, again in ((ours, False), (ours, True), (usual, False))]  # fmt: skip
+    torch.testing.assert_close(first[0], first[2])
+    torch.testing.assert_close(first[1].detach(), first[2])
+    assert not first[0].requires_grad
+    assert first[1].requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kept", [{"k": 5}, {"k": 200}, {"p": 0.9}])
 def test_low_precision_is_reduced_in_float32(dtype, kept):
@@ -374,7 +429,7 @@ LABELS = torch.tensor([0, 2])
         (lambda: sparse_softmax(GOOD, 2, -3), ValueError, "dim"),
         (lambda: sparse_softmax(GOOD.long()), TypeError, "int64"),
         (lambda: sparse_softmax([1.0]), TypeError, "list"),
-        (lambda: sparse_softmax(torch.tensor(1.0)), ValueError, "dim"),
+        (lambda: sparse_softmax(torch.tensor(1.0)), ValueError, "at least one dimension; got a number"),
         (lambda: sparse_softmax(torch.zeros(2, 0)), ValueError, "class"),
         (lambda: sparse_cross_entropy(torch.tensor(1.0), LABELS), ValueError, "number"),
         (lambda: sparse_cross_entropy(torch.zeros(2, 0), LABELS), ValueError, "class"),
@@ -398,6 +453,8 @@ LABELS = torch.tensor([0, 2])
         (lambda: SparseCrossEntropyLoss(0), ValueError, "0"),
         (lambda: SparseCrossEntropyLoss(5, p=0.5), ValueError, "not both"),
         (lambda: SparseCrossEntropyLoss(weight=torch.ones(2, 2)), ValueError, "2, 2"),
+        (lambda: SparseCrossEntropyLoss(weight=torch.tensor(1.0)), ValueError, "1 dim"),
+        (lambda: SparseCrossEntropyLoss(ignore_index=1.5), TypeError, "1.5"),
         (lambda: SparseCrossEntropyLoss(reduction="no"), ValueError, "no"),
     ],
 )

@@ -175,6 +175,52 @@ def test_every_gradient_agrees_with_differences(top_k):
         )
 
 
+@pytest.mark.parametrize("segment", [0, 1])
+def test_the_segments_of_padding_do_not_matter(segment):
+    model, (ids, segments) = make(), batch()
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0]])
+    kept = mask[0].bool()
+    spread, kinds = torch.full((1, 12), 9), torch.full((1, 12), segment)
+    spread[:, kept], kinds[:, kept] = ids, segments
+    hidden = model.kexue(spread, mask, kinds).last_hidden_state[:, kept]
+    torch.testing.assert_close(hidden, model.kexue(ids, None, segments).last_hidden_state)
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+def test_empty_rows_sources_and_batches(pointer):
+    model, (ids, segments) = make(pointer=pointer), batch()
+    without = model(ids, token_type_ids=torch.ones_like(ids), labels=ids, return_logits=True)
+    features = model.lm_head.features(model.kexue(ids, None, torch.ones_like(ids)).last_hidden_state)
+    torch.testing.assert_close(without.logits, model.lm_head.decoder(features))  # nothing can be pointed at
+    without.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    for rows, length in ((0, 7), (1, 0), (1, 1), (0, 0)):
+        out = model(ids[:rows, :length], token_type_ids=segments[:rows, :length], labels=ids[:rows, :length])
+        assert out.loss == 0
+        logits = model(ids[:rows, :length], token_type_ids=segments[:rows, :length]).logits
+        assert logits.shape == (rows, length, 30)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_compiled_in_one_graph_it_gives_the_same(top_k):
+    model, (ids, segments) = make(), batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    arguments = {"token_type_ids": segments, "labels": ids, "top_k": top_k, "return_logits": True}
+    out, expected = compiled(ids, **arguments), model(ids, **arguments)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.logits, expected.logits)
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+def test_under_autocast_the_loss_is_summed_in_float32(pointer):
+    model, (ids, segments) = make(pointer=pointer).float(), batch()
+    expected = model(ids, token_type_ids=segments, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, token_type_ids=segments, labels=ids).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+
+
 def test_a_row_that_predicts_nothing_has_loss_0_and_a_gradient():
     model, (ids, _) = make(), batch()
     out = model(ids, labels=ids)
@@ -183,10 +229,11 @@ def test_a_row_that_predicts_nothing_has_loss_0_and_a_gradient():
     assert out.num_items == 0
 
 
-def test_lower_precision_is_summed_in_float32():
-    model, (ids, segments) = make(), batch()
+@pytest.mark.parametrize("pointer", [True, False])
+def test_lower_precision_is_summed_in_float32(pointer):
+    model, (ids, segments) = make(pointer=pointer), batch()
     expected = model(ids, token_type_ids=segments, labels=ids).loss
-    low = make().bfloat16()(ids, token_type_ids=segments, labels=ids)
+    low = make(pointer=pointer).bfloat16()(ids, token_type_ids=segments, labels=ids)
     assert low.loss.dtype == torch.float32
     torch.testing.assert_close(low.loss.double(), expected, rtol=0.05, atol=0.05)
 
@@ -213,6 +260,14 @@ def test_the_pointer_can_be_left_out():
         (lambda m, x, s: m(x, token_type_ids=s * 2), ValueError, r"token_type_ids must be in \[0, 2\); got 2"),
         (lambda m, x, s: m(x, token_type_ids=s, labels=x[:, :3]), ValueError, r"labels must have shape \(1, 7\)"),
         (lambda m, x, s: m(x, token_type_ids=s, labels=x, top_k=0), ValueError, "top_k"),
+        (lambda m, x, s: m(x, token_type_ids=s, labels=x + 30), ValueError, r"labels must be in \[0, 30\); got 38"),
+        (lambda m, x, s: m(inputs_embeds=m.get_input_embeddings()(x)), ValueError, "whole rows.* got inputs_embeds"),
+        (lambda m, x, s: m(x, use_cache=True), ValueError, "whole rows.* got use_cache"),
+        (
+            lambda m, x, s: m(x, past_key_values=m.kexue(x, use_cache=True).past_key_values),
+            ValueError, "whole rows.* got past_key_values",
+        ),
+        (lambda m, x, s: m(x, x.new_ones(1, 1, 7, 7).bool()), ValueError, r"attention_mask must have shape \(B, T\)"),
         (lambda m, x, s: m(x, token_type_ids=s.double()), TypeError, "token_type_ids"),
         (lambda m, x, s: m.kexue(x[0], cu_seqlens=torch.tensor([0, 7])), ValueError, "takes no packed input"),
         (

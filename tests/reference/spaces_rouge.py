@@ -108,13 +108,13 @@ def walk(W, damping):
 
 
 def similarity(pieces):
-    """W of lists of n-grams."""
+    """W of lists of n-grams: cosines of counts times idf."""
     names = sorted({gram for piece in pieces for gram in piece})
     n = len(pieces)
-    A = np.array([[float(name in piece) for name in names] for piece in pieces]).reshape(n, len(names))
-    A *= np.log(n / np.maximum(A.sum(0), 1)) + 1
+    A = np.array([[float(piece.count(name)) for name in names] for piece in pieces]).reshape(n, len(names))
+    A *= np.log(n / np.maximum((A > 0).sum(0), 1)) + 1
     lengths = np.linalg.norm(A, axis=1, keepdims=True)
-    A /= np.sqrt(np.where(lengths > 0, lengths, 1))
+    A /= np.where(lengths > 0, lengths, 1)
     W = A @ A.T
     np.fill_diagonal(W, 0)
     return W

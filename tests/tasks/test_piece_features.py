@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
-from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, tokens
+from kexue.tasks import _piece_features
+from kexue.tasks._piece_features import MARKS, WIDTH, PieceEncoder, hashed, hashes_of
+from kexue.tasks._text_words import tokens
 
 PIECES = ["Return the mean.", "..", "原告诉称，", "The mean is a number.", ""]
 
@@ -34,13 +38,22 @@ def test_vectors_of_a_document_are_finite_and_the_same_each_time(pieces: list[st
     np.testing.assert_array_equal(found, PieceEncoder()(pieces).toarray())
 
 
+def test_hashes_are_those_of_zlib_and_only_those_of_usual_words_are_remembered() -> None:
+    for word in ("the", "weighted", "均", "x" * 5000):
+        parts = [word] if len(word) <= 4 else [word, "^" + word[:4], word[-3:] + "$"]
+        assert hashes_of(word) == tuple(zlib.crc32(part.encode()) for part in parts)
+    before = _piece_features._kept_hashes.cache_info().currsize
+    hashed(["y" * 100 + str(i) for i in range(10)])
+    assert _piece_features._kept_hashes.cache_info().currsize == before
+
+
 def test_words_are_lower_case_and_chinese_characters_stand_alone() -> None:
     assert tokens("The 3D-mean 均值。x_1") == ["the", "3d", "mean", "均", "值", "x", "1"]
 
 
 def test_a_function_gives_its_own_vectors() -> None:
     encode = PieceEncoder(lambda texts: np.array([[len(text), 1] for text in texts]))
-    np.testing.assert_array_equal(encode(["ab", ""]).toarray(), [[2, 1], [0, 1]])
+    np.testing.assert_array_equal(encode(["ab", ""]), [[2, 1], [0, 1]])
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,17 @@ def test_chinese(text, pieces):
         ('He said "no." Then (he left.) End', ['He said "no."', "Then (he left.)", "End"]),
         ("Really?! Yes", ["Really?!", "Yes"]),
         ("1. First\n 2. Second", ["1. First", "2. Second"]),
+        ("Steps: 1. First. 2. Second. Version 2. Then", ["Steps: 1. First.", "2. Second.", "Version 2.", "Then"]),
+        ("J. R. R. Tolkien and Mr. J. Smith. He", ["J. R. R. Tolkien and Mr. J. Smith.", "He"]),
+        ("written by J. Smith. Vitamin C. It helps", ["written by J. Smith.", "Vitamin C.", "It helps"]),
+        (
+            "Smith et al. (2004) and al. 2005. She, et al. Then",
+            ["Smith et al. (2004) and al. 2005.", "She, et al.", "Then"],
+        ),
+        ("Ph.D. students, at 5 p.m. today, max. 3", ["Ph.D. students, at 5 p.m. today, max. 3"]),
+        ("the inverse of A.  Effective", ["the inverse of A.", "Effective"]),  # two spaces end a sentence
+        ("on Jan. 5. Go on . . . then. See .5 of it", ["on Jan. 5.", "Go on . . . then.", "See .5 of it"]),
+        ("in 1999. .5 is half", ["in 1999.", ".5 is half"]),
         ("a != b?x", ["a != b?x"]),
         ("one\n\n two", ["one", "two"]),
     ],
@@ -87,6 +98,17 @@ def test_ascii_marks_in_chinese_text():
         "验证.",
         "End, of it: x.",
     ]
+
+
+def test_numbers_of_items_stay_with_them():
+    assert split_pieces("男女之比为1:4.国内调查") == ["男女之比为1:4.", "国内调查"]
+    text = "判决如下：1.被告偿还3.5万元；2.驳回其他请求。共3.其中"
+    assert split_pieces(text) == ["判决如下：", "1.被告偿还3.5万元；", "2.驳回其他请求。", "共3.", "其中"]
+    assert split_pieces("１．被告；２．原告") == ["１．被告；", "２．原告"]
+
+
+def test_wide_and_narrow_marks_are_one_run():
+    assert split_pieces("真的？!好!？是！!!") == ["真的？!", "好!？", "是！!!"]
 
 
 def test_other_scripts():

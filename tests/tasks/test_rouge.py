@@ -109,15 +109,21 @@ def test_words_without_spaces_are_jiebas_and_others_are_lower_case():
 
 
 def test_words_of_chinese_need_jieba_or_a_tokenizer(monkeypatch):
-    from kexue.generation import cpm_tokenizer
+    from kexue.words import _jieba
 
     monkeypatch.setitem(sys.modules, "jieba", None)
-    cpm_tokenizer._dictionary.cache_clear()
+    _jieba._load.cache_clear()
     with pytest.raises(ImportError, match="zh.*tokenizer of your own"):
         rouge("今天", "今天", "word")
     assert rouge("today", "today!", "word")["rouge-1"] == 1
     assert rouge("今天 下雨", "今天 下雪", "word", tokenizer=str.split)["rouge-1"] == 0.5
-    cpm_tokenizer._dictionary.cache_clear()
+    _jieba._load.cache_clear()
+
+
+def test_a_tokenizer_must_return_tokens():
+    for found in (None, 3):
+        with pytest.raises(TypeError, match=f"tokenizer must return an iterable of tokens; got {found}"):
+            rouge("a", "a", tokenizer=lambda text, found=found: found)
 
 
 def test_a_tokenizer_cuts_texts_and_leaves_lists():

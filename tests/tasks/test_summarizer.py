@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import KFold, LeaveOneOut, ShuffleSplit
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    LeaveOneGroupOut,
+    LeaveOneOut,
+    PredefinedSplit,
+    ShuffleSplit,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+)
 
-from kexue.tasks import Summarizer, split_pieces, summarizer
+from kexue.tasks import Summarizer, rouge, split_pieces, summarizer
 from kexue.tasks._piece_features import PieceEncoder
 from kexue.tasks._summary_data import Texts, beyond_noise, document_folds, language_of
 from kexue.tasks._summary_extractor import Pieces, inner_rows, passing, probabilities, window
@@ -60,7 +70,7 @@ def test_no_document_is_extracted_by_a_labeller_that_saw_it(monkeypatch: pytest.
     monkeypatch.setattr(summarizer, "train_labeler", spy)
     monkeypatch.setattr(Pieces, "take", lambda self, rows: asked.append(set(map(int, rows))) or take(self, rows))
     documents = [*DOCUMENTS, *DOCUMENTS[:6]]  # equal ones share a fold
-    model = made(epochs=1, trim=False).fit(documents, [*SUMMARIES, *SUMMARIES[:6]])
+    model = made(epochs=1).fit(documents, [*SUMMARIES, *SUMMARIES[:6]])
     assert len(model.out_of_fold_extracts_) == 30
     extracted: list[int] = []
     for k, rows in enumerate(seen):
@@ -73,22 +83,41 @@ def test_no_document_is_extracted_by_a_labeller_that_saw_it(monkeypatch: pytest.
 
 
 def test_folds_of_any_splitter_leave_each_document_out_once() -> None:
-    rows = np.arange(12)
-    for folds in (2, 5, KFold(3), LeaveOneOut()):
-        parts = document_folds(folds, DOCUMENTS, rows, 0)
+    same = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 8])
+    rows = np.array([0, 1, 2, 4, 5, 6, 8, 9, 10, 11])  # 3 and 7 take no part
+    splitters = (
+        KFold(3), LeaveOneOut(), GroupKFold(4), StratifiedKFold(3), StratifiedGroupKFold(2), LeaveOneGroupOut(),
+        PredefinedSplit(np.arange(12) % 3),
+    )  # fmt: skip
+    for folds in (2, 5, *splitters):
+        parts = document_folds(folds, same, rows, 0)
         assert sorted(np.concatenate([test for _, test in parts])) == list(rows)
-        assert all(not set(train) & set(test) for train, test in parts)
+        for train, test in parts:
+            assert len(train)
+            assert set(train) <= set(rows)
+            assert not set(same[train]) & set(same[test])
     with pytest.raises(ValueError, match="must leave each document out once; document"):
-        document_folds(ShuffleSplit(2, random_state=0), DOCUMENTS, rows, 0)
-    with pytest.raises(ValueError, match="folds=13 needs at least as many different documents; got 12"):
-        document_folds(13, DOCUMENTS, rows, 0)
+        document_folds(ShuffleSplit(2, random_state=0), same, rows, 0)
+    with pytest.raises(ValueError, match="folds=8 needs at least as many different documents; got 7"):
+        document_folds(8, same, rows, 0)
+    with pytest.raises(ValueError, match="must train on documents other than"):
+        document_folds(KFold(2), np.zeros(4, np.int64), np.arange(4), 0)
+    with pytest.raises(ValueError, match="must number the 12 documents from 0"):
+        document_folds(PredefinedSplit(np.arange(13) % 3), same, rows, 0)
+    with pytest.raises(TypeError, match="folds must be an integer"):
+        document_folds(KFold, same, rows, 0)
 
 
 def test_the_epoch_is_chosen_on_rows_that_are_not_trained_on() -> None:
-    learned, held = inner_rows(np.arange(3, 43), 0)
+    learned, held = inner_rows(np.arange(3, 43), np.arange(50), 0)
     assert len(held) == 4
     assert sorted([*learned, *held]) == list(range(3, 43))
-    assert [len(x) for x in inner_rows(np.arange(4), 0)] == [4, 0]
+    assert [len(x) for x in inner_rows(np.arange(9), np.arange(9) % 4, 0)] == [9, 0]
+    for seed in range(20):
+        same = np.random.default_rng(seed).integers(0, 8, 30)
+        learned, held = inner_rows(np.arange(30), same, seed)
+        assert len(held)
+        assert not set(same[learned]) & set(same[held])
 
 
 def test_packed_windows_give_the_probabilities_of_each_document_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,39 +144,38 @@ def test_equal_seeds_give_equal_summaries_and_a_saved_model_gives_its_own(fitted
     loaded = Summarizer.load(tmp_path / "model")
     assert loaded.predict(DOCUMENTS) == fitted.predict(DOCUMENTS)
     assert loaded.get_params() == fitted.get_params()
-    for name in ("scores_", "unit_", "out_of_fold_extracts_", "trims_", "length_", "threshold_", "epochs_"):
+    for name in ("scores_", "unit_", "out_of_fold_extracts_", "length_", "threshold_", "epochs_"):
         assert getattr(loaded, name) == getattr(fitted, name)
     (tmp_path / "model" / "labelers.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no complete summarizer"):
         Summarizer.load(tmp_path / "model")
 
 
-def test_a_run_continues_from_its_checkpoint(
-    fitted: Summarizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = summarizer.train_labeler
-    calls = []
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("unit", None), ("length", "x"), ("labelers", 10**7), ("width", 0), ("width", 5), ("params", 3)],
+)
+def test_a_damaged_folder_is_refused_in_one_line(key: str, value: Any, fitted: Summarizer, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    path = tmp_path / "model" / "summarizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^[^\n]*model holds no complete summarizer: [^\n]+$"):
+        Summarizer.load(tmp_path / "model")
 
-    def stop(*given: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train(*given)
 
-    monkeypatch.setattr(summarizer, "train_labeler", stop)
-    with pytest.raises(KeyboardInterrupt):
-        made().fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path)
-    monkeypatch.setattr(summarizer, "train_labeler", train)
-    assert made().fit(DOCUMENTS, SUMMARIES, checkpoint=tmp_path).predict(DOCUMENTS) == fitted.predict(DOCUMENTS)
-    with pytest.raises(ValueError, match="data or model are others"):
-        made().fit(DOCUMENTS[::-1], SUMMARIES[::-1], checkpoint=tmp_path)
+def test_extracts_and_baselines_are_scored_on_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kexue.tasks._summary_selection.MOST_ROWS", 5)
+    model = made(epochs=1).fit(DOCUMENTS, SUMMARIES)
+    rows = np.random.default_rng(0).permutation(24)[:5]
+    lead = [rouge(split_pieces(DOCUMENTS[i])[0], SUMMARIES[i], "word")["main"] for i in rows]
+    assert model.scores_["lead-1"] == pytest.approx(np.mean(lead))
 
 
 def test_a_function_as_encoder_is_asked_for_again(tmp_path: Path) -> None:
     def encoder(texts: list[str]) -> Any:
         return np.array([["result" in text, len(text) / 50] for text in texts], np.float32)
 
-    model = made(encoder=encoder, trim=False).fit(DOCUMENTS, SUMMARIES)
+    model = made(encoder=encoder).fit(DOCUMENTS, SUMMARIES)
     model.save(tmp_path / "model")
     with pytest.raises(ValueError, match="load with encoder="):
         Summarizer.load(tmp_path / "model")
@@ -204,7 +232,7 @@ def test_labels_are_the_matched_pieces_and_the_metric_joins_them() -> None:
 
 
 def test_a_generator_must_be_better_by_more_than_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Perfect:
+    class Perfect(BaseEstimator):  # type: ignore[misc]
         def fit(self, sources: list[str], targets: list[str], **rest: Any) -> Perfect:
             assert len(sources) == len(targets) == len(rest["alternatives"])
             assert all(sources)
@@ -219,8 +247,7 @@ def test_a_generator_must_be_better_by_more_than_noise(monkeypatch: pytest.Monke
             return ["" for _ in sources]
 
     monkeypatch.setattr(summarizer, "LEAST_PAIRS", 10)
-    monkeypatch.setattr(summarizer, "clone", lambda generator: generator)
-    settings = {"trim": False, "epochs": 4}
+    settings = {"epochs": 4}
     model = made(extract_only="auto", generator=Perfect(), **settings).fit(DOCUMENTS, SUMMARIES)
     assert model.uses_generator_
     assert model.scored_on_ == "validation"

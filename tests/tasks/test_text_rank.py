@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.tasks import select_pieces, text_rank
-from kexue.tasks.graph_rank import _grams
+from kexue.tasks._text_words import linked_grams
 from reference import spaces_rouge as reference
 
 
@@ -15,15 +15,15 @@ from reference import spaces_rouge as reference
 @settings(max_examples=150, deadline=None)
 def test_agrees_with_a_dense_solve(pieces, damping):
     ranks = text_rank(pieces, damping)
-    expected = reference.walk(reference.similarity([list(_grams(p)) for p in pieces]), damping) if pieces else []
+    expected = reference.walk(reference.similarity([list(linked_grams(p)) for p in pieces]), damping) if pieces else []
     np.testing.assert_allclose(ranks, expected, rtol=1e-9, atol=0)
 
 
 def test_grams_are_words_and_pairs_of_characters():
-    assert list(_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it_is", "é", "中"]
-    assert list(_grams("See (numpy.linalg), it's\nA，B。")) == ["see", "numpy.linalg", "it's", "a", "b"]
-    assert list(_grams("中国人")) == ["中国", "国人"]
-    assert list(_grams("，。-- ")) == []
+    assert list(linked_grams("用MATLAB仿真, 好 it_is É中")) == ["用", "matlab", "仿真", "好", "it_is", "é", "中"]
+    assert list(linked_grams("See (numpy.linalg), it's\nA，B。")) == ["see", "numpy.linalg", "it's", "a", "b"]
+    assert list(linked_grams("中国人")) == ["中国", "国人"]
+    assert list(linked_grams("，。-- ")) == []
 
 
 def test_pieces_with_nothing_in_common_are_equal_and_lowest():
@@ -42,7 +42,7 @@ def test_equal_pieces_have_equal_ranks():
     assert ranks[0] == ranks[2] == ranks[4]
 
 
-def test_a_tokenizer_replaces_the_grams():
+def test_a_tokenizer_replaces_thelinked_grams():
     pieces = ["a-b", "b-c", "c-d"]
     expected = reference.walk(reference.similarity([p.split("-") for p in pieces]), 0.85)
     np.testing.assert_allclose(text_rank(pieces, tokenizer=lambda p: p.split("-")), expected, rtol=1e-10)
@@ -89,6 +89,8 @@ def test_edges_of_vectors_go_to_the_nearest(monkeypatch):
         ({"pieces": ["甲"], "damping": -0.1}, ValueError, "damping must be at least 0"),
         ({"pieces": ["甲"], "neighbors": 0}, ValueError, "neighbors must be at least 1"),
         ({"pieces": ["甲"], "tokenizer": 1}, TypeError, "tokenizer must be a function"),
+        ({"pieces": ["甲"], "tokenizer": lambda piece: [[piece]]}, TypeError, "tokens must be hashable"),
+        ({"pieces": ["甲"], "tokenizer": lambda piece: 5}, TypeError, "tokenizer must return an iterable"),
         ({"pieces": np.zeros((2, 2, 2))}, ValueError, "must be a matrix"),
         ({"pieces": np.array([[np.nan]])}, ValueError, "finite"),
         ({"pieces": np.array([["a"]])}, TypeError, "real numbers"),
@@ -111,7 +113,18 @@ def test_the_best_pieces_that_fit_in_the_order_of_the_document():
 
 def test_the_best_piece_is_taken_even_if_it_does_not_fit():
     assert select_pieces(["甲乙丙", "甲乙"], [1, 2], 1) == [1]
+    assert select_pieces(["甲乙丙", "甲乙", " "], [1, 2, 3], 1) == [1]
     assert select_pieces([], [], 5) == []
+
+
+def test_blank_pieces_are_not_taken():
+    for unit in ("char", "word", "piece"):
+        assert select_pieces(["", "a b", " \u3000", "c d"], [4, 1, 4, 2], 9, unit) == [1, 3]
+
+
+def test_scores_may_be_a_tensor():
+    scores = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    assert select_pieces(["甲", "乙"], scores, 1) == [1]
 
 
 def test_repetitions_are_not_taken():
@@ -132,13 +145,13 @@ def test_repetitions_are_not_taken():
 @settings(max_examples=100, deadline=None)
 def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy, seed):
     scores = np.random.default_rng(seed).random(len(pieces))
-    grams = [set(_grams(piece)) for piece in pieces]
+    grams = [set(linked_grams(piece)) for piece in pieces]
     chosen, said, left = [], set(), budget
     while True:
         best, place = -1.0, -1
         for i, piece in enumerate(pieces):
             repeated = len(grams[i] & said) / max(1, len(grams[i]))
-            if i in chosen or len(piece) > left or (redundancy and repeated == 1):
+            if i in chosen or not piece or len(piece) > left or (redundancy and repeated == 1):
                 continue
             if scores[i] * (1 - redundancy * repeated) > best:
                 best, place = scores[i] * (1 - redundancy * repeated), i
@@ -147,7 +160,9 @@ def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy
         chosen.append(place)
         said |= grams[place]
         left -= len(pieces[place])
-    assert select_pieces(pieces, scores, budget, redundancy=redundancy) == (sorted(chosen) or [int(np.argmax(scores))])
+    if not chosen:
+        chosen = [max(range(len(pieces)), key=lambda i: scores[i] if pieces[i] else -1)]
+    assert select_pieces(pieces, scores, budget, redundancy=redundancy) == sorted(chosen)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +171,7 @@ def test_selection_agrees_with_looking_at_every_piece(pieces, budget, redundancy
         ({"scores": [1, 2]}, ValueError, r"one value for each of 1 pieces; got shape \(2,\)"),
         ({"scores": [-1.0]}, ValueError, "not negative"),
         ({"scores": [float("nan")]}, ValueError, "finite"),
+        ({"scores": ["a"]}, TypeError, "scores must be real numbers"),
         ({"budget": 0}, ValueError, "budget must be at least 1"),
         ({"budget": 1.5}, TypeError, "budget must be an integer"),
         ({"unit": "line"}, ValueError, "unit must be one of"),

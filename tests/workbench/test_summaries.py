@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from kexue.workbench.summary_vectors import take_pieces
 
 THINGS = ("budget", "bridge", "school", "harbour", "library", "museum", "railway", "stadium", "market", "tower")
 PLACES = ("north", "south", "east", "west", "old", "new")
-QUICK = ["--epochs", 3, "--folds", 2, "--extract-only", "yes", "--no-trim"]
+QUICK = ["--epochs", 3, "--folds", 2, "--extract-only", "yes"]
 
 
 def kexue(*arguments, stdin=None):
@@ -144,6 +145,50 @@ def test_standard_input_is_a_text(model, text):
     assert json.loads(result.stdout)["summary"] == SummaryModel(model[1]).summary(content).text
     records = json.dumps({"id": "x", "text": content})
     assert kexue("summarize", model[1], "-", "--format", "jsonl", stdin=records).stdout.startswith("x\t")
+
+
+def test_standard_input_is_named_and_read_once(model, text):
+    result = kexue("summarize", model[1], "-", "-", stdin="A text. Another.")
+    assert result.exit_code == 2
+    with pytest.raises(ValueError, match="^standard input: empty"):
+        raise kexue("summarize", model[1], "-", stdin="").exception
+
+
+def test_one_bad_file_among_others(model, text, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("", encoding="utf-8")
+    for files in ([empty, text], [text, empty]):
+        result = kexue("summarize", model[1], *files, "--skip-bad")
+        assert result.exit_code == 0, result.exception
+        assert result.stdout.startswith("note.txt\t")
+        assert result.stdout.count("\n") == 1
+        assert "empty.txt: empty" in result.stderr.replace("\n", "")
+    result = kexue("summarize", model[1], empty, empty, "--skip-bad")
+    assert result.exit_code == 1
+    assert "no document" in str(result.exception)
+    result = kexue("summarize", model[1], text, tmp_path / "nothing.txt")
+    assert isinstance(result.exception, FileNotFoundError)
+    assert not result.stdout
+
+
+def test_pairs_that_repeat_a_text_and_large_seeds(tmp_path):
+    with pytest.raises(ValueError, match="two pairs of different texts; got 1"):
+        train_summaries([Pair("a", "A b. C d.", "A b.")] * 30, tmp_path / "same")
+    assert not list(tmp_path.glob(".*.partial"))
+    with pytest.raises(ValueError, match="seed must be below 2 "):
+        SummarySettings(seed=2**63)
+    lines = []
+    pairs = [Pair("a", "A b. C d.", "A b."), Pair("b", "E f. G h.", "G h.")] * 2 + make_pairs()[:1]
+    settings = SummarySettings(extract_only=True, epochs=1, folds=5)
+    train_summaries(pairs, tmp_path / "few", settings, log=lines.append)
+    assert any("folds 3" in line for line in lines)
+    lines.clear()
+    twice = make_pairs()[:30] * 2
+    held = {pair.text for pair in hold_out(twice, 0.1, 0)[1]}
+    repeated = sum(pair.text in held for pair in twice) - 6
+    assert repeated > 0
+    train_summaries(twice, tmp_path / "twice", settings, log=lines.append)
+    assert f"6 held out, {repeated} that repeat their text or summary not learned from" in lines[0]
 
 
 def test_help_explains_both_and_a_folder_called_train_can_be_named(model, text, tmp_path, monkeypatch):
@@ -291,9 +336,38 @@ def test_documentation_teaches_a_workspace_to_summarise(tmp_path, monkeypatch):
     text = documentation()[3].text
     assert space.summary(text).method == "trained"
     assert space.summary(text, method="vectors").method == "vectors"
+    chinese = "北京今天开会。天气很好。大家都来了。"  # nothing of the kind was learned from
+    assert space.summary(chinese).method == "vectors"
+    assert space.summary(chinese, method="trained").method == "trained"
     again = Workspace.build(documentation(), tmp_path / "again", epochs=1, dim=16)
     assert again.info()["figures"]["summaries"] == figures
-    assert kexue("info", space.folder).stdout.count("summarizer") == 1
+    told = kexue("info", space.folder).stdout
+    assert told.count("\nsummarizer ") == 1
+    assert "used the summarizer" in told
+
+
+def test_a_summarizer_that_does_not_beat_the_vectors_is_not_used(tmp_path, monkeypatch):
+    scores = {"lead-1": 0.1, "vectors": 0.2, "summarizer": 0.2}
+    rows = [{"name": name, "main": score} for name, score in scores.items()]
+    monkeypatch.setattr(summary_step, "EPOCHS", 1)
+    monkeypatch.setattr(summary_step, "compared", lambda *given: rows)
+    lines = []
+    space = Workspace.build(documentation(), tmp_path / "space", epochs=1, dim=16, log=lines.append)
+    (line,) = (line for line in lines if line.startswith("summaries"))
+    assert "summarizer 0.200, lead-1 0.100, vectors 0.200" in line
+    assert "used the vectors" in line
+    text = documentation()[3].text
+    assert space.summary(text).method == "vectors"
+    with pytest.raises(ValueError, match="no better than the vectors"):
+        space.summary(text, method="trained")
+    assert "by the vectors" in space.report().read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_measured_is_not_learned(tmp_path):
+    one = [replace(document, labels=("package", "package.module")) for document in documentation()]
+    space = Workspace.build(one, tmp_path / "space", epochs=1, dim=16)
+    assert "too few modules" in space.info()["figures"]["summaries"]["result"]
+    assert space.summary(one[0].text).method == "vectors"
 
 
 def test_a_workspace_of_an_earlier_version_summarises_by_vectors(tmp_path, workspace):

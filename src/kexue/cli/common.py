@@ -117,6 +117,13 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def column_options(message: str) -> str:
+    """Let a message of the reader speak of ``--text-column`` instead of ``text_column``."""
+    for name in _COLUMNS:
+        message = message.replace(name, "--" + name.replace("_", "-"))
+    return message
+
+
 @contextmanager
 def option_names(skipping: bool, flag: str = "--skip-errors") -> Iterator[None]:
     """Let errors of the reader speak of options of the command line, and of the one that passes over bad files."""
@@ -125,9 +132,7 @@ def option_names(skipping: bool, flag: str = "--skip-errors") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = str(error)
-        for name in _COLUMNS:
-            message = message.replace(name, "--" + name.replace("_", "-"))
+        message = column_options(str(error))
         message = message.replace("encoding='utf-16'", "--encoding utf-16")
         message = message.replace("has another encoding, name it", "has another encoding, name it with --encoding")
         message = _PARAMETER.sub(lambda match: f"--{match[1].replace('_', '-')} ", message)

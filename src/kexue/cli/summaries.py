@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +22,7 @@ from kexue.cli.common import (
     Seed,
     SkipBad,
     TextColumn,
+    column_options,
     interruptible,
     option_names,
     print_json,
@@ -87,9 +91,6 @@ def train(
     encoder: Annotated[
         str, typer.Option(metavar="hash|PATH", help="Features of the pieces: built in, or a local BERT checkpoint.")
     ] = "hash",
-    trim: Annotated[
-        bool, typer.Option(help="Trim pieces to the words that matter, if that is better; without, pieces stay whole.")
-    ] = True,
     held_out: Annotated[
         float, typer.Option(help="Share of the pairs that are measured on instead of learned from.")
     ] = 0.1,
@@ -112,7 +113,7 @@ def train(
         raise typer.BadParameter(f"must be auto, yes or no; got {extract_only!r}", param_hint="--extract-only")
     only: Any = {"auto": "auto", "yes": True, "no": False}[extract_only]
     try:
-        settings = SummarySettings(language, only, folds, epochs, encoder, trim, held_out, seed)
+        settings = SummarySettings(language, only, folds, epochs, encoder, held_out, seed)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     given = {"id_column": id_column, "text_column": text_column, "summary_column": summary_column}
@@ -125,7 +126,7 @@ def train(
             settings,
             force=force,
             read_options=options,
-            log=lambda line: print(line, file=sys.stderr, flush=True),
+            log=lambda line: print(column_options(line), file=sys.stderr, flush=True),
         )
     info = SummaryModel(out).info
     if as_json:
@@ -184,18 +185,29 @@ def files(
     options: dict[str, Any] = {"encoding": encoding, "on_error": "skip" if skip_bad else "raise"}
     columns = {"format": format, "id_column": id_column, "text_column": text_column}
     options |= {name: value for name, value in columns.items() if value is not None}
-    with interruptible("interrupted"), option_names(skip_bad), tempfile.TemporaryDirectory() as scratch:
+    if sum(str(path) == "-" for path in files) > 1:
+        raise typer.BadParameter("standard input can be read only once; give - once", param_hint="FILE...")
+    with interruptible("interrupted"), tempfile.TemporaryDirectory() as scratch, _bare(scratch), option_names(skip_bad):
         summarizer = open_summarizer(folder)
         paths = [_standard_input(Path(scratch)) if str(path) == "-" else path for path in files]
         alone = len(paths) == 1 and _is_text(paths[0], format)
         for name, found in summarize_files(
             summarizer, paths, length=length, pieces=pieces, method=method, read_options=options,
-            log=lambda line: print(line, file=sys.stderr, flush=True),
+            log=lambda line: print(line.replace(f"{scratch}{os.sep}", ""), file=sys.stderr, flush=True),
         ):  # fmt: skip
             if as_json:
                 print(json.dumps({"id": name, **_record(found)}, ensure_ascii=False), flush=True)
             else:
                 print(found.text if alone else f"{name}\t{found.text}", flush=True)
+
+
+@contextmanager
+def _bare(scratch: str) -> Iterator[None]:
+    """Errors about standard input name it, not the file in ``scratch`` that it was copied to."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{scratch}{os.sep}", "")) from error
 
 
 def _record(found: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import numpy as np
 from kexue.words._numba import compiled
 
 DONE, NOT_FOUND, NOT_A_NUMBER = 0, 1, 2  # what ``follow`` and ``step`` return
+BROKEN = -1  # number of the kept scores of a row with NaN
 
 LARGEST_K = 128  # beyond it, inserting into a sorted list is no longer the way to find the k largest
-BLOCK = 32  # scores that are compared at once
 
 
 @compiled(nogil=True)
@@ -37,32 +37,34 @@ def choose(logits: Any, match: Any, z: Any) -> bool:
 
 
 @compiled(nogil=True)
-def reach(usable: Any, owner: Any, match: Any, z: Any, use: Any) -> None:
-    """Fill ``use``; a row of it without any position is not constrained."""
-    length = match.shape[1]
-    for row in range(len(match)):
-        source, found = owner[row], False
-        use[row] = False
-        if z[row] == 2:
-            for j in range(1, length):
-                following = match[row, j - 1] & usable[source, j]
-                use[row, j] = following
-                found |= following
-        if z[row] != 0 and not found:
-            use[row] = usable[source]
-
-
-@compiled(nogil=True)
 def allow(ids: Any, usable: Any, ends: Any, owner: Any, match: Any, z: Any, use: Any, mask: Any) -> None:
     """Fill ``use`` and ``mask``."""
-    reach(usable, owner, match, z, use)
+    length = match.shape[1]
     for row in range(len(match)):
-        mask[row] = not use[row].any()
-        for j in range(match.shape[1]):
-            if use[row, j]:
-                mask[row, ids[owner[row], j]] = True
-        for end in ends:
-            mask[row, end] = True
+        source, tag = owner[row], z[row]
+        use[row] = False
+        found = False
+        if tag == 2:
+            for j in range(1, length):
+                if match[row, j - 1] and usable[source, j]:
+                    if not found:
+                        found = True
+                        mask[row] = False
+                    use[row, j] = True
+                    mask[row, ids[source, j]] = True
+        if tag != 0 and not found:
+            for j in range(length):
+                if usable[source, j]:
+                    if not found:
+                        found = True
+                        mask[row] = False
+                    use[row, j] = True
+                    mask[row, ids[source, j]] = True
+        if found:
+            for end in ends:
+                mask[row, end] = True
+        else:
+            mask[row] = True
 
 
 @compiled(nogil=True)
@@ -104,79 +106,61 @@ def find(ids: Any, length: int, before: Any, sources: int, rows: Any) -> bool:
 
 
 @compiled(nogil=True)
-def insert(value: Any, place: int, values: Any, places: Any, count: int) -> int:
-    """Into a list of the largest values (the lowest places of equal ones), unless it is there; its new length."""
-    k = count
-    while k > 0 and (values[k - 1] < value or (values[k - 1] == value and places[k - 1] > place)):
-        k -= 1
-    if k == len(values) or (k > 0 and values[k - 1] == value and places[k - 1] == place):
+def keep(value: Any, place: int, count: int, top_k: int, values: Any, places: Any) -> int:
+    """Put a score among the largest so far, unless it is there; their new number, or BROKEN for NaN."""
+    if value == -math.inf:
         return count
-    count = min(count + 1, len(values))
-    for m in range(count - 1, k, -1):
+    if math.isnan(value):
+        return BROKEN
+    k = count
+    while k > 0 and (values[k - 1] < value or (values[k - 1] == value and places[k - 1] >= place)):
+        k -= 1
+        if places[k] == place:
+            return count
+    if k == top_k:
+        return count
+    for m in range(count, k, -1):
         values[m], places[m] = values[m - 1], places[m - 1]
     values[k], places[k] = value, place
-    return count
+    return min(count + 1, top_k)
 
 
 @compiled(nogil=True)
-def largest(scores: Any, values: Any, places: Any) -> int:
-    """The list for all of ``scores``; its length, -1 if there is NaN."""
-    count, floor = 0, scores.dtype.type(-math.inf)
-    for start in range(0, len(scores), BLOCK):
-        part = scores[start : start + BLOCK]
-        news = 0
-        for value in part:  # without a branch, so that the processor compares several at once
-            news += not value <= floor
-        if news == 0:
-            continue
-        for k in range(len(part)):
-            if part[k] <= floor:
+def finish(scores: Any, count: int, top_k: int, values: Any, places: Any, out: Any) -> None:
+    """Log-softmax of the kept scores of a row; of all its scores if nothing was kept."""
+    if count == 0:
+        least = values[0]
+        for v in range(len(scores)):
+            value = scores[v]
+            if count == top_k and value <= least:
                 continue
-            if math.isnan(part[k]):
-                return -1
-            count = insert(part[k], start + k, values, places, count)
-            if count == len(values):
-                floor = values[count - 1]
-    return count
+            count = keep(value, v, count, top_k, values, places)
+            if count == BROKEN:
+                break
+            least = values[top_k - 1]
+    if count == BROKEN or (count > 0 and values[0] == math.inf):
+        out[:] = math.nan
+        return
+    out[:] = -math.inf
+    total, largest = 0.0, np.float64(values[0])
+    for k in range(count):
+        total += math.exp(values[k] - largest)
+    for k in range(count):
+        out[places[k]] = values[k] - largest - math.log(total)
 
 
 @compiled(nogil=True)
-def survivors(scores: Any, ids: Any, ends: Any, owner: Any, use: Any, top_k: int, out: Any) -> None:
-    """Log-softmax over the ``top_k`` largest of the allowed scores (the lowest ids of equal ones), -inf elsewhere.
-
-    A constrained row costs no look at the vocabulary: its candidates are read off the source.
-    """
-    values, places = np.empty(top_k, scores.dtype), np.empty(top_k, np.int64)
+def survivors(scores: Any, mask: Any, top_k: int, out: Any) -> None:
+    """Log-softmax over the ``top_k`` largest of the allowed scores (the lowest ids of equal ones), -inf elsewhere."""
+    values, places = np.empty(top_k + 1, scores.dtype), np.empty(top_k + 1, np.int64)
     for row in range(len(scores)):
-        source, count, constrained = owner[row], 0, False
-        for j in range(use.shape[1]):
-            if use[row, j]:
-                constrained = True
-                value = scores[row, ids[source, j]]
-                if math.isnan(value):
-                    count = -1
+        count = 0
+        for v in range(scores.shape[1]):
+            if mask[row, v]:
+                count = keep(scores[row, v], v, count, top_k, values, places)
+                if count == BROKEN:
                     break
-                if value > -math.inf and (count < top_k or value >= values[count - 1]):
-                    count = insert(value, ids[source, j], values, places, count)
-        if constrained and count >= 0:
-            for end in ends:
-                value = scores[row, end]
-                if math.isnan(value):
-                    count = -1
-                    break
-                if value > -math.inf:
-                    count = insert(value, end, values, places, count)
-        if count == 0:  # not constrained, or nothing that is allowed is left
-            count = largest(scores[row], values, places)
-        if count < 0 or (count > 0 and values[0] == math.inf):
-            out[row] = math.nan
-            continue
-        out[row] = -math.inf
-        top, total = float(values[0]), 0.0
-        for k in range(count):
-            total += math.exp(values[k] - top)
-        for k in range(count):
-            out[row, places[k]] = values[k] - top - math.log(total)
+        finish(scores[row], count, top_k, values, places, out[row])
 
 
 @compiled(nogil=True)
@@ -196,18 +180,44 @@ def follow(
 
 @compiled(nogil=True)
 def step(
-    ids: Any, usable: Any, ends: Any, owner: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int,
-    match: Any, owners: Any, used: Any, out: Any,
+    ids: Any, usable: Any, ends: Any, use: Any, before: Any, now: Any, logits: Any, scores: Any, top_k: int, match: Any,
+    used: Any, out: Any,
 ) -> int:  # fmt: skip
-    """What a logits processor does for rows that are one token longer than those before; no mask is made."""
-    length = before.shape[1]
+    """All of the above for rows that are one token longer than those before.
+
+    A row that copies looks at the scores of what its source allows only, and no mask of the vocabulary is made.
+    """
+    length, size, sources = before.shape[1], ids.shape[1], len(ids)
     rows, z = np.empty(len(now), np.int64), np.empty(len(now), np.int64)
-    if not find(now, length, before, len(ids), rows):
+    if not find(now, length, before, sources, rows):
         return NOT_FOUND
-    if not advance(ids, owner, use, rows, now[:, length], match, owners):
-        return NOT_FOUND
+    each = len(now) // max(sources, 1)
+    for row in range(len(now)):
+        old, source, token = rows[row], row // each, now[row, length]
+        for j in range(size):
+            match[row, j] = use[old, j] & (ids[source, j] == token)
     if not choose(logits, match, z):
         return NOT_A_NUMBER
-    reach(usable, owners, match, z, used)
-    survivors(scores, ids, ends, owners, used, top_k, out)
+    values, places = np.empty(top_k + 1, scores.dtype), np.empty(top_k + 1, np.int64)
+    for row in range(len(now)):
+        source, tag, count, found = row // each, z[row], 0, False
+        used[row] = False
+        if tag == 2:
+            for j in range(1, size):
+                if match[row, j - 1] and usable[source, j]:
+                    found = used[row, j] = True
+                    if count != BROKEN:
+                        count = keep(scores[row, ids[source, j]], ids[source, j], count, top_k, values, places)
+        if tag != 0 and not found:
+            for j in range(size):
+                if usable[source, j]:
+                    found = used[row, j] = True
+                    value = scores[row, ids[source, j]]
+                    if count != BROKEN and not (count == top_k and value < values[top_k - 1]):
+                        count = keep(value, ids[source, j], count, top_k, values, places)
+        if found:
+            for end in ends:
+                if count != BROKEN:
+                    count = keep(scores[row, end], end, count, top_k, values, places)
+        finish(scores[row], count, top_k, values, places, out[row])
     return DONE

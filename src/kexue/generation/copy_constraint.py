@@ -277,10 +277,16 @@ def check_logits(copy_logits: Any, rows: int, device: torch.device) -> Tensor:
     check_float("copy_logits", copy_logits)
     if copy_logits.shape != (rows, 3):
         raise ValueError(f"copy_logits must be ({rows}, 3), O B I a row; got shape {tuple(copy_logits.shape)}")
-    logits = copy_logits.detach()
-    if logits.device != device or logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.to(device=device, dtype=compute_dtype(logits))
-    return logits.contiguous()
+    return plain(copy_logits if copy_logits.device == device else copy_logits.to(device), compute_dtype(copy_logits))
+
+
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Detached, of the dtype and contiguous; what is so already costs nothing here (a step takes microseconds)."""
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def check_ids(source_ids: Any) -> Tensor:

@@ -37,6 +37,7 @@ from kexue.generation.copy_constraint import (
     check_logits,
     check_mask,
     check_special,
+    plain,
 )
 from kexue.generation.filters import top_k_filter
 
@@ -104,7 +105,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         self.special_ids = check_special(special_ids)
         self.copy_logits, self.top_k, self.prompt_length = copy_logits, top_k or 0, int(prompt_length)
         self._constraint: CopyConstraint | None = None
-        self._last: tuple[Any, CopyState, Any] | None = None  # ids, state, use of the call before
+        self._last: tuple[Tensor, CopyState, Any] | None = None  # ids, state, use of the call before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probabilities of the tokens that may follow.
@@ -118,44 +119,34 @@ class CopyLogitsProcessor(LogitsProcessor):
         """
         self._check(input_ids, scores)
         constraint = self._tables(scores)
-        rows, sources = scores.shape[0], constraint.ids.shape[0]
+        rows, sources = input_ids.shape[0], constraint.ids.shape[0]
         if rows % max(sources, 1):
             raise ValueError(f"input_ids must have a multiple of {sources} rows, one for each source; got {rows}")
-        # A copy, since generate may write to its ids
-        ids: Any = (
-            np.array(input_ids.numpy(), np.int64, order="C")
-            if constraint.compiled
-            else input_ids.to(device=scores.device, dtype=torch.long, copy=True)
-        )
-        wide = scores.detach()
-        if wide.dtype in (torch.float16, torch.bfloat16) or not wide.is_contiguous():
-            wide = wide.to(compute_dtype(scores)).contiguous()
-        logits = self._tags(input_ids, scores.device)
+        ids = plain(input_ids, torch.long)
+        if ids is input_ids:
+            ids = input_ids.clone()  # the caller may write on in its own tensor
+        wide = plain(scores, compute_dtype(scores))
+        logits = self._tags(input_ids)
         made = self._step(constraint, ids, logits, wide)
         if made is None:
             state = self._state(constraint, ids)
             use, allowed = constraint.allow(state, constraint.choose(state, logits))
             self._last = ids, state, use
-            if _on_kernel(constraint, self.top_k):
-                made = torch.empty_like(wide)
-                source, _, ends = constraint.arrays
-                _copy_kernel.survivors(wide.numpy(), source, ends, state.owner, use, self.top_k, made.numpy())
-            else:
-                made = _survivors(wide, allowed, self.top_k)
-        return made if made.dtype == scores.dtype else made.to(scores.dtype)
+            made = _survivors(wide, allowed, self.top_k, _on_kernel(constraint, self.top_k))
+        return plain(made, scores.dtype)
 
     def _check(self, input_ids: Any, scores: Any) -> None:
         check_float("scores", scores, 2)
         if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise TypeError(f"input_ids must be a tensor of integers; got {got}")
-        if input_ids.dim() != 2 or input_ids.shape[0] != scores.shape[0]:
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids must be ({len(scores)}, t), a row for each row of scores; got {shape}")
-        if input_ids.shape[1] < self.prompt_length:
+        shape, rows = input_ids.shape, scores.shape[0]
+        if len(shape) != 2 or shape[0] != rows:
+            raise ValueError(f"input_ids must be ({rows}, t), a row for each row of scores; got {tuple(shape)}")
+        if shape[1] < self.prompt_length:
             raise ValueError(
                 f"input_ids must have at least the {self.prompt_length} ids of the prompt (prompt_length) a row; got "
-                f"{input_ids.shape[1]}"
+                f"{shape[1]}"
             )
 
     def _tables(self, scores: Tensor) -> CopyConstraint:
@@ -168,44 +159,49 @@ class CopyLogitsProcessor(LogitsProcessor):
             self._last = None
         return found
 
-    def _tags(self, input_ids: Tensor, device: torch.device) -> Tensor:
-        with torch.no_grad():
+    def _tags(self, input_ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                logits = self.copy_logits(input_ids)
+        else:
             logits = self.copy_logits(input_ids)
+        device = input_ids.device if self._constraint is None else self._constraint.ids.device
         return check_logits(logits, input_ids.shape[0], device)
 
-    def _step(self, constraint: CopyConstraint, ids: Any, logits: Tensor, scores: Tensor) -> Tensor | None:
+    def _step(self, constraint: CopyConstraint, ids: Tensor, logits: Tensor, scores: Tensor) -> Tensor | None:
         """The usual case on the CPU as one compiled call: each row is one of the call before and a token."""
         if self._last is None or ids.shape[1] != self._last[0].shape[1] + 1 or not _on_kernel(constraint, self.top_k):
             return None
         before, (_, owner), use = self._last
-        new, made = constraint.empty(len(ids)), torch.empty_like(scores)
-        used = np.empty_like(new.match)
+        rows = ids.shape[0]
+        if owner.shape[0] != rows:
+            owner = constraint.start(rows).owner
+        match, used = np.empty((2, rows, use.shape[1]), np.bool_)
+        given = scores.numpy()
+        made = np.empty(given.shape, given.dtype)
         done = _copy_kernel.step(
-            *constraint.arrays, owner, use, before, ids, logits.numpy(), scores.numpy(), self.top_k, *new, used,
-            made.numpy(),
-        )  # fmt: skip
+            *constraint.arrays, use, before.numpy(), ids.numpy(), logits.numpy(), given, self.top_k, match, used, made
+        )
         if done == _copy_kernel.NOT_A_NUMBER:
             raise ValueError(NOT_A_NUMBER)
         if done == _copy_kernel.NOT_FOUND:
             return None
-        self._last = ids, new, used
-        return made
+        self._last = ids, CopyState(match, owner), used
+        return torch.from_numpy(made)
 
-    def _state(self, constraint: CopyConstraint, ids: Any) -> CopyState:
+    def _state(self, constraint: CopyConstraint, ids: Tensor) -> CopyState:
         """The state of each row: from the call before, or by deciding all tags again."""
         if ids.shape[1] == self.prompt_length:
             return constraint.start(len(ids))
-        ids = torch.as_tensor(ids)
         if self._last is not None:
             before, state, use = self._last
-            before = torch.as_tensor(before)
             new = ids.shape[1] - before.shape[1]
             rows = _find(ids, before, len(constraint.ids), constraint.compiled) if new in (0, 1) else None
             if rows is not None:
                 return constraint.advance(state, use, ids[:, -1], rows) if new else constraint.reorder(state, rows)
         state = constraint.start(len(ids))
         for t in range(self.prompt_length, ids.shape[1]):
-            use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t], ids.device)))
+            use, _ = constraint.allow(state, constraint.choose(state, self._tags(ids[:, :t])))
             state = constraint.advance(state, use, ids[:, t])
         return state
 
@@ -218,16 +214,20 @@ def _find(ids: Tensor, before: Tensor, sources: int, compiled: bool) -> Tensor |
     if compiled:
         rows = torch.empty(len(ids), dtype=torch.long)
         return rows if _copy_kernel.find(ids.numpy(), length, before.numpy(), sources, rows.numpy()) else None
-    groups = ids[:, :length].reshape(sources, len(ids) // sources, 1, length)
-    equal = (groups == before.reshape(sources, 1, len(before) // sources, length)).all(-1)  # (B, rows, rows before)
+    groups = ids[:, :length].reshape(sources, -1, 1, length)
+    equal = (groups == before.reshape(sources, 1, -1, length)).all(-1)  # (B, rows, rows before)
     if not bool(equal.any(-1).all()):
         return None
     first = torch.arange(sources, device=ids.device)[:, None] * equal.shape[2]
     return (first + equal.to(torch.uint8).argmax(-1)).flatten()
 
 
-def _survivors(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+def _survivors(scores: Tensor, allowed: Tensor, top_k: int, compiled: bool) -> Tensor:
     """Log-softmax over the top k of the allowed tokens of each row."""
+    if compiled:
+        made = torch.empty(scores.shape, dtype=scores.dtype)
+        _copy_kernel.survivors(scores.numpy(), allowed.numpy(), top_k, made.numpy())
+        return made
     masked = scores.masked_fill(~allowed, -torch.inf)
     masked = torch.where((masked == -torch.inf).all(1, keepdim=True), scores, masked)
     broken = masked.isnan().any(1, keepdim=True)

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import operator
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kexue.generation.roundtrip import check_roundtrip
+from kexue.words._jieba import jieba_dictionary
 
 __all__ = ["CPMTokenizer"]
 
@@ -37,7 +36,6 @@ SPACE, NEWLINE = "\u2582", "\u2583"
 _MARKS = str.maketrans({" ": SPACE, "\n": NEWLINE})
 _SPECIALS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>")
 _REMEMBERED, _LONGEST = 1 << 16, 64  # stretches of text, and the characters of each: some tens of MB at most
-_LOCK = threading.Lock()
 
 
 def _needed(name: str) -> Any:
@@ -50,31 +48,15 @@ def _needed(name: str) -> Any:
         ) from error
 
 
-@functools.cache
-def _dictionary() -> tuple[Any, Any]:
-    """A jieba tokenizer with the dictionary as it was delivered, and the pattern that separates what it cuts."""
-    jieba = _needed("jieba")
-    words = jieba.Tokenizer()
-    logger = logging.getLogger("jieba")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it reports each step of loading on stderr
-    try:
-        words.initialize()
-    finally:
-        logger.setLevel(level)
-    return words, jieba.re_han_default
-
-
 @functools.lru_cache(_REMEMBERED)
 def _marked(stretch: str) -> str:
     """One stretch cut into words, marked and joined."""
-    return " ".join(word.translate(_MARKS) for word in _dictionary()[0].cut(stretch, cut_all=False))
+    return " ".join(word.translate(_MARKS) for word in jieba_dictionary()[0].cut(stretch, cut_all=False))
 
 
 def presplit(text: str) -> str:
     """The text as sentencepiece gets it. jieba cuts each of these stretches by itself, so that nothing changes."""
-    with _LOCK:  # loads the dictionary once
-        borders = _dictionary()[1]
+    borders = jieba_dictionary()[1]
     stretches = (s for s in borders.split(text) if s)
     return " ".join(_marked(s) if len(s) <= _LONGEST else _marked.__wrapped__(s) for s in stretches)
 

@@ -4,7 +4,8 @@
 before another if it is larger, or equal and of lower index; NaN comes first, so that it shows in the loss.
 
 On a CPU one pass reads the scores with a heap of k beside it. Blocks without a score above the worst of the heap, which
-after a short while is nearly all of them, cost one vectorised comparison: the pass is as fast as memory. Elsewhere
+after a short while is nearly all of them, cost one vectorised comparison: the pass is as fast as memory. Rows too short
+for that go without a heap, whose branches nobody can predict; both find the same k. Elsewhere
 ``torch.topk`` is used, and rows that have a tie at the k-th score are put right.
 """
 

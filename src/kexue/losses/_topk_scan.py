@@ -12,6 +12,8 @@ from kexue.words._numba import kernel
 __all__ = ["scan"]
 
 BLOCK = 64  # scores compared at once
+FEW = BLOCK // 2  # the largest k that is taken from a short row without a heap
+SHORT = BLOCK * BLOCK  # scores
 
 
 @kernel
@@ -100,22 +102,91 @@ def _begin(row, edge, keys, index):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _lane_tops(row, best):  # type: ignore[no-untyped-def]
+    """The largest score of each lane of BLOCK, every BLOCK-th score; return whether one is NaN."""
+    odd, full = 0, len(row) - len(row) % BLOCK
+    best[:] = row[:BLOCK]
+    for first in range(0, full, BLOCK):
+        part = row[first : first + BLOCK]
+        for i in range(BLOCK):
+            best[i] = part[i] if part[i] > best[i] else best[i]
+            odd |= part[i] != part[i]
+    part = row[full:]
+    for i in range(len(part)):
+        best[i] = part[i] if part[i] > best[i] else best[i]
+        odd |= part[i] != part[i]
+    return odd != 0
+
+
+@kernel
+def _take(row, best, rank, seats, keys, index):  # type: ignore[no-untyped-def]
+    """Find the k largest of a short row almost without a branch; return whether this was possible.
+
+    Only lanes whose largest score is among the k largest of all lanes' can hold one of the k. With NaN or many equal
+    scores it is not possible; the heap is for these.
+    """
+    if _lane_tops(row, best):
+        return False
+    k, n, hits = len(keys), len(row), 0
+    rank[:] = 0
+    for j in range(BLOCK):
+        pivot = best[j]
+        for i in range(BLOCK):
+            rank[i] += np.int32(pivot > best[i])
+    for i in range(BLOCK):
+        seats[hits] = i
+        hits += rank[i] < k
+    if hits > 2 * k:
+        return False
+    edge = best[seats[0]]
+    for i in range(1, hits):
+        edge = min(edge, best[seats[i]])
+    if edge == -np.inf:
+        return False
+    end = BLOCK
+    for lane in seats[:hits]:
+        for i in range(lane, n, BLOCK):
+            seats[end] = i
+            end += row[i] >= edge
+        if end > BLOCK + 4 * k:
+            return False
+    found, size = seats[BLOCK:end], end - BLOCK
+    while size > k:  # drop the worst
+        worst = 0
+        for i in range(1, size):
+            here, there = row[found[i]], row[found[worst]]
+            worst = i if here < there or (here == there and found[i] > found[worst]) else worst
+        size -= 1
+        found[worst] = found[size]
+    for i in range(k):
+        keys[i], index[i] = row[found[i]], found[i]
+    for place in range(k // 2 - 1, -1, -1):
+        _sink(keys, index, place)
+    return True
+
+
+@kernel
 def scan(scores, offset, keys, index):  # type: ignore[no-untyped-def]
     """Scores (R, n) of the columns from ``offset`` on go into the heaps keys (R, k), index (R, k).
 
     With offset 0 the heaps are made of k columns, n of them at least. Columns come in ascending order, so that of
     equal scores the earlier one is in the heap first and stays. A heap of the first k columns would be replaced
-    k log(n / k) times over; in a long row another pass finds a score to begin with that few are above.
+    k log(n / k) times over: in a short row the k are found in another way, in a long one another pass finds a score to
+    begin with that few are above.
     """
     k, n = keys.shape[1], scores.shape[1]
     lanes = BLOCK
     while lanes < 4 * k:
         lanes *= 2
     best = np.empty(lanes, scores.dtype)
+    short = offset == 0 and k <= FEW and 2 * BLOCK <= n <= SHORT
+    rank, seats = np.empty(BLOCK, np.int32), np.empty(BLOCK + 4 * k + SHORT // BLOCK + 1, np.int64)
     for r in range(scores.shape[0]):
         row, heap, at = scores[r], keys[r], index[r]
         start = 0
-        if offset == 0 and n >= 4 * lanes:
+        if short and _take(row, best[:BLOCK], rank, seats, heap, at):
+            start = n
+        elif offset == 0 and n >= 4 * lanes:
             start = _begin(row, _edge(row, best, heap, at), heap, at)
         elif offset == 0:
             _heapify(row, 0, heap, at)

@@ -22,6 +22,7 @@ from kexue.losses._topk_kernel import run_linear_top
 from kexue.losses.linear_cross_entropy import _products
 from kexue.losses.sparse_softmax import (
     K,
+    check_ignored,
     check_options,
     check_target,
     picked_losses,
@@ -63,7 +64,8 @@ def linear_sparse_cross_entropy(
         reduction: "mean" over the rows that count (0 if none does), "sum", or "none" (0 for rows that do not count).
         label_smoothing: As in :func:`sparse_cross_entropy`.
         sparse_grad: Let the gradient of ``weight`` be a sparse tensor of the rows touched, as torch.optim.SparseAdam
-            takes it; ``weight`` should be a parameter. Not under torch.compile, and not with k >= V.
+            takes it; ``weight`` should be a parameter. Not under torch.compile, and not with k >= V. The dense gradient
+            is V D numbers where the dense head holds 3 N V: with few rows it is most of the memory.
         chunk_bytes: Bound on the scores that are held at a time; None is 4 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
@@ -101,8 +103,7 @@ def linear_sparse_cross_entropy(
     check_options(class_weight, vocabulary, reduction, label_smoothing, "class_weight")
     shape = tuple(hidden.shape[:-1])
     check_target(target, shape, vocabulary, ignore_index)
-    if not isinstance(sparse_grad, bool):
-        raise TypeError(f"sparse_grad must be True or False; got {sparse_grad!r}")
+    _check_sparse(sparse_grad)
     if sparse_grad and (k >= vocabulary or torch.compiler.is_compiling()):
         raise ValueError(f"sparse_grad needs k below {vocabulary} and no torch.compile; got k = {k}")
     rows, flat = hidden.reshape(target.numel(), width), target.reshape(-1).long()
@@ -135,6 +136,11 @@ def linear_sparse_cross_entropy(
     if place is not None:
         loss = loss.new_zeros(target.numel()).index_put((place,), loss)
     return loss.view(shape)
+
+
+def _check_sparse(sparse_grad: Any) -> None:
+    if not isinstance(sparse_grad, bool):
+        raise TypeError(f"sparse_grad must be True or False; got {sparse_grad!r}")
 
 
 class _PickedScores(torch.autograd.Function):
@@ -245,8 +251,9 @@ class LinearSparseCrossEntropyLoss(nn.Module):
         check_int("k", k, 1)
         if chunk_bytes is not None:
             check_int("chunk_bytes", chunk_bytes, 1)
-        classes = class_weight.shape[-1] if isinstance(class_weight, Tensor) and class_weight.dim() else 0
-        check_options(class_weight, classes, reduction, label_smoothing, "class_weight")
+        check_options(class_weight, None, reduction, label_smoothing, "class_weight")
+        check_ignored(ignore_index)
+        _check_sparse(sparse_grad)
         self.k, self.ignore_index, self.reduction, self.chunk_bytes = k, ignore_index, reduction, chunk_bytes
         self.label_smoothing, self.sparse_grad = label_smoothing, sparse_grad
         self.register_buffer("class_weight", class_weight)

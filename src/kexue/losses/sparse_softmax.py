@@ -18,7 +18,7 @@ sum is at least p. With k >= n or p = 1 all is as in the dense functions of torc
 
 What we do differently from topk + logsumexp: ties have a rule, so that devices agree; one pass finds Omega (see
 ``_topk_kernel.py``); the target's two parts of the gradient meet in float32; rows that do not count contribute exactly
-0, whatever they hold. Everything behind Omega is made of differentiable torch functions of k + 1 scores a row.
+0, whatever they hold. Everything behind Omega is done on k + 1 scores a row.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def sparse_softmax(logits: Tensor, k: int | None = K, dim: int = -1, *, p: float
     """
     check_float("logits", logits)
     k = check_kept(k, p)
+    if logits.dim() == 0:
+        raise ValueError("logits must have at least one dimension; got a number")
     check_int("dim", dim, -logits.dim())
     if dim >= logits.dim():
         raise ValueError(f"dim must be in [{-logits.dim()}, {logits.dim()}); got {dim} for shape {tuple(logits.shape)}")
@@ -124,24 +126,32 @@ def check_target(target: Any, shape: tuple[int, ...], classes: int, ignore_index
         )
     if tuple(target.shape) != shape:
         raise ValueError(f"target must have shape {shape}; got {tuple(target.shape)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
+    check_ignored(ignore_index)
     if target.numel() and not torch.compiler.is_compiling():
         wide = target.long()
+        low, high = (int(end) for end in torch.aminmax(wide))
+        if low >= 0 and high < classes:  # the usual case, in one operation
+            return
         bad = (wide != ignore_index) & ((wide < 0) | (wide >= classes))
         if bool(bad.any()):
             raise ValueError(f"target must be in [0, {classes}) or {ignore_index}; got {int(wide[bad].flatten()[0])}")
 
 
-def check_options(weight: Any, classes: int, reduction: Any, label_smoothing: Any, name: str = "weight") -> None:
-    """Raise unless the options that both losses share are good."""
+def check_ignored(ignore_index: Any) -> None:
+    """Raise unless ``ignore_index`` is an integer."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer; got {ignore_index!r}")
+
+
+def check_options(weight: Any, classes: int | None, reduction: Any, label_smoothing: Any, name: str = "weight") -> None:
+    """Raise unless the options that both losses share are good; None for a number of classes that is not known."""
     check_choice("reduction", reduction, REDUCTIONS)
     check_real("label_smoothing", label_smoothing, minimum=0.0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
     if weight is not None:
         check_float(name, weight, 1)
-        if weight.shape[0] != classes:
+        if classes is not None and weight.shape[0] != classes:
             raise ValueError(f"{name} must have {classes} entries, one for each class; got {weight.shape[0]}")
 
 
@@ -160,6 +170,52 @@ def picked_losses(
         weight: (n,) of the classes, or None.
         smoothing: Label smoothing.
     """
+    if within is None and not smoothing and not torch.compiler.is_compiling():
+        return _PlainLosses.apply(picked, index, target, ignored, weight)
+    return _differentiable_losses(picked, index, within, target, ignored, weight, smoothing)
+
+
+class _PlainLosses(torch.autograd.Function):
+    """:func:`picked_losses` without label smoothing, its first gradient written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, picked: Tensor, index: Tensor, target: Tensor, ignored: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        top = picked[:, :-1].amax(1, keepdim=True)
+        silent = (top == -math.inf).logical_or_(ignored.unsqueeze(1))
+        chance = picked - top
+        own = chance[:, -1].clone()
+        chance.exp_()
+        total = chance[:, :-1].sum(1, keepdim=True)
+        loss = total.log().squeeze(1).sub_(own)
+        chance.div_(total)
+        at = index == target.unsqueeze(1)
+        chance[:, :-1].sub_(at.to(chance.dtype))
+        torch.sub(at.any(1).to(chance.dtype), 1, out=chance[:, -1])
+        if weight is not None:
+            factor = weight[target]
+            loss.mul_(factor)
+            chance.mul_(factor.unsqueeze(1))
+        ctx.save_for_backward(picked, index, target, ignored, weight, chance.masked_fill_(silent, 0))
+        return loss.masked_fill_(silent.squeeze(1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        picked, index, target, ignored, weight, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate once more
+            losses = _differentiable_losses(picked, index, None, target, ignored, weight, 0.0)
+            (result,) = torch.autograd.grad(losses, picked, grad, create_graph=True)
+        else:
+            result = slope * grad.unsqueeze(1)
+        return result, None, None, None, None
+
+
+def _differentiable_losses(
+    picked: Tensor, index: Tensor, within: Tensor | None, target: Tensor, ignored: Tensor, weight: Tensor | None,
+    smoothing: float,
+) -> Tensor:  # fmt: skip
+    """:func:`picked_losses` of torch functions alone, which can be differentiated and compiled as they are."""
     at = index == target.unsqueeze(1)
     if within is not None:
         at = at & within
@@ -201,7 +257,9 @@ def reduce_counted(losses: Tensor, target: Tensor, ignored: Tensor, weight: Tens
     if reduction == "sum":
         return losses.sum()
     counted = ~ignored
-    mass = counted.sum().to(losses.dtype) if weight is None else torch.where(counted, weight[target], 0.0).sum()
+    if weight is None:
+        return losses.sum() / counted.sum().clamp(min=1)
+    mass = torch.where(counted, weight[target], 0.0).sum()
     return losses.sum() / torch.where(counted.any(), mass, 1.0)
 
 
@@ -319,7 +377,8 @@ class SparseCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_kept(k, p)
-        check_options(weight, 0 if not isinstance(weight, Tensor) else weight.shape[-1], reduction, label_smoothing)
+        check_options(weight, None, reduction, label_smoothing)
+        check_ignored(ignore_index)
         self.k, self.p, self.ignore_index = k, p, ignore_index
         self.reduction, self.label_smoothing = reduction, label_smoothing
         self.register_buffer("weight", weight)

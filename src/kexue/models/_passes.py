@@ -91,11 +91,15 @@ def attention_mask_of(model: Any, x: Tensor, past: int, now: Pass, position_ids:
 
 
 def _prefix_mask(length: int, past: int, now: Pass) -> Tensor | None:
-    """(B, 1, T, K): position i sees j if cumsum(segments)[j] <= cumsum(segments)[i]; None if all see all."""
+    """(B, 1, T, K): position i sees j if cumsum(segments)[j] <= cumsum(segments)[i]; None if all see all.
+
+    Padding is not counted, whatever its segment.
+    """
     mask = None if now.padding is None else now.padding[:, None, None, :]
     if now.segments is None or length == 1:
         return mask
-    count = now.segments.cumsum(1)
+    segments = now.segments if now.padding is None else now.segments.masked_fill(~now.padding[:, past:], 0)
+    count = segments.cumsum(1)
     seen = count[:, None, None, :] <= count[:, None, :, None]
     if past:  # the tokens of a cache come before
         seen = F.pad(seen, (past, 0), value=True)

@@ -37,12 +37,13 @@ from kexue._tensors import compute_dtype
 from kexue.losses import sparse_cross_entropy
 from kexue.models.configuration import KexueConfig
 from kexue.models.heads import KexueOutput, LanguageHead, LanguageModel, check_labels, mean_loss, refuse_mode
-from kexue.models.stack import wants_dict
+from kexue.models.stack import check_range, wants_dict
 
 __all__ = ["KexueForPrefixLM", "Memory", "PrefixLMOutput"]
 
 FOLLOW, AGAIN = (2.0, 3.0), -1.0  # c and r at the start
 OCTAVES = 12
+_REFUSED = ("inputs_embeds", "past_key_values", "use_cache")
 
 
 @dataclass
@@ -155,10 +156,17 @@ class KexueForPrefixLM(LanguageModel):
 
         Raises:
             TypeError: Wrong kind of argument.
-            ValueError: As in :meth:`KexueModel.forward`, or labels of another shape or outside the vocabulary.
+            ValueError: As in :meth:`KexueModel.forward`, labels of another shape or outside the vocabulary (checked on
+                the CPU), a cache or ``inputs_embeds``.
         """
         if top_k is not None:
             check_int("top_k", top_k, 1)
+        for name in _REFUSED:
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(f"input_ids must be whole rows, since the pointer reads them; got {name}")
+        if getattr(attention_mask, "ndim", 2) != 2:
+            raise ValueError(f"attention_mask must have shape (B, T); got {tuple(attention_mask.shape)}")  # type: ignore[union-attr]
         outputs = self.kexue(
             input_ids, attention_mask, token_type_ids, position_ids, output_attentions=output_attentions,
             output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
@@ -171,6 +179,7 @@ class KexueForPrefixLM(LanguageModel):
         loss = count = None
         if labels is not None:
             labels = check_labels("labels", labels, features.shape[:-1])
+            check_range("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
             labels = labels[:, 1:].masked_fill(~(predicted[:, 1:] & predicted[:, :-1]), -100)
             labels = F.pad(labels, (0, 1), value=-100)
             count = (labels != -100).sum()
@@ -205,20 +214,20 @@ class KexueForPrefixLM(LanguageModel):
             return None
         last = input_ids.shape[1]
         if not torch.compiler.is_compiling() and mask.numel():
-            last = int((mask.any(0) * torch.arange(1, last + 1, device=mask.device)).amax())  # the rest is target
+            places = torch.arange(1, last + 1, device=mask.device)
+            last = max(1, int((mask.any(0) * places).amax()))  # the rest is target
         ids, mask = input_ids[:, :last].long(), mask[:, :last]
         ids = torch.where(mask, ids, ids[:, :1])
         ordered, order = ids.sort(dim=1, stable=True)
-        new = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
-        rank = new.cumsum(1)
+        rank = (ordered != _earlier(ordered, 1, -1)).cumsum(1) - 1
         place = torch.zeros_like(rank).scatter(1, order, rank)
         tokens = ordered[:, :1].expand_as(ordered).scatter(1, rank, ordered)
         count = mask.cumsum(1)
         inner = ids.masked_fill(~mask | (count == 1), -1)
-        before = torch.stack([F.pad(inner[:, :-1], (1, 0), value=-1), F.pad(inner[:, :-2], (2, 0), value=-1)], -1)
+        before = torch.stack([_earlier(inner, 1, -1), _earlier(inner, 2, -1)], -1)
         octave = (2 * count.clamp(min=1).to(torch.float32).log2()).long().clamp(max=2 * OCTAVES - 1)
         keys = self.key(features[:, :last])
-        return Memory(keys, mask, tokens, place, before[:, :last], ids.masked_fill(~mask, -1), octave)
+        return Memory(keys, mask, tokens, place, before, ids.masked_fill(~mask, -1), octave)
 
     def scores(self, features: Tensor, memory: Memory | None, written: Tensor, said: Tensor) -> Tensor:
         """Scores of the next token.
@@ -260,25 +269,32 @@ class KexueForPrefixLM(LanguageModel):
         labels: Tensor,
         top_k: int | None,
     ) -> Tensor:
-        """Sum over the positions that have a label; only those are decoded."""
-        kept = labels != -100
-        row, column = kept.nonzero(as_tuple=True)
-        scores = self.lm_head.decoder(features[row, column])
-        if memory is not None:
-            first = int(column.amin()) if len(column) else 0
-            said = said_so_far(memory, input_ids[:, first:], target[:, first:])
-            pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:], said)
-            pointed = pointed[row, column - first]
-            scores = _joined(scores, pointed, memory.place[row], memory.tokens[row])
-        wanted = labels[row, column]
+        """Sum over the positions that have a label; only those are decoded, but for a compiler, which wants sizes."""
+        if torch.compiler.is_compiling():
+            said = said_so_far(memory, input_ids, target)
+            scores, wanted = self.scores(features, memory, latest(input_ids), said).flatten(0, 1), labels.flatten()
+        else:
+            row, column = (labels != -100).nonzero(as_tuple=True)
+            scores, wanted = self.lm_head.decoder(features[row, column]), labels[row, column]
+            if memory is not None:
+                first = int(column.amin()) if len(column) else 0
+                said = said_so_far(memory, input_ids[:, first:], target[:, first:])
+                pointed = self._pointed(features[:, first:], memory, latest(input_ids)[:, first:], said)
+                pointed = pointed[row, column - first]
+                scores = _joined(scores, pointed, memory.place[row], memory.tokens[row])
         if top_k is None:
-            return F.cross_entropy(scores, wanted, reduction="sum")
+            return F.cross_entropy(scores.to(compute_dtype(scores)), wanted, reduction="sum")
         return sparse_cross_entropy(scores, wanted, k=top_k, reduction="sum")
 
 
 def latest(ids: Any) -> Tensor:
     """(B, T) ids -> (B, T, 2) each with the one before it; -2 where there is none."""
-    return torch.stack([ids.long(), F.pad(ids[:, :-1].long(), (1, 0), value=-2)], -1)
+    return torch.stack([ids.long(), _earlier(ids.long(), 1, -2)], -1)
+
+
+def _earlier(x: Tensor, steps: int, value: int) -> Tensor:
+    """(B, T) what stands so many steps before each; ``value`` where there is nothing."""
+    return F.pad(x, (steps, 0), value=value)[:, : x.shape[1]]
 
 
 def said_so_far(memory: Memory | None, ids: Any, target: Tensor) -> Any:
@@ -286,7 +302,7 @@ def said_so_far(memory: Memory | None, ids: Any, target: Tensor) -> Any:
     if memory is None:
         return None
     found = (ids[:, :, None] == memory.ids[:, None]) & target[:, :, None]
-    return found.cumsum(1) > 0
+    return found.cumsum(1, dtype=torch.int32) > 0
 
 
 def _joined(plain: Tensor, pointed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:

@@ -240,42 +240,40 @@ def measure(quick: bool, seed: int) -> Part:
     setting = QUICK if quick else FULL
     seeds = range(seed, seed + (1 if quick else 3))
     runs = [_evaluate(_train(setting, s), setting, s) for s in seeds]
-    figures = {"copying: token accuracy, lowest seed": min(accuracy for accuracy, _ in runs)}
+    figures = {"token accuracy, lowest seed": min(accuracy for accuracy, _ in runs)}
     bars: dict[str, list[float]] = {way: [] for way in WAYS}
     for pool in ("seen", "unseen"):
         for kind, columns in (("names", [0, 2]), ("numbers", [1, 3])):
             for way in WAYS:
                 rate = float(torch.cat([found[pool, way][:, columns] for _, found in runs]).mean())
-                figures[f"copying: {kind} in documents with {pool} names, {way}"] = rate
+                figures[f"{kind} in documents with {pool} names, {way}"] = rate
                 bars[way].append(rate)
         for way in WAYS:
             whole = float(torch.cat([found[pool, way][:, 4] for _, found in runs]).mean())
-            figures[f"copying: whole summary, {pool} names, {way}"] = whole
+            figures[f"whole summary, {pool} names, {way}"] = whole
     gains = [(found["seen", "constrained"] - found["seen", "free"])[:, :4].mean(1) for _, found in runs]
     pooled = torch.cat(gains)
     gain, error = float(pooled.mean()), float(pooled.std() / math.sqrt(len(pooled)))
     if len(gains) > 1:
         means = torch.stack([x.mean() for x in gains])
         error = max(error, float(means.std() / math.sqrt(len(means))))
-    figures |= {"copying: gain on seen names": gain, "copying: its standard error": error}
+    figures |= {"gain on seen names": gain, "its standard error": error}
     if not quick:
         accuracy, found = _evaluate(_train(setting, seed, k=10), setting, seed)
-        figures["copying: sparse softmax from scratch, token accuracy"] = accuracy
+        figures["sparse softmax from scratch, token accuracy"] = accuracy
         for way in WAYS[:2]:
-            figures[f"copying: sparse softmax from scratch, seen names, {way}"] = float(
-                found["seen", way][:, :4].mean()
-            )
-    conditions = {"copying: the constraint beats free decoding on seen names by 3 standard errors": gain > 3 * error}
+            figures[f"sparse softmax from scratch, seen names, {way}"] = float(found["seen", way][:, :4].mean())
+    conditions = {"the constraint beats free decoding on seen names by 3 standard errors": gain > 3 * error}
     if not quick:
-        lowest = figures["copying: token accuracy, lowest seed"]
-        conditions["copying: token accuracy of at least .9 in each seed"] = lowest >= 0.9
+        lowest = figures["token accuracy, lowest seed"]
+        conditions["token accuracy of at least .9 in each seed"] = lowest >= 0.9
 
     def draw(axes: Axes) -> None:
         places = np.arange(4)
         for i, (way, values) in enumerate(bars.items()):
             axes.bar(places + 0.27 * (i - 1), values, 0.25, label=way)
         axes.set_xticks(places, ["seen\nnames", "their\nnumbers", "unseen\nnames", "their\nnumbers"])
-        axes.set(title="copying", ylabel="entities as they should be", ylim=(0, 1))
+        axes.set(title="(d) copying: entities as they should be", ylim=(0, 1))
         axes.legend(fontsize=7)
 
     return Part(figures, conditions, draw)

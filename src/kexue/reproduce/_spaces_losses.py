@@ -175,8 +175,10 @@ def measure(quick: bool, seed: int) -> Part:
                     "before" if group == "few" else "_",
                 )  # "_": not in the legend
                 axes.plot([place - 0.4, place + 0.4], [height, height], "k:", label=label)
-        axes.set_xticks(range(len(groups)), [g if g == "from scratch" else f"fine-tuned, {g}" for g in groups])
-        axes.set(title="pairs of digits: accuracy", ylim=(0, None))
+        axes.set_xticks(
+            range(len(groups)), [g.replace(" ", "\n") if g == "from scratch" else f"fine-tuned,\n{g}" for g in groups]
+        )
+        axes.set(title="(b), (c) pairs of digits: accuracy", ylim=(0, None))
         axes.legend(fontsize=7)
 
     return Part(figures, conditions, draw)

@@ -18,8 +18,8 @@ import numpy as np
 from kexue.corpus import installed_documentation
 from kexue.reproduce._spaces_part import Part
 from kexue.tasks import Summarizer, align_extract, join_pieces, split_pieces, text_rank
-from kexue.tasks._piece_features import tokens
 from kexue.tasks._summary_data import scores
+from kexue.tasks._text_words import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def _pairs() -> tuple[list[str], list[str]]:
 def _run(texts: list[str], lines: list[str], count: int, epochs: int, seed: int) -> dict[str, float]:
     order = np.random.default_rng(seed).permutation(len(texts))[:count]
     held, train = order[: count // 4], order[count // 4 :]
-    model = Summarizer("en", True, 3, epochs, seed, trim=False, show_progress=False)
+    model = Summarizer("en", True, 3, epochs, seed, show_progress=False)
     model.fit([texts[i] for i in train], [lines[i] for i in train])
     documents, wanted = [texts[i] for i in held], [lines[i] for i in held]
     pieces = [split_pieces(text, "en") for text in documents]

@@ -43,6 +43,7 @@ def measure(quick: bool, seed: int) -> Measurement:
     verdict: Verdict = "reproduced" if all(whole) else "partly" if any(whole) else "not reproduced"
 
     def plot(figure: Any) -> None:
+        figure.set_size_inches(13, 4.5)
         for axis, part in zip(figure.subplots(1, len(parts)), parts.values(), strict=True):
             part.draw(axis)
 

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from kexue.tasks.rouge_metric import rouge, rouge_corpus
     from kexue.tasks.samples_contrast import SamplesContrast
     from kexue.tasks.sentence_similarity import SentenceSimilarity
-    from kexue.tasks.summarizer import Summarizer
+    from kexue.tasks.summarizer import ExplainedPiece, Summarizer
+    from kexue.tasks.summary_generator import SummaryGenerator
     from kexue.tasks.zero_shot import NSPZeroShotClassifier
 
 __all__ = [
+    "ExplainedPiece",
     "GatedConvLabeler",
     "NSPZeroShotClassifier",
     "NextSentenceScorer",
@@ -28,6 +30,7 @@ __all__ = [
     "SamplesContrast",
     "SentenceSimilarity",
     "Summarizer",
+    "SummaryGenerator",
     "align_extract",
     "copy_labels",
     "copy_loss",
@@ -46,6 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExplainedPiece": "summarizer",
     "GatedConvLabeler": "gated_conv",
     "NSPZeroShotClassifier": "zero_shot",
     "NextSentenceScorer": "next_sentence",
@@ -53,6 +57,7 @@ _MODULES = {
     "SamplesContrast": "samples_contrast",
     "SentenceSimilarity": "sentence_similarity",
     "Summarizer": "summarizer",
+    "SummaryGenerator": "summary_generator",
     "align_extract": "extract_labels",
     "copy_labels": "copy_tags",
     "copy_loss": "copy_tags",

@@ -12,49 +12,46 @@ need no training.
 
 from __future__ import annotations
 
+import importlib
 import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from kexue.tasks._text_words import tokens
 from kexue.tasks.graph_rank import text_rank
 
-__all__ = ["WIDTH", "PieceEncoder", "tokens"]
+__all__ = ["WIDTH", "PieceEncoder"]
+
+#: (N, D): sparse, or an array
+Vectors: TypeAlias = "sparse.csr_array | NDArray[np.float32]"
 
 WIDTH = 256
 MARKS = 17  # columns after those of the hash
 BATCH = 64  # pieces at a time through BERT
-#: What counts as a word: letters and digits in a row, or one character of a script that writes no spaces.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-TOKEN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+PROBE = ("A piece of the document, number 1.", "文档的第二段，", "Summaries are short!")
+SAME = 0.01  # relative distance of the probes of two encoders that are the same, on another machine too
 _BEGIN, _END = 4, 3  # characters of the beginning and of the end of a word
+_KEPT = 64  # characters of a word whose hashes are remembered; encoded data has words of megabytes
 
 
-def tokens(text: str) -> list[str]:
-    """Words in lower case; characters where no spaces are written.
-
-    Example:
-        >>> tokens("Return the 3D-mean 均值。")
-        ['return', 'the', '3d', 'mean', '均', '值']
-    """
-    return TOKEN.findall(text.lower())
-
-
-@lru_cache(1 << 16)
 def hashes_of(word: str) -> tuple[int, ...]:
     """The word, and of a long one its beginning and its end, which inflected forms share."""
-    whole = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-    if len(word) <= _BEGIN:
-        return (whole,)
-    parts = (f"^{word[:_BEGIN]}", f"{word[-_END:]}$")
-    return (whole, *(zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in parts))
+    return _kept_hashes(word) if len(word) <= _KEPT else _hashes(word)
+
+
+def _hashes(word: str) -> tuple[int, ...]:
+    parts = (word,) if len(word) <= _BEGIN else (word, f"^{word[:_BEGIN]}", f"{word[-_END:]}$")
+    return tuple(zlib.crc32(part.encode("utf-8", "surrogatepass")) for part in parts)
+
+
+_kept_hashes = lru_cache(1 << 16)(_hashes)
 
 
 def mixed(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -131,35 +128,56 @@ def marks(pieces: Sequence[str], vectors: sparse.csr_array, words: list[list[str
 class PieceEncoder:
     """The vectors of pieces by one of the three kinds of encoder.
 
+    A copy and a pickle hold where a checkpoint is, not its weights.
+
     Args:
         encoder: "hash", a function from a list of N texts to an (N, D) array, or the folder of a BERT checkpoint.
+        width: D, if it is known.
+        probe: The :attr:`probe` of an earlier one, if it has to be the same encoder.
+
+    Attributes:
+        encoder: The same, a folder as an absolute path.
+        width: D once a document has been read.
 
     Raises:
         TypeError: It is none of these.
-        ValueError: No such folder.
+        ValueError: No such folder, no checkpoint in it, or a probe that differs.
     """
 
-    def __init__(self, encoder: Any = "hash") -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Any = "hash", width: int | None = None, probe: list[float] | None = None) -> None:
+        self.encoder, self.width = encoder, width
         self._call: Callable[[list[str]], Any] | None = None
-        if isinstance(encoder, str) and encoder == "hash":
-            return
         if callable(encoder):
             self._call = encoder
-        elif isinstance(encoder, str | os.PathLike):
-            self._call = _bert(Path(encoder))
-        else:
+        elif isinstance(encoder, os.PathLike) or (isinstance(encoder, str) and encoder != "hash"):
+            self.encoder = str(Path(encoder).absolute())
+            self._call = _bert(Path(self.encoder))
+        elif not isinstance(encoder, str):
             raise TypeError(
                 'encoder must be "hash", a function from a list of texts to an (N, D) array, or the folder of a BERT '
                 f"checkpoint; got {type(encoder).__name__}"
             )
+        if probe is not None and (mine := self.probe) is not None:
+            a, b = np.asarray(mine), np.asarray(probe, np.float64)
+            if a.shape != b.shape or not np.linalg.norm(a - b) <= SAME * np.linalg.norm(b):
+                raise ValueError(f"the encoder {self.encoder!r} gives other vectors than the one of the training")
 
-    def __call__(self, pieces: Sequence[str]) -> sparse.csr_array:
-        """Vectors of the pieces of ONE document, (N, D) float32, mostly zeros for "hash".
+    @property
+    def probe(self) -> list[float] | None:
+        """The mean vector of a fixed document, by which another encoder is told; a function of the user's has none."""
+        if callable(self.encoder):
+            return None
+        return [float(f"{x:.5g}") for x in np.asarray(self(PROBE).mean(0)).tolist()]
+
+    def __reduce__(self) -> Any:
+        return PieceEncoder, (self.encoder, self.width, self.probe)
+
+    def __call__(self, pieces: Sequence[str]) -> Vectors:
+        """Vectors of the pieces of ONE document, (N, D) float32, sparse for "hash".
 
         Raises:
             TypeError: The function returns no array of numbers.
-            ValueError: It returns another number of rows, or numbers that are not finite.
+            ValueError: It returns another number of rows, another width than before, or numbers that are not finite.
         """
         if self._call is None:
             vectors, words = hashed(pieces)
@@ -170,24 +188,46 @@ class PieceEncoder:
             raise TypeError(f"encoder must return numbers; got an array of {out.dtype}")
         if out.ndim != 2 or len(out) != len(pieces) or not out.shape[1]:
             raise ValueError(f"encoder must return ({len(pieces)}, D) for {len(pieces)} texts; got {out.shape}")
-        out = out.astype(np.float32)
+        if self.width not in (None, out.shape[1]):
+            raise ValueError(f"encoder must return vectors of width {self.width} as before; got {out.shape}")
+        with np.errstate(over="ignore"):
+            out = out.astype(np.float32)
         if not np.isfinite(out).all():
             place = int(np.flatnonzero(~np.isfinite(out).all(1))[0])
-            raise ValueError(f"encoder must return finite numbers; got others for text {place}, {pieces[place]!r}")
-        return sparse.csr_array(out)
+            raise ValueError(f"encoder must return finite numbers; got others for text {place}, {pieces[place]!r:.80}")
+        self.width = out.shape[1]
+        return out
 
 
 def _bert(folder: Path) -> Callable[[list[str]], NDArray[np.float32]]:
-    """Masked mean of the last layer of a checkpoint on disk; nothing is downloaded."""
+    """Masked mean of the last layer of a checkpoint on disk; nothing is downloaded.
+
+    Raises:
+        ValueError: There is no folder, or it lacks a model, weights of it or its tokenizer.
+    """
     if not folder.is_dir():
         raise ValueError(f'encoder must be "hash" or the folder of a BERT checkpoint; there is no folder {folder}')
     import torch
+    from safetensors import SafetensorError
 
-    from kexue._transformers import find_class
+    importlib.import_module("kexue.models.family")  # makes the Auto classes know the Kexue models
+    from kexue._transformers import AutoModel
+    from kexue.tasks._nsp_loading import load_tokenizer
     from kexue.tasks._text_encoders import text_encoder
 
-    tokenizer = find_class("AutoTokenizer").from_pretrained(folder, local_files_only=True)
-    model = find_class("AutoModel").from_pretrained(folder, local_files_only=True, add_pooling_layer=False).eval()
+    try:
+        model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"encoder {folder} holds no BERT checkpoint that can be loaded: {why:.200}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # which is not used
+    if missing:
+        raise ValueError(f"encoder {folder} lacks {len(missing)} weights, among them {missing[0]}")
+    tokenizer = load_tokenizer(None, folder)
+    known, most = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if most >= known:
+        raise ValueError(f"encoder {folder} has the tokenizer of another model: token {most}, but {known} embeddings")
+    model = model.float().eval()
     longest = min(512, int(getattr(model.config, "max_position_embeddings", 512)))
     face = text_encoder((tokenizer, model), longest)
 

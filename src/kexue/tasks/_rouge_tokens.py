@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,20 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_choice
 
-__all__ = ["Tokens", "has_chinese", "jieba_words", "token_table", "word_list"]
+__all__ = [
+    "Text",
+    "Tokenizer",
+    "Tokens",
+    "as_tokens",
+    "check_tokenizer",
+    "check_unit",
+    "cut_by",
+    "numbered",
+    "token_table",
+]
 
 Text = str | Sequence[Hashable]
 Tokenizer = Callable[[str], Iterable[Hashable]]
-
-_CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-# Letters and digits, with the combining marks that Python does not count among them.
-_WORD = re.compile("(?:[^\\W_]|[\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e00-\u0e4e])+")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def token_table(texts: Sequence[Text], unique: bool, weighted: bool) -> Tokens:
         ids, starts, width = _characters([text for text in texts if isinstance(text, str)])
         weights = np.zeros(0, np.int64)
     else:
-        ids, starts, known = _numbered(texts)
+        ids, starts, known = numbered(texts)
         width = max(1, len(known))
         weights = np.array([len(_str_token(token)) for token in known] if weighted else [], np.int64)
         if (weights == 1).all():  # as without weights, which is much faster
@@ -73,30 +78,6 @@ def token_table(texts: Sequence[Text], unique: bool, weighted: bool) -> Tokens:
     return Tokens(
         ids, starts, ones, _bounds(one_rows, len(texts)), twos, _bounds(two_rows, len(texts)), weights, width, sizes
     )
-
-
-def word_list(text: str) -> list[str]:
-    """Words of a text that writes spaces between them, in lower case."""
-    return _WORD.findall(text.lower())
-
-
-def jieba_words(text: str) -> list[str]:
-    """Words of a Chinese text by the dictionary of jieba alone (its model for unknown words is off)."""
-    try:
-        from kexue.generation.cpm_tokenizer import _dictionary  # jieba's own words, loaded once for the process
-
-        dictionary = _dictionary()[0]
-    except ImportError as error:
-        raise ImportError(
-            "words of a Chinese text need jieba, which comes with the extra zh (pip install 'kexue[zh]'), "
-            "a tokenizer of your own, or lists of tokens"
-        ) from error
-    return [word for word in dictionary.cut(text, HMM=False) if not word.isspace()]
-
-
-def has_chinese(text: str) -> bool:
-    """Whether a Chinese character occurs."""
-    return _CHINESE.search(text) is not None
 
 
 def as_tokens(name: str, text: Any) -> Text:
@@ -125,6 +106,14 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise TypeError(f"tokenizer must be a function from a text to its tokens; got {tokenizer!r}")
 
 
+def cut_by(tokenizer: Tokenizer, text: str) -> list[Hashable]:
+    """The tokens that a function of the user's finds."""
+    found = tokenizer(text)
+    if not isinstance(found, Iterable):
+        raise TypeError(f"tokenizer must return an iterable of tokens; got {found!r} of type {type(found).__name__}")
+    return list(found)
+
+
 def _characters(texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
     """Ids of all characters that are no white space, where each text starts, and how many ids there are."""
     dense = ["".join(text.split()) for text in texts]
@@ -137,7 +126,7 @@ def _characters(texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64],
     return table[points] - np.int32(1), starts, width
 
 
-def _numbered(texts: Sequence[Text]) -> tuple[NDArray[np.int32], NDArray[np.int64], dict[Hashable, int]]:
+def numbered(texts: Iterable[Text]) -> tuple[NDArray[np.int32], NDArray[np.int64], dict[Hashable, int]]:
     """Ids of all tokens by first appearance, where each text starts, and the tokens."""
     known: dict[Hashable, int] = {}
     ids: list[int] = []

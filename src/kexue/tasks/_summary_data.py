@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,33 +13,36 @@ from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 
 from kexue._checks import check_choice, check_int
-from kexue.tasks._piece_features import tokens
-from kexue.tasks._rouge_tokens import has_chinese, word_list
+from kexue.tasks._text_words import has_chinese, tokens, word_list
 from kexue.tasks.extract_labels import align_extract
 from kexue.tasks.pieces import split_pieces
 from kexue.tasks.rouge_metric import rouge_corpus
 
-__all__ = ["Texts", "beyond_noise", "check_pairs", "check_texts", "document_folds", "language_of", "scores"]
+__all__ = [
+    "Texts", "beyond_noise", "check_pairs", "check_texts", "document_folds", "fingerprint", "language_of",
+    "number_documents", "scores", "set_aside",
+]  # fmt: skip
 
 LANGUAGES = ("auto", "zh", "en")
 CHINESE_SHARE = 0.25
 NOISE = 2.0  # standard errors
 SAMPLED = 100_000  # characters of the documents by which the language is told
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_texts(name: str, given: Any) -> list[str]:
-    """The texts as a list.
+    """The texts as a list; half a surrogate pair, which no file can hold, becomes the replacement character.
 
     Raises:
         TypeError: A single str, no iterable, or an entry that is no str, with its index.
     """
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a list of str; got {type(given).__name__}")
     found = list(given)
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a list of str; {name}[{i}] is {text!r} of type {type(text).__name__}")
-    return [str(text) for text in found]
+    return [_SURROGATE.sub("\ufffd", str(text)) for text in found]
 
 
 def check_pairs(documents: Any, summaries: Any, what: str = "") -> tuple[list[str], list[str]]:
@@ -140,14 +146,52 @@ class Texts:
         return scores(texts, [self.summaries[i] for i in rows], self.unit)
 
 
+def number_documents(documents: Iterable[str]) -> NDArray[np.int64]:
+    """A number for each document, the same for documents that differ in white space only.
+
+    Example:
+        >>> number_documents(["a b", "c", "a  b\\n"]).tolist()
+        [0, 1, 0]
+    """
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(" ".join(text.split()), len(known)) for text in documents], np.int64)
+
+
+def fingerprint(documents: Sequence[str], summaries: Sequence[str], *settings: Any) -> str:
+    """Identifies pairs and settings, so that no run is continued with others."""
+    digest = hashlib.sha256(repr((len(documents), *settings)).encode())
+    for text in (*documents, *summaries):
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def set_aside(
+    rows: NDArray[np.int64], same: NDArray[np.int64], count: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that stay and those set aside, at random; equal documents stay together.
+
+    Args:
+        rows: Row numbers, ascending.
+        same: Of all rows the number of the document, see :func:`number_documents`.
+        count: How many different documents are set aside.
+        seed: For the choice.
+    """
+    names, number = np.unique(same[rows], return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    out = np.isin(number, order[:count])
+    return rows[~out], rows[out]
+
+
 def document_folds(
-    folds: Any, documents: Sequence[str], rows: NDArray[np.int64], seed: int
+    folds: Any, same: NDArray[np.int64], rows: NDArray[np.int64], seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The rows that each fold trains on and those that it leaves out.
 
     Args:
-        folds: Number of folds, or a splitter of scikit-learn.
-        documents: All documents; equal ones share a fold if ``folds`` is a number.
+        folds: Number of folds, or a splitter of scikit-learn, which is asked for the folds of all rows. If it takes
+            groups, these are equal documents; otherwise a fold does not train on what equals one that it leaves out.
+        same: Of all rows the number of the document, see :func:`number_documents`.
         rows: Those that take part.
         seed: Of the order.
 
@@ -156,22 +200,45 @@ def document_folds(
         ValueError: Fewer than two folds, fewer documents than folds, a splitter that does not leave each document out
             once or leaves nothing to train on.
     """
-    if hasattr(folds, "split") and not isinstance(folds, str):
-        parts = [(np.asarray(a), np.asarray(b)) for a, b in folds.split(np.zeros((len(rows), 1)))]
-        count = np.zeros(len(rows), np.int64)
-        for train, test in parts:
-            np.add.at(count, test, 1)
-            if not len(train) or len(np.intersect1d(train, test)):
-                raise ValueError(f"folds must train on other documents than it leaves out; got {train} and {test}")
-        if (count != 1).any():
-            place = int(np.flatnonzero(count != 1)[0])
-            raise ValueError(f"folds must leave each document out once; document {place}: {count[place]} times")
-        return [(rows[train], rows[test]) for train, test in parts]
+    if hasattr(folds, "split") and not isinstance(folds, str | type):
+        return _folds_of(folds, same, rows)
     check_int("folds", folds, 2)
-    known: dict[str, int] = {}
-    number = np.array([known.setdefault(documents[i], len(known)) for i in rows])
-    if len(known) < folds:
-        raise ValueError(f"folds={folds} needs at least as many different documents; got {len(known)}")
+    names, number = np.unique(same[rows], return_inverse=True)
+    if len(names) < folds:
+        raise ValueError(f"folds={folds} needs at least as many different documents; got {len(names)}")
     splitter = KFold(int(folds), shuffle=True, random_state=seed % (1 << 32))
-    left_out = [np.isin(number, test) for _, test in splitter.split(np.zeros((len(known), 1)))]
+    left_out = [np.isin(number, test) for _, test in splitter.split(np.zeros((len(names), 1)))]
     return [(rows[~out], rows[out]) for out in left_out]
+
+
+def _folds_of(
+    splitter: Any, same: NDArray[np.int64], rows: NDArray[np.int64]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    n = len(same)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The groups parameter is ignored")
+        parts = list(splitter.split(np.zeros((n, 1)), np.zeros(n), same))
+    count = np.zeros(n, np.int64)
+    found = []
+    for part in parts:
+        train, test = (_row_numbers(x, n) for x in part)
+        np.add.at(count, test, 1)
+        if len(np.intersect1d(train, test)):
+            raise ValueError(f"folds must train on other documents than it leaves out; got {train} and {test}")
+        train, test = np.intersect1d(train, rows), np.intersect1d(test, rows)
+        train = train[~np.isin(same[train], same[test])]
+        if len(test):
+            found.append((train, test))
+            if not len(train):
+                raise ValueError(f"folds must train on documents other than {test}; nothing is left")
+    if (count != 1).any():
+        place = int(np.flatnonzero(count != 1)[0])
+        raise ValueError(f"folds must leave each document out once; document {place}: {count[place]} times")
+    return found
+
+
+def _row_numbers(given: Any, n: int) -> NDArray[np.int64]:
+    found = np.asarray(given)
+    if found.dtype != bool and len(found) and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= n):
+        raise ValueError(f"folds must number the {n} documents from 0; got {found}")
+    return np.flatnonzero(found) if found.dtype == bool else found.astype(np.int64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,9 @@ class _Rows:
         if self.constraint is not None:
             k = self.search.beams
             each = (index[:, None] * k + torch.arange(k, device=index.device)).flatten()
-            self.state, self.use = self.constraint.reorder(self.state, each), self.use[each]
+            # numpy takes a tensor of one number for that number
+            chosen = each.numpy() if isinstance(self.use, np.ndarray) else each
+            self.state, self.use = self.constraint.reorder(self.state, each), self.use[chosen]
 
     def step(self, t: int) -> tuple[Tensor, Tensor]:
         """Scores of the best continuations (R, K, C), and their tokens."""

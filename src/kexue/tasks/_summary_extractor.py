@@ -2,7 +2,7 @@
 
 A labeller extracts too well on documents that it was trained on. So the documents are split into folds, and the pieces
 of each are chosen by the labeller that did not see it; whatever is learned from extracts (the length of a summary, the
-trimming, the generator) learns from these. The epoch of a labeller is chosen on an inner part of its own training rows:
+generator) learns from these. The epoch of a labeller is chosen on an inner part of its own training rows:
 chosen on the fold that it then extracts, as in the published code, it would have seen it after all.
 """
 
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
+from kexue.tasks._piece_features import Vectors
+from kexue.tasks._summary_data import set_aside
 from kexue.tasks.gated_conv import GatedConvLabeler, labeler_loss
 from kexue.training import batch_indices, fit
 from kexue.training.order import kept_random_state
@@ -38,6 +40,7 @@ INNER = 0.1  # share of the training rows that choose the epoch
 MOST_INNER = 100
 POOL = 8  # batches among which documents of similar length are brought together
 WINDOW = 4096  # pieces at a time in prediction
+SAVE_EVERY = 200  # steps between checkpoints
 
 
 @dataclass
@@ -45,18 +48,20 @@ class Pieces:
     """Rows of vectors, document after document.
 
     Attributes:
-        vectors: (N, D) sparse; row ``offsets[i] + j`` is piece j of document i.
+        vectors: (N, D), sparse or an array; row ``offsets[i] + j`` is piece j of document i.
         offsets: (documents + 1,).
     """
 
-    vectors: sparse.csr_array
+    vectors: Vectors
     offsets: NDArray[np.int64]
 
     @classmethod
-    def joined(cls, documents: Sequence[sparse.csr_array]) -> Pieces:
+    def joined(cls, documents: Sequence[Vectors]) -> Pieces:
         """From the vectors of each document."""
-        lengths = [x.shape[0] for x in documents]
-        return cls(sparse.csr_array(sparse.vstack(documents)), np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = np.concatenate([[0], np.cumsum([x.shape[0] for x in documents])])
+        if isinstance(documents[0], np.ndarray):
+            return cls(np.concatenate(documents), offsets)
+        return cls(sparse.csr_array(sparse.vstack(documents)), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,6 +69,11 @@ class Pieces:
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Pieces:
         """Some of the documents."""
         return Pieces.joined([self.vectors[self.offsets[i] : self.offsets[i + 1]] for i in rows])
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """The rows from ``start`` to ``stop``."""
+        part = self.vectors[start:stop]
+        return torch.from_numpy(part if isinstance(part, np.ndarray) else part.toarray())
 
     def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         """One array for each document of one value for each piece."""
@@ -90,7 +100,7 @@ def probabilities(labelers: Sequence[GatedConvLabeler], given: Pieces) -> NDArra
             here = torch.from_numpy(place[a:b] - start)
             x = torch.zeros(1, stop - start, given.vectors.shape[1])
             mask = torch.zeros(1, stop - start, dtype=torch.bool)
-            x[0, here] = torch.from_numpy(given.vectors[a:b].toarray())
+            x[0, here] = given.dense(a, b)
             mask[0, here] = True
             mean = torch.stack([torch.sigmoid(labeler(x, mask)[0]) for labeler in labelers]).mean(0)
             c, d = np.searchsorted(place, [at, at + WINDOW])
@@ -137,7 +147,12 @@ class _Training(nn.Module):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a labeller is trained."""
+    """How labellers are trained.
+
+    Attributes:
+        same: Of each document a number that equal ones share: they stay on one side of the inner split.
+        data: Identifies documents, summaries and metric, so that no run is continued with others.
+    """
 
     epochs: int
     hidden_size: int
@@ -146,6 +161,8 @@ class Settings:
     max_pieces: int
     seed: int
     show_progress: bool | None
+    same: NDArray[np.int64]
+    data: str
 
 
 def window(labels: NDArray[np.bool_], most: int) -> tuple[int, int]:
@@ -157,13 +174,14 @@ def window(labels: NDArray[np.bool_], most: int) -> tuple[int, int]:
     return start, start + most
 
 
-def inner_rows(rows: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and rows that choose the epoch; none of the latter if there are fewer than 5."""
-    if len(rows) < 5:
+def inner_rows(
+    rows: NDArray[np.int64], same: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to train on and rows that choose the epoch; none of the latter if there are fewer than 5 documents."""
+    different = len(np.unique(same[rows]))
+    if different < 5:
         return rows, rows[:0]
-    order = np.random.default_rng(seed).permutation(len(rows))
-    held = min(max(1, round(INNER * len(rows))), MOST_INNER)
-    return np.sort(rows[order[held:]]), np.sort(rows[order[:held]])
+    return set_aside(rows, same, min(max(1, round(INNER * different)), MOST_INNER), seed)
 
 
 def train_labeler(
@@ -190,7 +208,7 @@ def train_labeler(
         The labeller of the best epoch on inner rows, the later one of equal epochs, and the number of this epoch.
         Without inner rows it is the last epoch.
     """
-    learned, held = inner_rows(rows, settings.seed)
+    learned, held = inner_rows(rows, settings.same, settings.seed)
     with kept_random_state(torch.device("cpu")):
         torch.manual_seed(settings.seed)
         training = _Training(GatedConvLabeler(given.vectors.shape[1], settings.hidden_size))
@@ -198,10 +216,11 @@ def train_labeler(
     lengths = np.array([b - a for a, b in spans])
     size = min(settings.batch_size, len(learned))
     each = max(-(-len(learned) // size), LEAST_STEPS)
+    seen = max(len(learned), LEAST_STEPS * size)
 
     @lru_cache(2)
     def epoch_batches(epoch: int) -> list[NDArray[np.int64]]:
-        return _batches(lengths, size, each, settings.seed, epoch)
+        return _batches(lengths, size, seen, settings.seed, epoch)
 
     def batch(step: int) -> dict[str, Tensor]:
         chosen = epoch_batches(step // each)[step % each]
@@ -212,7 +231,7 @@ def train_labeler(
         for k, c in enumerate(chosen):
             (a, b), i = spans[c], learned[c]
             first = given.offsets[i]
-            x[k, : b - a] = torch.from_numpy(given.vectors[first + a : first + b].toarray())
+            x[k, : b - a] = given.dense(first + a, first + b)
             y[k, : b - a] = torch.from_numpy(labels[i][a:b].astype(np.float32))
         return {"x": x, "mask": mask, "labels": y}
 
@@ -233,7 +252,7 @@ def train_labeler(
         return training.over()
 
     fit(
-        training, batch, steps=each * settings.epochs, out=folder, save_every=max(each, 200), seed=settings.seed,
+        training, batch, steps=each * settings.epochs, out=folder, save_every=SAVE_EVERY, seed=settings.seed,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=settings.lr), schedule="constant", clip=None,
         fingerprint=_fingerprint(given, labels, rows, settings), keep=1, on_step=on_step, label=label,
         show_progress=settings.show_progress,
@@ -241,22 +260,23 @@ def train_labeler(
     return training.best.eval(), int(training.best_epoch)
 
 
-def _batches(lengths: NDArray[np.int64], size: int, count: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """``count`` batches: passes in random order, sorted by length within pools, batches shuffled."""
+def _batches(lengths: NDArray[np.int64], size: int, seen: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Batches of ``seen`` rows: passes in random order, sorted by length within pools, batches shuffled."""
     n = len(lengths)
-    passes = -(-count * size // n)
-    order = np.concatenate([batch_indices(seed, epoch * passes + p, n, n) for p in range(passes)])
-    if count * size > n and passes == 1:
-        order = order[: count * size]
-    pools = [order[at : at + POOL * size] for at in range(0, len(order), POOL * size)]
+    passes = -(-seen // n)
+    order = np.concatenate([batch_indices(seed, epoch * passes + p, n, n) for p in range(passes)])[:seen]
+    pools = [order[at : at + POOL * size] for at in range(0, seen, POOL * size)]
     order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    batches = [order[at : at + size] for at in range(0, len(order), size)][:count]
+    batches = [order[at : at + size] for at in range(0, seen, size)]
     return [batches[i] for i in batch_indices(seed, epoch, len(batches), len(batches))]
 
 
 def _fingerprint(given: Pieces, labels: list[NDArray[np.bool_]], rows: NDArray[np.int64], settings: Settings) -> str:
-    digest = hashlib.sha256(repr((settings.hidden_size, settings.batch_size, settings.max_pieces)).encode())
+    plain = settings.data, settings.hidden_size, settings.batch_size, settings.max_pieces
+    digest = hashlib.sha256(repr(plain).encode())
     chosen = np.concatenate(labels)
-    for part in (given.vectors.data, given.vectors.indices, given.offsets, chosen, rows):
+    vectors = given.vectors
+    numbers = (vectors,) if isinstance(vectors, np.ndarray) else (vectors.data, vectors.indices)
+    for part in (*numbers, given.offsets, chosen, rows):
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()

@@ -1,12 +1,11 @@
 """The folder of a trained :class:`kexue.tasks.Summarizer`.
 
-``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors``, if extracts
-are trimmed ``trimmer.safetensors`` and, if summaries are generated, ``generator/``. No pickle anywhere.
+``summarizer.json`` (settings and what was learned besides weights), ``labelers.safetensors`` and, if summaries are
+generated, ``generator/``. No pickle anywhere.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +14,31 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kexue._checks import check_choice
 from kexue._files import recover_directory, replaced_folder, write_json
 from kexue.models.char_gru import read_head
 from kexue.tasks._piece_features import PieceEncoder
-from kexue.tasks._summary_generator import SummaryGenerator
 from kexue.tasks._summary_selection import Selection
-from kexue.tasks._summary_trimmer import Runs, Trimmer
 from kexue.tasks.gated_conv import GatedConvLabeler
 
 if TYPE_CHECKING:
     from kexue.tasks.summarizer import Summarizer
 
 FORMAT, KIND, HEAD = 1, "summarizer", "summarizer.json"
-_BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, OSError, UnicodeDecodeError, json.JSONDecodeError)
+_BROKEN = (KeyError, TypeError, AttributeError, RuntimeError, OSError, ValueError)
 
 
 def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
     """Write the folder, replacing an earlier one in one step."""
     params = {k: _plain(v) for k, v in model.get_params(deep=False).items() if k != "generator"}
-    trimmer = model._trimmer
+    if params["encoder"] is not None:
+        params["encoder"] = model._encode.encoder  # a folder as an absolute path
     head = {
         "format": FORMAT,
         "kind": KIND,
         "params": params,
         "callable": callable(model.encoder),
+        "probe": model._encode.probe,
         "unit": model.unit_,
         "separators": model._separators,
         "width": model._labelers[0].input_size,
@@ -47,14 +47,6 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
         "epochs": model.epochs_,
         "length": model.length_,
         "threshold": model.threshold_,
-        "trims": None
-        if trimmer is None
-        else {
-            "width": trimmer.labelers[0].input_size,
-            "labelers": len(trimmer.labelers),
-            "extract": [trimmer.extract.length, trimmer.extract.threshold],
-            "runs": [trimmer.rule.threshold, trimmer.rule.cost],
-        },
         "generates": model._generator is not None,
         "scores": model.scores_,
         "scored_on": model.scored_on_,
@@ -62,8 +54,6 @@ def save(model: Summarizer, folder: str | os.PathLike[str]) -> None:
     }
     with replaced_folder(folder, HEAD, "saved summarizer") as target:
         _save_labelers(model._labelers, target / "labelers.safetensors")
-        if trimmer is not None:
-            _save_labelers(trimmer.labelers, target / "trimmer.safetensors")
         if model._generator is not None:
             model._generator.save(target / "generator")
         write_json(target / HEAD, head)
@@ -102,33 +92,40 @@ def load(cls: type[Any], folder: str | os.PathLike[str], encoder: Any) -> Any:
     source = Path(folder).absolute()
     recover_directory(source)
     head = read_head(source / HEAD, KIND, FORMAT)
+    if head.get("callable") and encoder is None:
+        raise ValueError(f"the encoder of {source} is the caller's own function; load with encoder=")
     try:
-        if head["callable"] and encoder is None:
-            raise ValueError(f"the encoder of {source} is the caller's own function; load with encoder=")
-        params = {k: tuple(v) if isinstance(v, list) else v for k, v in head["params"].items()}
-        params["folds"] = 5 if params["folds"] is None else params["folds"]
-        if encoder is not None:
-            params["encoder"] = encoder
-        model = cls(**params)
-        model.unit_, model.scores_, model.scored_on_ = head["unit"], dict(head["scores"]), head["scored_on"]
-        separators = head["separators"]
-        model._separators = separators if isinstance(separators, str) else tuple(separators)
-        model.epochs_, model.out_of_fold_extracts_ = list(head["epochs"]), head["out_of_fold_extracts"]
-        model._selection = Selection(float(head["length"]), float(head["threshold"]))
-        model.length_, model.threshold_ = model._selection.length, model._selection.threshold
-        hidden, trims = int(head["hidden_size"]), head["trims"]
-        path = source / "labelers.safetensors"
-        model._labelers = _load_labelers(path, int(head["labelers"]), int(head["width"]), hidden)
-        model._trimmer, model.trims_ = None, trims is not None
-        if trims is not None:
-            path = source / "trimmer.safetensors"
-            labelers = _load_labelers(path, int(trims["labelers"]), int(trims["width"]), hidden)
-            model._trimmer = Trimmer(
-                labelers, Selection(*map(float, trims["extract"])), Runs(*map(float, trims["runs"]))
-            )
-        model.uses_generator_ = bool(head["generates"])
-        model._generator = SummaryGenerator.load(source / "generator") if model.uses_generator_ else None
-        model._encode = PieceEncoder(model.encoder)
+        model = _read(cls, source, head)
     except (*_BROKEN, SafetensorError) as error:
-        raise ValueError(f"{source} holds no complete summarizer: {error}") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{source} holds no complete summarizer: {why}") from None
+    if encoder is not None:
+        model.encoder = encoder
+    try:
+        model._encode = PieceEncoder(model.encoder, int(head["width"]), head.get("probe"))
+    except ValueError as error:
+        hint = "" if model.encoder == "hash" else "; if the checkpoint has moved, load with encoder=FOLDER"
+        raise ValueError(f"{source}: {error}{hint}") from error
+    return model
+
+
+def _read(cls: type[Any], source: Path, head: dict[str, Any]) -> Any:
+    """The model without its encoder."""
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in head["params"].items()}
+    params["folds"] = 5 if params["folds"] is None else params["folds"]
+    model = cls(**params)
+    check_choice("unit", head["unit"], ("char", "word"))
+    model.unit_, model.scores_, model.scored_on_ = head["unit"], dict(head["scores"]), head["scored_on"]
+    separators = head["separators"]
+    model._separators = separators if isinstance(separators, str) else tuple(separators)
+    model.epochs_, model.out_of_fold_extracts_ = list(head["epochs"]), head["out_of_fold_extracts"]
+    model._selection = Selection(float(head["length"]), float(head["threshold"]))
+    model.length_, model.threshold_ = model._selection.length, model._selection.threshold
+    path = source / "labelers.safetensors"
+    model._labelers = _load_labelers(path, int(head["labelers"]), int(head["width"]), int(head["hidden_size"]))
+    model.uses_generator_, model._generator = bool(head["generates"]), None
+    if model.uses_generator_:
+        from kexue.tasks.summary_generator import SummaryGenerator  # imports transformers: seconds
+
+        model._generator = SummaryGenerator.load(source / "generator")
     return model

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kexue.tasks._summary_data import Texts
 
-__all__ = ["Selection", "tune_selection"]
+__all__ = ["Selection", "sampled", "tune_selection"]
 
 LENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)  # times the mean length of a summary
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -60,6 +60,12 @@ class Selection:
         return sorted(chosen)
 
 
+def sampled(learned: NDArray[np.int64], seed: int) -> list[int]:
+    """The documents on which the numbers are chosen."""
+    rows: list[int] = np.random.default_rng(seed).permutation(learned)[:MOST_ROWS].tolist()
+    return rows
+
+
 def tune_selection(
     values: Sequence[NDArray[np.float32]], data: Texts, learned: NDArray[np.int64], seed: int
 ) -> tuple[Selection, float]:
@@ -71,7 +77,7 @@ def tune_selection(
         learned: Those that take part.
         seed: For the choice among them, where there are many.
     """
-    rows = np.random.default_rng(seed).permutation(learned)[:MOST_ROWS].tolist()
+    rows = sampled(learned, seed)
     mean = float(np.mean([data.lengths[i] for i in learned]))
     rules = [Selection(share * mean, threshold) for share in LENGTHS for threshold in THRESHOLDS]
     chosen = [[(i, tuple(rule(values[i], data.words[i]))) for i in rows] for rule in rules]

@@ -1,4 +1,4 @@
-"""The vocabulary of :class:`kexue.tasks._summary_generator.SummaryGenerator`: words of any script, without loss.
+"""The vocabulary of :class:`kexue.tasks.summary_generator.SummaryGenerator`: words of any script, without loss.
 
 Source: 科学空间 8046 (frequent words as single tokens: better and faster than characters alone) and 7758 (WoBERT).
 

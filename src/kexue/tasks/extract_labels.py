@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from kexue._checks import check_choice, check_real
 from kexue.tasks._rouge_kernel import greedy_choice
-from kexue.tasks._rouge_tokens import Text, Tokenizer, Tokens, as_tokens, check_unit, has_chinese, token_table
+from kexue.tasks._rouge_tokens import Text, Tokenizer, Tokens, as_tokens, check_unit, token_table
+from kexue.tasks._text_words import has_chinese
 from kexue.tasks.rouge_metric import cut, figures_of, main_score
 
 __all__ = ["align_extract", "align_pairs"]

@@ -3,27 +3,25 @@
 Source: Mihalcea & Tarau 2004, "TextRank: Bringing Order into Texts", the baseline of an extractor as that of 科学空间
 8046 (SPACES:“抽取-生成”式长文本摘要); the penalty of repetition follows Carbonell & Goldstein 1998 (MMR).
 
-Let A (n, G) hold idf = ln(n / df) + 1 where piece i has n-gram g, each row divided by the square root of its length,
-W = A A^T without its diagonal, s its row sums, d the damping. The ranks are those of a reader who goes on to a similar
-piece with probability d:
+Let A (n, G) hold count * idf, idf = ln(n / df) + 1, of n-gram g in piece i, each row divided by its length, W = A A^T
+without its diagonal the cosines, s its row sums, d the damping. The ranks are those of a reader who goes on to a
+similar piece with probability d:
 
     x = d W diag(1 / s) x + (1 - d) / n,    sum x = 1
 
 The n-grams are words in lower case, without the punctuation at their ends, and in scripts without spaces pairs of
 neighbouring characters.
 
-What we do differently, and why: W has n^2 entries and A few, so W is never formed: W x = A (A^T x) - diag(A A^T) x.
-With x = sqrt(s) y the system is symmetric and positive definite with condition (1 + d) / (1 - d), so that some 40 steps
-of conjugate gradients solve it to 12 digits, whatever n is. The usual cosine, rows of length 1 with counts, prefers
-short pieces such as headings; half of that division and no counts were better on Chinese abstracts and on English
-documentation (main metric of the best piece .345 instead of .340 by characters, .117 instead of .106 by words). What a
-piece repeats is the share of its n-grams that the chosen ones have brought, which needs no matrix either.
+What we do differently, and why: TextRank compares two sentences by the number of words that both have, divided by the
+logarithms of their lengths; the cosine also knows which words are rare. W has n^2 entries and A few, so W is never
+formed: W x = A (A^T x) - diag(A A^T) x. With x = sqrt(s) y the system is symmetric and positive definite with condition
+(1 + d) / (1 - d), so that some 40 steps of conjugate gradients solve it to 12 digits, whatever n is. What a piece
+repeats is the share of its n-grams that the chosen ones have brought, which needs no matrix either.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
+import heapq
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -33,20 +31,12 @@ from scipy import sparse
 
 from kexue._checks import check_choice, check_int, check_real
 from kexue.tasks._cosines import block_rows, unit_rows
-from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, has_chinese
+from kexue.tasks._rouge_tokens import Tokenizer, check_tokenizer, cut_by, numbered
+from kexue.tasks._text_words import has_chinese, linked_grams
 from kexue.tasks.rouge_metric import cut
 
 __all__ = ["select_pieces", "text_rank"]
 
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3005-\u3007\u3040-\u312f\u31a0-\u4dbf\u4e00-\ua4cf"
-    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-# A word ends where white space or a script without spaces begins; inside it anything may stand (numpy.linalg, it's).
-_GRAMS = re.compile(
-    f"[{_UNSPACED}]+|[^\\W_{_UNSPACED}](?:[^\\s{_UNSPACED}\u3000-\u303f\uff00-\uff65]*[^\\W_{_UNSPACED}])?"
-)
-_is_unspaced = re.compile(f"[{_UNSPACED}]").match
 # The product with W, its row sums (n,), and which pieces have a neighbour at all (n,).
 Graph = tuple[Callable[[NDArray[Any]], NDArray[Any]], NDArray[np.float64], NDArray[np.bool_]]
 _TOLERANCE = 1e-12  # of the residual, relative to the right-hand side
@@ -110,7 +100,8 @@ def select_pieces(
         pieces: n pieces.
         scores: (n,) scores that are not negative, such as ranks or probabilities; ``range(n, 0, -1)`` with redundancy 0
             takes the opening.
-        budget: How long the extract may be at most. If no piece fits, it is the one with the highest score.
+        budget: How long the extract may be at most. If no piece fits, it is the one with the highest score. Blank
+            pieces are not taken.
         unit: What the budget counts: characters, words (as :func:`kexue.tasks.rouge` counts them) or pieces.
         redundancy: In [0, 1]; 0 does not look at repetitions. Otherwise a piece whose n-grams have all been said is
             not taken.
@@ -120,7 +111,7 @@ def select_pieces(
         Indices in the order of the document.
 
     Raises:
-        TypeError: Pieces that are no str, a budget that is no integer.
+        TypeError: Pieces that are no str, scores that are no numbers, a budget that is no integer.
         ValueError: Scores of another shape, negative or not finite; a budget below 1; a redundancy outside [0, 1].
         ImportError: A budget of words of a Chinese text without jieba (extra ``zh``).
 
@@ -136,7 +127,7 @@ def select_pieces(
     if redundancy > 1:
         raise ValueError(f"redundancy must be at most 1; got {redundancy!r}")
     check_tokenizer(tokenizer)
-    values = np.array(scores, np.float64)
+    values = _numbers("scores", scores).astype(np.float64)
     if values.shape != (len(texts),):
         raise ValueError(f"scores must have one value for each of {len(texts)} pieces; got shape {values.shape}")
     if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -146,39 +137,24 @@ def select_pieces(
     costs = _costs(texts, unit)
     grams = piece_grams(texts, tokenizer) if redundancy else None
     chosen = _chosen(values, costs, int(budget), float(redundancy), grams)
-    return sorted(chosen) or [int(values.argmax())]
+    return sorted(chosen) or [int(np.where(costs > 0, values, -1).argmax())]
 
 
 def piece_grams(texts: list[str], tokenizer: Callable[[str], Iterable[Any]] | None = None) -> Any:
-    """(n, G) sparse table of the n-grams that each piece has: ones."""
-    known: dict[Any, int] = {}
-    ids: list[int] = []
-    starts = [0]
-    for text in texts:
-        ids += [known.setdefault(gram, len(known)) for gram in (tokenizer or _grams)(text)]
-        starts.append(len(ids))
-    table = sparse.csr_array((np.ones(len(ids)), np.array(ids, np.int64), starts), (len(texts), max(1, len(known))))
+    """(n, G) sparse table: how often each piece has each n-gram."""
+    ids, starts, known = numbered(cut_by(tokenizer or linked_grams, text) for text in texts)
+    table = sparse.csr_array((np.ones(len(ids)), ids, starts), (len(texts), max(1, len(known))))
     table.sum_duplicates()
-    table.data[:] = 1
     return table
 
 
-def _grams(text: str) -> Iterable[str]:
-    """Words in lower case; of runs of letters without spaces, all pairs of neighbours (of a single letter, itself)."""
-    for run in _GRAMS.findall(text.lower()):
-        if len(run) > 1 and _is_unspaced(run):
-            yield from map("".join, itertools.pairwise(run))
-        else:
-            yield run
-
-
 def _similarity(table: Any) -> Graph:
-    """Products of the rows of A."""
+    """Cosines of the rows, counts times idf."""
     n = table.shape[0]
     holders = np.bincount(table.indices, minlength=table.shape[1])
     rows = np.repeat(np.arange(n), np.diff(table.indptr))
-    values = (np.log(max(1, n) / np.maximum(holders, 1)) + 1)[table.indices]
-    values /= np.bincount(rows, values**2, n)[rows] ** 0.25
+    values = table.data * (np.log(max(1, n) / np.maximum(holders, 1)) + 1)[table.indices]
+    values /= np.sqrt(np.bincount(rows, values**2, n))[rows]
     shared = holders[table.indices] > 1  # n-grams of one piece alone make no edge
     edges = np.bincount(rows[shared], minlength=n)
     starts = np.concatenate([[0], np.cumsum(edges)])
@@ -245,41 +221,45 @@ def _walk(graph: Graph, damping: float) -> NDArray[np.float64]:
 def _chosen(
     values: NDArray[np.float64], costs: NDArray[np.int64], budget: int, redundancy: float, grams: Any
 ) -> list[int]:
-    """Pieces in the order in which they are taken."""
-    open_ = costs <= budget
-    chosen: list[int] = []
+    """Pieces in the order in which they are taken; pieces that cost nothing are not.
+
+    What a piece is worth only falls, so that the best one is at the top of a heap as soon as its value there is right.
+    """
+    repeated = np.zeros(len(values), np.int64)
+    own = np.ones(len(values), np.int64)
     if grams is not None:
         own = np.maximum(np.diff(grams.indptr), 1)
         holders = grams.T.tocsr()
         said = np.zeros(grams.shape[1], np.bool_)
-        repeated = np.zeros(len(values), np.int64)
-    worth = values.copy()
-    while open_.any():
-        place = int(np.where(open_, worth, -1).argmax())
-        chosen.append(place)
-        budget -= int(costs[place])
-        open_[place] = False
-        if budget <= 0:
-            break
-        open_ &= costs <= budget
-        if grams is not None:
-            new = grams.indices[grams.indptr[place] : grams.indptr[place + 1]]
-            new = new[~said[new]]
-            said[new] = True
-            touched = np.concatenate([holders.indices[holders.indptr[g] : holders.indptr[g + 1]] for g in new] or [new])
-            repeated += np.bincount(touched, minlength=len(values))
-            worth = values * (1 - redundancy * repeated / own)
-            open_ &= repeated < own
+    heap = [(-value, place) for place, value in enumerate(values.tolist()) if costs[place] > 0]
+    heapq.heapify(heap)
+    chosen: list[int] = []
+    while heap and budget > 0:
+        before, place = heap[0]
+        now = -float(values[place] * (1 - redundancy * repeated[place] / own[place]))
+        if costs[place] > budget or repeated[place] == own[place]:
+            heapq.heappop(heap)
+        elif now != before:
+            heapq.heapreplace(heap, (now, place))
+        else:
+            heapq.heappop(heap)
+            chosen.append(place)
+            budget -= int(costs[place])
+            if grams is not None:
+                new = grams.indices[grams.indptr[place] : grams.indptr[place + 1]]
+                for g in new[~said[new]]:
+                    repeated[holders.indices[holders.indptr[g] : holders.indptr[g + 1]]] += 1
+                said[new] = True
     return chosen
 
 
 def _costs(texts: list[str], unit: str) -> NDArray[np.int64]:
     if unit == "piece":
-        return np.ones(len(texts), np.int64)
+        return np.array([not text.isspace() and text != "" for text in texts], np.int64)
     if unit == "word":
         words = cut(list(texts), "word", None, any(has_chinese(text) for text in texts))
         return np.array([len(tokens) for tokens in words], np.int64)
-    return np.array([len(text) for text in texts], np.int64)
+    return np.array([0 if text.isspace() else len(text) for text in texts], np.int64)
 
 
 def _texts(pieces: Any) -> list[str]:
@@ -294,15 +274,21 @@ def _texts(pieces: Any) -> list[str]:
 
 def _vectors(vectors: Any) -> NDArray[Any]:
     """(n, D) float32 or float64, checked."""
-    if hasattr(vectors, "detach"):  # a tensor, which may have a gradient, be on another device, or be bfloat16
-        vectors = vectors.detach()
-        vectors = (vectors.float() if str(vectors.dtype) == "torch.bfloat16" else vectors).cpu().numpy()
-    array = np.asarray(vectors)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"vectors must be real numbers; got an array of {array.dtype}")
+    array = _numbers("vectors", vectors)
     if array.ndim != 2:
         raise ValueError(f"vectors must be a matrix (pieces, width); got shape {array.shape}")
     array = array.astype(np.float32 if array.dtype.itemsize < 8 and array.dtype.kind == "f" else np.float64)
     if not np.isfinite(array).all():
         raise ValueError("vectors must be finite; got NaN or infinity")
+    return array
+
+
+def _numbers(name: str, given: Any) -> NDArray[Any]:
+    """An array or a tensor (which may have a gradient, be on another device, or be bfloat16) as an array."""
+    if hasattr(given, "detach"):
+        given = given.detach()
+        given = (given.float() if str(given.dtype) == "torch.bfloat16" else given).cpu().numpy()
+    array = np.asarray(given)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be real numbers; got an array of {array.dtype}")
     return array

@@ -13,8 +13,8 @@ brackets and quotes that close after it. Newlines are dropped, pieces are stripp
 
 What we do differently, and why: the author's code cuts by one mark after the other, over the whole list each time; one
 pass finds the same pieces (the marks need no priorities when every one of them cuts). Numbers (3.14, 1,000), names with
-full stops (numpy.linalg), ellipses, abbreviations (e.g., Dr.) and initials are never cut, since a quarter of a number
-is worse than a long piece.
+full stops (numpy.linalg), ellipses (... and . . .), abbreviations (e.g., Dr.), the initials of names and the number of
+an item are never cut off, since a quarter of a number is worse than a long piece.
 """
 
 from __future__ import annotations
@@ -32,20 +32,29 @@ _FULL = "。+|；+|：+|，+|[！？]+"
 _PATTERNS = {
     "zh": re.compile(f"{_BREAK}|{_FULL}"),
     "en": re.compile(f"{_BREAK}|[.!?;]+"),
-    "auto": re.compile(f"{_BREAK}|{_FULL}|[؟۔।॥｡．]+|[.!?;]+|,+|:+"),
+    "auto": re.compile(f"{_BREAK}|。+|；+|：+|，+|[!?]*[！？][！？!?]*|[؟۔।॥｡．]+|[.!?;]+|,+|:+"),
 }
+_NARROW = frozenset(".!?;,:．")  # marks that cut only in some places
 _CLOSING = frozenset("”’」』）】》〉〕〗〙〛］｝＂＇｣)]}›»")
 _QUOTES = frozenset("\"'")
 _CHINESE = re.compile("[\u2e80-\u312f\u31a0-\ua4cf\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
 _SPACE = re.compile(r"\s*")
 _LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.)*\Z")
-_NUMBERED = re.compile(rf"[{_NEWLINES}][ \t]*\d{{1,3}}\Z")  # of an item of a list
-_DOTTED = re.compile(r"[a-z](?:\.[a-z])+")
-_NEVER_LAST = frozenset(
-    ["approx", "ca", "cf", "dr", "e.g", "i.e", "mr", "mrs", "ms", "prof", "resp", "viz", "vs"]
-)  # never the end of a sentence
-_MAYBE_LAST = frozenset(["al", "co", "corp", "etc", "inc", "jr", "ltd", "sr", "st"])  # the end where a capital follows
-_BEFORE_NUMBER = frozenset(["ch", "eq", "eqs", "fig", "figs", "no", "nos", "p", "pp", "sec", "tab", "vol"])
+_NUMBERED = re.compile(r"(?:\A|:\s)\s*\d{1,3}\Z")  # the number of an item at the beginning of its piece
+_DOTTED = re.compile(r"[a-z]{1,2}(?:\.[a-z]{1,2})+")  # U.S., p.m., Ph.D.
+_NAME = re.compile(r"(?:[^\W\d_]\.\s{1,3}){0,4}([^\W\d_]{2,})")  # more initials, and a word
+# Abbreviations: never the end of a sentence; the end where a capital follows; no end before a number.
+_is_never_last = re.compile(r"approx|ca|capt|cf|dr|e\.g|gov|i\.e|lt|mr|mrs|ms|prof|resp|sen|viz|vs").fullmatch
+_is_maybe_last = re.compile("al|co|corp|dept|est|etc|inc|incl|jr|ltd|max|min|sr|st").fullmatch
+_is_before_number = re.compile(
+    "app|art|ch|def|eqs?|figs?|nos?|pp?|para|refs?|sec|tab|thm|vol|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec"
+).fullmatch
+# Words that begin a sentence rather than go on with a name: "the matrix A. The rows".
+_begins = re.compile(
+    "all|an|and|as|at|both|but|by|each|every|for|from|he|here|his|how|however|if|in|its?|let|many|most|no|"
+    "note|now|on|one|or|our|see|she|since|so|some|such|that|the|their|then|there|these|they|this|those|thus|to|"
+    "we|what|when|where|which|while|with|you|your"
+).fullmatch
 _WORD = 24  # characters before a full stop that are looked at
 
 
@@ -116,16 +125,16 @@ def piece_spans(text: str, separators: str | Iterable[str] = "auto") -> list[tup
 def _ends(text: str, pattern: re.Pattern[str]) -> Iterator[int]:
     """Where pieces end, by a preset."""
     counted, odd = 0, False  # how many straight quotes the line has had, to tell one that closes from one that opens
+    last = 0  # where the piece begins
     for found in pattern.finditer(text):
         start, stop = found.span()
-        mark = text[start]
-        if mark in _NEWLINES:
+        if text[start] in _NEWLINES:
             counted, odd = stop, False
-            yield stop
-        elif mark in ".!?;,:．":
+            after = stop
+        elif _NARROW.issuperset(found.group()):
             after = _closed(text, stop, quotes=True)
-            if _cuts_ascii(text, start, stop, after):
-                yield after
+            if not _cuts(text, last, start, stop, after):
+                continue
         else:
             after = _closed(text, stop)
             if text[after : after + 1] == '"':
@@ -133,7 +142,8 @@ def _ends(text: str, pattern: re.Pattern[str]) -> Iterator[int]:
                 counted = after
                 if odd:
                     after = _closed(text, after + 1)
-            yield after
+        yield after
+        last = after
 
 
 def _own_ends(text: str, separators: Iterable[str]) -> Iterator[int]:
@@ -167,8 +177,8 @@ def _inside_number(text: str, start: int, stop: int) -> bool:
     return text[start - 1 : start].isdigit() and text[stop : stop + 1].isdigit()
 
 
-def _cuts_ascii(text: str, start: int, stop: int, after: int) -> bool:
-    """Whether the mark ``text[start:stop]``, whose closing brackets end at ``after``, ends a piece."""
+def _cuts(text: str, last: int, start: int, stop: int, after: int) -> bool:
+    """Whether the mark ``text[start:stop]``, which closes at ``after``, ends the piece begun at ``last``."""
     if _inside_number(text, start, stop):
         return False
     mark = text[start:stop]
@@ -178,34 +188,39 @@ def _cuts_ascii(text: str, start: int, stop: int, after: int) -> bool:
         return chinese or (follows == " " and bool(_CHINESE.match(text[after + 1 : after + 2])))
     if len(mark) > 2 and set(mark) == {"."}:  # an ellipsis
         return False
-    if chinese or not follows:
+    if not follows:
+        return True
+    before = text[last:start] if start - last <= _WORD else "…" + text[start - _WORD : start]
+    if mark in (".", "．") and _NUMBERED.search(before):
+        return False
+    if chinese:
         return True
     if not follows.isspace():
         return mark == "．"
-    return mark != "." or _ends_sentence(text, start, after)
+    return mark != "." or _ends_sentence(text, before, after)
 
 
-def _ends_sentence(text: str, stop: int, after: int) -> bool:
-    """Whether a full stop at ``stop`` before white space ends a sentence, rather than an abbreviation."""
+def _ends_sentence(text: str, before: str, after: int) -> bool:
+    """Whether a full stop after ``before``, with white space at ``after``, ends a sentence, not an abbreviation."""
     resume = _space_end(text, after)
     follows = text[resume : resume + 1]
-    before = text[max(0, stop - _WORD) : stop]
-    if _NUMBERED.search(before if stop > _WORD else "\n" + before):
+    spaced = follows == "." and not text[resume + 1 : resume + 2].isalnum()  # an ellipsis with spaces
+    if spaced or (before[-1:].isspace() and before.rstrip().endswith(".")):
         return False
     found = _LAST_WORD.search(before)
     if found is None:
         return True
     word = found.group()
     low = word.lower()
-    if low in _NEVER_LAST:
+    if _is_never_last(low):
         return False
-    if low in _BEFORE_NUMBER and (follows.isdigit() or follows == "("):
+    if _is_before_number(low) and (follows.isdigit() or follows == "("):
         return False
-    if low in _MAYBE_LAST or _DOTTED.fullmatch(low):
-        return not follows.islower()
-    if len(word) == 1 and word.isupper() and word != "I" and text[resume + 1 : resume + 2].islower():
-        previous = before[: found.start()].split()  # "Donald E. Knuth", but not "the matrix A. The rows"
-        return not follows.isupper() or (bool(previous) and previous[-1][0].islower() and previous[-1] != "and")
+    if _is_maybe_last(low) or _DOTTED.fullmatch(low):
+        return (follows.isalpha() and not follows.islower()) or follows in "\"'“‘"
+    if len(word) == 1 and word.isupper() and resume == after + 1:  # "E. Knuth", but not "the matrix A. The rows"
+        name = _NAME.match(text, resume)
+        return not (name and follows.isupper() and not _begins(name.group(1).lower()))
     return True
 
 

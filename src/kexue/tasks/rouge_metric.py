@@ -16,11 +16,12 @@ unknown words off) if one of the two texts has a Chinese character, otherwise ru
 rouge-l is the heaviest common subsequence. The author's proposal, which he did not build: a law name of 14 characters
 is worth 14 when it is matched as a whole and 0 when it is not, while a particle is worth 1.
 
-What we do differently, and why: three packages called rouge* give three different numbers. rouge-1 and rouge-2 with
-``unique=True`` are those of ``rouge`` 1.0 (the author's), with ``unique=False`` all three are those of ``rouge_score``
-with the same tokens, to the last bit. rouge-l is the plain definition: ``rouge`` counts distinct tokens of it, and cuts
-texts at every ASCII full stop and drops it. Texts become numbers once for a whole corpus, n-grams are sorted numbers
-that are merged, and the subsequence is found 64 positions at a time (:mod:`kexue.tasks._rouge_kernel`).
+What we do differently, and why: packages called rouge* give different numbers. With ``unique=False`` all three are
+those of ``rouge_score`` with the same tokens, to the last bit. With ``unique=True`` all three are those of
+``rouge-chinese``, and rouge-1 and rouge-2 those of ``rouge`` 1.0 (the author's), which however cuts texts at every
+ASCII full stop, drops it, and counts distinct tokens of rouge-l; here rouge-l is the plain definition. Texts become
+numbers once for a whole corpus, n-grams are sorted numbers that are merged, and the subsequence is found 64 positions
+at a time (:mod:`kexue.tasks._rouge_kernel`).
 """
 
 from __future__ import annotations
@@ -32,17 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kexue.tasks._rouge_kernel import overlaps
-from kexue.tasks._rouge_tokens import (
-    Text,
-    Tokenizer,
-    Tokens,
-    as_tokens,
-    check_unit,
-    has_chinese,
-    jieba_words,
-    token_table,
-    word_list,
-)
+from kexue.tasks._rouge_tokens import Text, Tokenizer, Tokens, as_tokens, check_unit, cut_by, token_table
+from kexue.tasks._text_words import has_chinese, jieba_words, word_list
 
 __all__ = ["rouge", "rouge_corpus"]
 
@@ -176,7 +168,7 @@ def cut(texts: list[Text], unit: str, tokenizer: Tokenizer | None, chinese: bool
     function: Any = tokenizer or (None if unit == "char" else jieba_words if chinese else word_list)
     if function is None:
         return texts
-    return [list(function(text)) if isinstance(text, str) else text for text in texts]
+    return [cut_by(function, text) if isinstance(text, str) else text for text in texts]
 
 
 def _pair_scores(

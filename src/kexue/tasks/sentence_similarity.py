@@ -19,11 +19,8 @@ the same; the search is exact, in blocks, also about equal scores.
 from __future__ import annotations
 
 import os
-import tempfile
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +31,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from kexue._checks import check_int, check_real
+from kexue._files import run_folder
 from kexue.models.char_gru import by_length
 from kexue.tasks import _similarity_files as files
 from kexue.tasks._cosines import unit_rows
@@ -195,7 +193,7 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
         held_out = None if validation is None else _validation(validation)
         run = Run(self, prepared, numbers, len(classes))
         interrupt: TrainingInterrupted | None = None
-        with _folder(checkpoint) as folder:
+        with run_folder(checkpoint) as folder:
             try:
                 result = fit(
                     run.classifier, run.batch, steps=run.steps, out=folder, save_every=checkpoint_every,
@@ -346,16 +344,6 @@ class SentenceSimilarity(TransformerMixin, BaseEstimator):
             ValueError: The folder holds something else, another format version, or weights that do not fit.
         """
         return files.load(cls, folder, encoder)
-
-
-@contextmanager
-def _folder(checkpoint: Any) -> Any:
-    if checkpoint is not None:
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        yield Path(checkpoint)
-        return
-    with tempfile.TemporaryDirectory(prefix="kexue-similarity-") as folder:
-        yield Path(folder)
 
 
 def _validation(validation: Any) -> tuple[list[str], list[Hashable]]:

@@ -78,6 +78,8 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "words", check_choice_of_words(self.words))
         check_int("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2 ** 32; got {self.seed}")
         for name in ("dim", "word_dim"):
             check_int(name, getattr(self, name), 2)
         check_int("window", self.window, 1)

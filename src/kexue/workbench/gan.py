@@ -25,7 +25,7 @@ from safetensors.torch import load_model, save_model
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
-from kexue._files import replace_directory, write_json
+from kexue._files import write_json
 from kexue.adversarial import AdversarialTrainer, BiGANQP, gan_networks, image_grid, sample_quality
 from kexue.adversarial.judges import Judge
 from kexue.adversarial.loop import as_floats
@@ -37,7 +37,7 @@ from kexue.training.order import kept_random_state
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.pictures import Pictures, read_pictures
-from kexue.workbench.targets import begin, check_free, locked, resolved
+from kexue.workbench.targets import begin, check_free, locked, marked, publish, resolved
 
 __all__ = ["MANIFEST", "GanModel", "GanSettings", "train_gan"]
 
@@ -163,10 +163,7 @@ def train_gan(
             "files": names,
         }  # fmt: skip
         write_json(finished / MANIFEST, manifest)
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        replace_directory(finished, target)
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(finished, target, partial)
     return target
 
 
@@ -322,13 +319,7 @@ class GanModel:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            what = "is a file" if self.folder.is_file() else "is no trained generator"
-            raise WorkspaceError(
-                f"{self.folder} {what if self.folder.exists() else 'does not exist'}; make one with: "
-                "kexue gan train digits --out DIR"
-            )
+        path = marked(self.folder, MANIFEST, "trained generator", "kexue gan train digits --out DIR")
         try:
             self.info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.estimator: BiGANQP | None = None

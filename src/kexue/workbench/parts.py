@@ -110,7 +110,7 @@ class Parts:
 
     @cached_property
     def summarizer(self) -> Summarizer | None:
-        """What was learned from texts with summaries; None if there were none, or an earlier version built this."""
+        """What was learned from texts with summaries; None if that did not pay or an earlier version built this."""
         if not (self.folder / SUMMARIZER).exists():
             return None
         from kexue.tasks import Summarizer

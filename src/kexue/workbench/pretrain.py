@@ -24,7 +24,7 @@ import torch
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
-from kexue._files import replace_directory, write_json
+from kexue._files import write_json
 from kexue._transformers import PreTrainedTokenizerFast, show_loading
 from kexue.corpus import Document
 from kexue.training import FitResult, fit, newest_checkpoint
@@ -34,7 +34,7 @@ from kexue.workbench.build import explained, open_corpus
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.pieces import Pieces, whole_text
 from kexue.workbench.pretrain_model import Batches, build_model, evaluate
-from kexue.workbench.targets import check_free, locked, resolved
+from kexue.workbench.targets import check_free, locked, publish, resolved
 
 __all__ = ["MANIFEST", "OBJECTIVES", "SIZES", "PretrainSettings", "pretrain"]
 
@@ -272,7 +272,4 @@ def _finish(
     tokenizer.save_pretrained(finished)
     shutil.copy(partial / "training" / "metrics.jsonl", finished / "metrics.jsonl")
     write_json(finished / MANIFEST, {"format": 1, **key, "figures": figures})
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    replace_directory(finished, target)
-    shutil.rmtree(partial, ignore_errors=True)
+    publish(finished, target, partial)

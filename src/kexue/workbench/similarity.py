@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
-from kexue._files import replace_directory, write_json
+from kexue._files import write_json
 from kexue.corpus import CorpusError, Document, read_documents
 from kexue.tasks import SentenceSimilarity
 from kexue.tasks._similarity_training import usual_epochs
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
-from kexue.workbench.targets import begin, check_free, locked, resolved
+from kexue.workbench.targets import begin, check_free, locked, marked, publish, resolved
 
 __all__ = ["MANIFEST", "Match", "SimilarityModel", "SimilaritySettings", "read_groups", "train_similarity"]
 
@@ -234,10 +234,7 @@ def train_similarity(
         model.save(finished)
         names = [document.labels[0] for document in documents]
         write_json(finished / MANIFEST, {"format": 1, **key, "figures": figures, "groups": names})
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        replace_directory(finished, target)
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(finished, target, partial)
     return target
 
 
@@ -267,13 +264,7 @@ class SimilarityModel:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            what = "is a file" if self.folder.is_file() else "is no model of sentence similarity"
-            raise WorkspaceError(
-                f"{self.folder} {what if self.folder.exists() else 'does not exist'}; make one with: "
-                "kexue similarity train FILE --out DIR"
-            )
+        path = marked(self.folder, MANIFEST, "model of sentence similarity", "kexue similarity train FILE --out DIR")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             self._groups: list[str] = found.pop("groups")

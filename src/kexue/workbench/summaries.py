@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kexue import __version__
 from kexue._checks import check_choice, check_int, check_real
-from kexue._files import replace_directory, write_json
-from kexue.corpus import read_documents
+from kexue._files import write_json
+from kexue.corpus import Document, DocumentReader, read_documents
 from kexue.workbench.build import explained
 from kexue.workbench.errors import WorkspaceError
 from kexue.workbench.manifest import NAME
@@ -28,7 +28,7 @@ from kexue.workbench.summary_evaluation import baselines, evaluate_summaries, us
 from kexue.workbench.summary_extract import summarize_by_model
 from kexue.workbench.summary_pairs import Pair, read_pairs
 from kexue.workbench.summary_text import METHODS, Summary, check_request, unwrapped
-from kexue.workbench.targets import begin, check_free, locked, resolved
+from kexue.workbench.targets import begin, check_free, locked, marked, publish, resolved
 
 if TYPE_CHECKING:
     from kexue.tasks import Summarizer
@@ -59,7 +59,6 @@ class SummarySettings:
         folds: Parts of the pairs that are extracted by models of the other parts.
         epochs: Passes over the pairs.
         encoder: Features of the pieces: "hash", or the folder of a local BERT checkpoint.
-        trim: Trim pieces to the words that matter, if that is better.
         held_out: Share of the pairs that nothing is learned from, on which the model is compared with others.
         seed: Seed of everything random.
 
@@ -76,7 +75,6 @@ class SummarySettings:
     folds: int = 5
     epochs: int = 20
     encoder: str = "hash"
-    trim: bool = True
     held_out: float = 0.1
     seed: int = 0
 
@@ -88,12 +86,12 @@ class SummarySettings:
         check_int("epochs", self.epochs, 1)
         if self.encoder != "hash" and not Path(self.encoder).is_dir():
             raise ValueError(f"encoder must be 'hash' or the folder of a BERT checkpoint; got {self.encoder!r}")
-        if not isinstance(self.trim, bool):
-            raise TypeError(f"trim must be a bool; got {self.trim!r}")
         check_real("held_out", self.held_out, minimum=0.0)
         if self.held_out > 0.5:
             raise ValueError(f"held_out must be at most 0.5; got {self.held_out}")
         check_int("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2 ** 63; got {self.seed}")
 
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -161,16 +159,19 @@ def train_summaries(
         if len(left_out) > 5:
             say(f"left out  {len(left_out) - 5:,} more")
         train, held = hold_out(pairs, settings.held_out, settings.seed)
-        if len(train) < 2:
-            raise ValueError(f"a summarizer is learned from at least two pairs; got {len(train)}")
+        different = len({unwrapped(pair.text) for pair in train})
+        if different < 2:
+            raise ValueError(f"a summarizer is learned from at least two pairs of different texts; got {different}")
         kept = f"; {len(held):,} held out" if held else "; too few to hold any out" if settings.held_out else ""
+        if repeated := len(pairs) - len(train) - len(held):
+            kept += f", {repeated:,} that repeat their text or summary not learned from"
         say(f"read      pairs {len(pairs):,}{kept}")
         digest = hashlib.sha256()
         for pair in pairs:
             digest.update(repr((pair.text, pair.summary)).encode("utf-8", "replace"))
         key = {"kexue": __version__, "settings": asdict(settings), "pairs": digest.hexdigest()}
         begin(partial, key, "pairs", say)
-        folds = min(settings.folds, len(train))
+        folds = min(settings.folds, different)
         model = fitted(train, settings, folds, partial / "training")
         generator = "used" if model.uses_generator_ else "not used"
         say(f"train     pairs {len(train):,}, folds {folds}, epochs {settings.epochs}; generator {generator}")
@@ -182,10 +183,7 @@ def train_summaries(
         shutil.rmtree(finished, ignore_errors=True)
         model.save(finished)
         write_json(finished / MANIFEST, {"format": 1, **key, "figures": figures, "evaluation": rows})
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        replace_directory(finished, target)
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(finished, target, partial)
     return target
 
 
@@ -206,7 +204,7 @@ def fitted(pairs: Sequence[Pair], settings: SummarySettings, folds: int, checkpo
 
     model = Summarizer(
         language=settings.language, extract_only=settings.extract_only, folds=folds, epochs=settings.epochs,
-        encoder=settings.encoder, trim=settings.trim, random_state=settings.seed,
+        encoder=settings.encoder, random_state=settings.seed,
     )  # fmt: skip
     model.fit([unwrapped(p.text) for p in pairs], [p.summary for p in pairs], checkpoint=checkpoint)
     return model
@@ -250,13 +248,7 @@ class SummaryModel:
         from kexue.tasks import Summarizer
 
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            what = "is a file" if self.folder.is_file() else "is no model of summaries"
-            raise WorkspaceError(
-                f"{self.folder} {what if self.folder.exists() else 'does not exist'}; make one with: "
-                "kexue summarize train PAIRS --out DIR"
-            )
+        path = marked(self.folder, MANIFEST, "model of summaries", "kexue summarize train PAIRS --out DIR")
         try:
             self.info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if self.info["format"] != 1:
@@ -329,13 +321,30 @@ def summarize_files(
 
     Yields:
         Id and summary; a record without text is left out.
+
+    Raises:
+        FileNotFoundError: A path does not exist; nothing is summarised then.
+        ValueError: What cannot be read, unless ``read_options`` has ``on_error="skip"`` and something else can.
     """
-    for path in paths:
-        reader = read_documents(path, **{"split": "file", "max_chars": None, **(read_options or {})})
-        for document in reader:
+    options = {"split": "file", "max_chars": None, **(read_options or {})}
+    readers = [read_documents(path, **options) for path in paths]
+    found = False
+    for reader in readers:
+        last = reader is readers[-1]
+        for document in _read(reader, options.get("on_error") == "skip" and (found or not last)):
+            found = True
             yield document.id, summarizer.summary(document.text, length, pieces=pieces, method=method)
         if log is not None:
             for where, why in reader.skipped[:5]:
                 log(f"left out: {where}: {why}")
             if reader.skipped_count > 5:
                 log(f"left out: {reader.skipped_count - 5:,} more")
+
+
+def _read(reader: DocumentReader, lenient: bool) -> Iterator[Document]:
+    """The documents of a reader; if that is lenient, also none."""
+    try:
+        yield from reader
+    except ValueError:
+        if not lenient:
+            raise

@@ -61,7 +61,7 @@ def evaluate_summaries(
     Returns:
         A row for each method: name, rouge-1, rouge-2, rouge-l, main (.2, .4 and .4 of them), documents.
     """
-    from kexue.tasks._rouge_tokens import word_list
+    from kexue.tasks._text_words import word_list
     from kexue.tasks.rouge_metric import rouge_corpus
 
     rows = []

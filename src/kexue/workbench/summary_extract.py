@@ -21,50 +21,29 @@ def summarize_by_model(model: Summarizer, text: str, length: int | None = None, 
     Args:
         model: The summarizer.
         text: The text.
-        length: Most characters; None: as was learned. One piece is taken even if all are longer. Trimmers and
-            generators take no such orders, so with one of them the summary is made of whole pieces.
+        length: Most characters; None: as was learned. One piece is taken even if all are longer. A
+            generator takes no such orders, so with one the summary is made of whole pieces.
         most: Most pieces; None: as was learned.
     """
-    from kexue.tasks.pieces import join_pieces, piece_spans
+    from kexue.tasks.pieces import join_pieces
 
     flat = unwrapped(text)
-    spans = piece_spans(flat, model._separators)
-    if not spans:
+    pieces = model.explain([flat])[0]
+    if not pieces:
         return Summary("", [], "trained")
-    pieces = [flat[start:stop] for start, stop in spans]
-    values = probabilities_of(model, pieces)
-    if length is not None or most is not None:
-        taken, method = _within(pieces, values, length, most), "trained"
+    values = np.array([piece.probability for piece in pieces])
+    whole = length is not None or most is not None
+    if whole:
+        taken = _within([piece.text for piece in pieces], values, length, most)
     else:
-        taken, method = _usual(model, pieces, values)
-    found = chosen(flat, spans, taken, values.tolist())
-    if method == "trained":
-        return Summary(join_pieces(piece.text for piece in found), found, method)
-    return Summary(" ".join(model.predict([flat])[0].split()), found, method)
+        taken = [i for i, piece in enumerate(pieces) if piece.chosen]
+    found = chosen(flat, [(piece.start, piece.stop) for piece in pieces], taken, values.tolist())
+    if whole or not model.uses_generator_:
+        return Summary(join_pieces(piece.text for piece in found), found, "trained")
+    return Summary(" ".join(model.predict([flat])[0].split()), found, "generated")
 
 
-def probabilities_of(model: Summarizer, pieces: list[str]) -> NDArray[np.float32]:
-    """How likely each piece belongs into the summary."""
-    from kexue.tasks._summary_extractor import Pieces, probabilities
-
-    return probabilities(model._labelers, Pieces.joined([model._encode(pieces)]))
-
-
-def _usual(model: Summarizer, pieces: list[str], values: NDArray[np.float32]) -> tuple[list[int], str]:
-    """The pieces that the summary of :meth:`Summarizer.predict` is made of, and how it is made of them."""
-    from kexue.tasks._piece_features import tokens
-    from kexue.tasks._summary_extractor import passing
-    from kexue.tasks.summarizer import EXTRACTION
-
-    if model.uses_generator_:
-        return passing(values, EXTRACTION), "generated"
-    words = [tokens(piece) for piece in pieces]
-    if model._trimmer is not None:
-        return model._trimmer.extract(values, words), "trimmed"
-    return model._selection(values, words), "trained"
-
-
-def _within(pieces: list[str], values: NDArray[np.float32], length: int | None, most: int | None) -> list[int]:
+def _within(pieces: list[str], values: NDArray[np.float64], length: int | None, most: int | None) -> list[int]:
     """The likeliest pieces that fit, none twice; at least one."""
     sizes = np.array([len(piece) for piece in pieces])
     left = int(sizes.sum()) if length is None else length

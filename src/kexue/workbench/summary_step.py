@@ -1,11 +1,13 @@
 """The step of a build that learns to summarise: documentation carries its own summaries, the first line of each text.
 
 Corpora of other texts have none, unless their documents bring one as ``meta["summary"]``; then nothing is learned here,
-and :meth:`kexue.workbench.Workspace.summarize` ranks sentences by the vectors of the workspace.
+and :meth:`kexue.workbench.Workspace.summarize` ranks sentences by the vectors of the workspace. So it does if what was
+learned is no better on texts of modules that were held back.
 """
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,18 @@ TITLE = "Summaries: the first line of a text from the rest, of modules that trai
 FEWEST = 60  # pairs below which nothing is learned
 MOST = 1800  # pairs that are used
 HELD = 300  # of them, at most, and at most a fifth: held back
+LEAST_HELD = 5  # without so many nothing tells whether learning pays
 LONGEST = 6_000  # characters of a text
 TRIED = 4  # times as many documents are looked at, since many have no summary or one that another has
 _BLOCK = 256
 FOLDS, EPOCHS = 2, 8  # what pays: half a minute in all
+EXAMPLES = 4  # on the report page
 _LEAST_WORDS = 3
 _LOOKED_AT = 1500  # characters, to tell whether a text has several sentences
 
 
 def learn_summaries(context: Context) -> dict[str, Any]:
-    """Train a summarizer on the pairs that the documents hold, and compare it on pairs of other modules."""
+    """Train a summarizer on the pairs that the documents hold, and keep it if it beats the vectors on other modules."""
     folder, seed = context.folder, context.settings.seed
     store = DocumentStore(folder / parts.DOCUMENTS)
     pairs = _sample(store, seed)
@@ -44,26 +48,35 @@ def learn_summaries(context: Context) -> dict[str, Any]:
     if len(pairs) < FEWEST:
         why = f"{len(pairs)} texts bring a summary, fewer than {FEWEST}" if pairs else "no text brings a summary"
         return {"result": f"nothing to learn from ({why}); texts are summarised by their vectors"}
-    train, held = _split(pairs, seed)
-    settings = SummarySettings(extract_only=True, trim=False, folds=FOLDS, epochs=EPOCHS, seed=seed)
-    pairs_of = [pair for pair, _ in train]
-    model = fitted(pairs_of, settings, FOLDS, folder / parts.TRAINING / "summaries")
-    model.save(folder / parts.SUMMARIZER)
-    asked = [pair for pair, _ in held]
+    train, held = ([pair for pair, _ in part] for part in _split(pairs, seed))
+    if len(held) < LEAST_HELD:
+        why = f"the {len(pairs)} texts that bring a summary are of too few modules to measure on some of these"
+        return {"result": f"nothing learned ({why}); texts are summarised by their vectors"}
+    settings = SummarySettings(extract_only=True, folds=FOLDS, epochs=EPOCHS, seed=seed)
+    model = fitted(train, settings, FOLDS, folder / parts.TRAINING / "summaries")
     opened = parts.Parts.load(folder)
-    length = usual_length([pair.summary for pair in pairs_of])
-    vectors = [summarize_by_vectors(opened, pair.text, about=length).text for pair in asked]
+    length = usual_length([pair.summary for pair in train])
+    by_vectors = [summarize_by_vectors(opened, pair.text, about=length).text for pair in held]
     opened.store.close()
-    rows = compared(model, pairs_of, asked, {"vectors": vectors})
-    best = max(row["main"] for row in rows[:-1])
+    rows = compared(model, train, held, {"vectors": by_vectors})
+    scores = {row["name"]: row["main"] for row in rows}
+    better = scores["summarizer"] > scores["vectors"]
+    if better:
+        model.save(folder / parts.SUMMARIZER)
+        shown = [summarize_by_model(model, pair.text).text for pair in held[:EXAMPLES]]
+    else:  # a workspace without a summarizer takes its vectors
+        shutil.rmtree(folder / parts.SUMMARIZER, ignore_errors=True)
+        shown = by_vectors[:EXAMPLES]
+    others = ", ".join(f"{name} {score:.3f}" for name, score in scores.items() if name != "summarizer")
     return {
-        "pairs": len(pairs_of),
-        "held back": len(asked),
-        "result": f"main {rows[-1]['main']:.3f}, the best of the others {best:.3f}",
+        "pairs": len(train),
+        "held back": len(held),
+        "ROUGE on these": f"summarizer {scores['summarizer']:.3f}, {others}",
+        "used": "the summarizer" if better else "the vectors, since the summarizer is not better",
         "tables": {TITLE: rows},
         "examples": [
-            {"id": pair.id, "reference": pair.summary, "summary": summarize_by_model(model, pair.text).text}
-            for pair in asked[:4]
+            {"id": pair.id, "reference": pair.summary, "summary": summary}
+            for pair, summary in zip(held, shown, strict=False)
         ],
     }
 

@@ -58,7 +58,7 @@ class Summary(NamedTuple):
     Args:
         text: The summary.
         pieces: The pieces of the text that it was made of, in the order of the text.
-        method: How it was made: "trained", of whole pieces; "trimmed", of the words of ``pieces`` that matter;
+        method: How it was made: "trained", of whole pieces;
             "generated", written from ``pieces``; or "vectors", of whole sentences.
     """
 

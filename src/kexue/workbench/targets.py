@@ -11,10 +11,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kexue._files import recover_directory, write_json
+from kexue._files import recover_directory, replace_directory, write_json
 from kexue.workbench.errors import WorkspaceError
 
-__all__ = ["begin", "check_free", "locked", "resolved"]
+__all__ = ["begin", "check_free", "locked", "marked", "publish", "resolved"]
 
 
 def resolved(out: str | Path) -> Path:
@@ -94,3 +94,36 @@ def begin(partial: Path, key: dict[str, Any], what: str, say: Callable[[str], No
         shutil.rmtree(partial)
     partial.mkdir()
     write_json(state, key)
+
+
+def publish(finished: Path, target: Path, partial: Path) -> None:
+    """Put a finished model in its place, and remove what only the run needed.
+
+    Args:
+        finished: The complete model, inside ``partial``.
+        target: Where it belongs; an empty folder or an older model there is replaced.
+        partial: The folder of the run.
+    """
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    replace_directory(finished, target)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def marked(folder: Path, manifest: str, what: str, command: str) -> Path:
+    """The file that marks a model of a kind.
+
+    Args:
+        folder: The folder of the model.
+        manifest: Name of the file.
+        what: The kind in words, as in "is no model of summaries".
+        command: What makes such a model.
+
+    Raises:
+        WorkspaceError: The folder holds none.
+    """
+    path = folder / manifest
+    if not path.is_file():
+        found = "does not exist" if not folder.exists() else "is a file" if folder.is_file() else f"is no {what}"
+        raise WorkspaceError(f"{folder} {found}; make one with: {command}")
+    return path

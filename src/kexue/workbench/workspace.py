@@ -119,9 +119,11 @@ class Workspace(Searcher):
             length: Most characters; None: as was learned, or a fifth of the text, at least 200 and at most 600. At
                 least one piece is taken.
             pieces: Most pieces; None: as many as fit.
-            method: "trained" is what the build learned from texts that bring their own summaries (documentation does);
+            method: "trained" is what the build learned from texts that bring their own summaries (documentation does),
+                kept only if it was better than the vectors on modules that were held back;
                 "vectors" takes the sentences that are nearest to the whole text and do not repeat each other, and
-                favours the opening; "auto" is the first if there is one, else the second.
+                favours the opening; "auto" is the first if there is one and the text is of the kind of language
+                that it learned from (words with spaces between them, or Chinese), else the second.
 
         Returns:
             The summary; empty only if the text is blank.
@@ -143,11 +145,15 @@ class Workspace(Searcher):
         check_request(text, length, pieces, method)
         model = None if method == "vectors" else self._parts.summarizer
         if model is not None:
-            return summarize_by_model(model, text, length, pieces)
+            from kexue.tasks._summary_data import language_of
+
+            if method == "trained" or language_of("auto", [text])[0] == model.unit_:
+                return summarize_by_model(model, text, length, pieces)
         if method == "trained":
             raise ValueError(
-                f"{self.folder} has no summarizer of its own: its texts bring no summaries, or an earlier version "
-                "built it; use method 'vectors', or learn one from pairs with `kexue summarize train`"
+                f"{self.folder} has no summarizer of its own: its texts bring too few summaries, or what was learned "
+                "from them was no better than the vectors, or an earlier version built it; use method 'vectors', or "
+                "learn one from pairs with `kexue summarize train`"
             )
         return summarize_by_vectors(self._parts, text, length, pieces)
 
