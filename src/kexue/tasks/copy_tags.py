@@ -84,7 +84,7 @@ def copy_labels(
     """
     check_choice("ties", ties, TIES)
     tokens = _plain("source", source), _plain("target", target)
-    skipped = set(special_ids.tolist() if isinstance(special_ids, Tensor | np.ndarray) else special_ids)
+    skipped = _plain("special_ids", special_ids)
     number: dict[Hashable, int] = {}
     try:
         x, y = (np.array([number.setdefault(t, len(number)) for t in side], np.int64) for side in tokens)
@@ -245,7 +245,7 @@ def copy_loss(
         if not isinstance(value, Tensor) or value.shape != batch:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of shape {tuple(batch)}; got {got}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got dtype {labels.dtype}")
     if is_source.dtype != torch.bool:
         raise TypeError(f"is_source must be bool; got dtype {is_source.dtype}")
