@@ -333,6 +333,46 @@ def test_padding_may_be_of_ids_that_are_not_in_the_vocabulary():
     assert allowed_sets(copying.allow(state, torch.tensor([1]))[1]) == [{5, EOS}]
 
 
+@PATHS
+def test_several_sources_without_a_prompt(compiled):
+    """The ids of the first call are an empty axis."""
+    choose_begin = lambda ids: torch.tensor([[0.0, 1, 0]]).expand(len(ids), 3)  # noqa: E731
+    processor = CopyLogitsProcessor([[5, 6], [7, 8]], choose_begin, EOS, prompt_length=0)
+    if not compiled:
+        on_torch(processor, rows=2)
+    processor(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, V))
+    got = processor(torch.tensor([[5], [7]]), torch.zeros(2, V)).isfinite()
+    assert allowed_sets(got) == [{EOS, 5, 6}, {EOS, 7, 8}]
+
+
+@PATHS
+def test_ids_that_are_never_copied_may_be_outside_the_vocabulary(compiled):
+    copying = constraint(compiled, [5, 99, 98], EOS, V, source_mask=[True, False, True], special_ids=[98])
+    _, mask = copying.allow(copying.start(1), torch.tensor([1]))
+    assert allowed_sets(mask) == [{EOS, 5}]
+
+
+def test_use_may_be_a_tensor_and_must_fit_the_state():
+    copying = CopyConstraint([5, 6], EOS, V)
+    state = copying.start(2)
+    use, _ = copying.allow(state, torch.tensor([1, 1]))
+    tokens = torch.tensor([5, 6])
+    new = copying.advance(state, torch.as_tensor(use), tokens)
+    assert new.match.tolist() == copying.advance(state, use, tokens).match.tolist() == [[True, False], [False, True]]
+    with pytest.raises(ValueError, match=r"use must be \(2, 2\), as the state; got shape \(3, 2\)"):
+        copying.advance(state, np.ones((3, 2), bool), torch.tensor([5, 6, 5]))
+    with pytest.raises(ValueError, match=r"use must be \(2, 2\), as the state; got shape \(2, 1\)"):
+        copying.follow(state, use[:, :1], tokens, torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"tokens must be a tensor of integers; got dtype torch\.float32"):
+        copying.advance(state, use, tokens.float())
+    with pytest.raises(TypeError, match="tokens must be a tensor of integers; got list"):
+        copying.advance(state, use, [5, 6])
+    with pytest.raises(TypeError, match="index must be a tensor of integers; got list"):
+        copying.advance(state, use, tokens, [0, 1])
+    with pytest.raises(TypeError, match=r"rows must be a tensor of integers; got dtype torch\.float32"):
+        copying.start(torch.tensor([0.5]))
+
+
 def test_bad_input_is_rejected():
     def tags(ids):
         return torch.zeros(len(ids), 3)
@@ -357,10 +397,10 @@ def test_bad_input_is_rejected():
         CopyLogitsProcessor([5], tags, EOS, -1)
     with pytest.raises(TypeError, match="special_ids must be an integer; got 'a'"):
         CopyLogitsProcessor([5], tags, EOS, special_ids="a")
-    with pytest.raises(TypeError, match="special_ids must be several ids, such as a tuple; got 5"):
+    with pytest.raises(TypeError, match="special_ids must be several ids; got 5"):
         CopyLogitsProcessor([5], tags, EOS, special_ids=5)
-    with pytest.raises(TypeError, match="source_mask must be True or False for each id; got str"):
-        CopyLogitsProcessor([5], tags, EOS, source_mask="a")
+    with pytest.raises(TypeError, match="source_mask must be bool.*got 'x'"):
+        CopyLogitsProcessor([5], tags, EOS, source_mask="x")
     one = torch.tensor([[CLS]])
     with pytest.raises(ValueError, match="source_ids must be below the vocabulary's size, 24; got 30"):
         CopyLogitsProcessor([30], tags, EOS)(one, torch.zeros(1, V))

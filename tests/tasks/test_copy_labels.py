@@ -184,6 +184,8 @@ def test_loss_rejects_bad_input():
         copy_loss(logits, labels.clamp(min=3), is_source)
     with pytest.raises(TypeError, match=r"labels must be integers; got dtype torch\.float32"):
         copy_loss(logits, labels.float(), is_source)
+    with pytest.raises(TypeError, match=r"labels must be integers; got dtype torch\.complex64"):
+        copy_loss(logits, labels.to(torch.complex64), is_source)
     with pytest.raises(TypeError, match=r"is_source must be bool; got dtype torch\.int64"):
         copy_loss(logits, labels, is_source.long())
     with pytest.raises(TypeError, match=r"copy_logits must be a floating tensor; got dtype torch\.int64"):

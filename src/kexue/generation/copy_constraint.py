@@ -111,14 +111,14 @@ class CopyConstraint:
         mask = check_mask(source_mask, ids)
         ends = check_eos(eos_token_id)
         skipped = [*ends, *check_special(special_ids)]
-        inside = ids[mask.to(ids.device)]  # padding may be any id
-        for name, values in (("eos_token_id", ends), ("source_ids", [int(inside.max())] if inside.numel() else [])):
-            if max(values, default=0) >= vocab_size:
-                raise ValueError(f"{name} must be below the vocabulary's size, {vocab_size}; got {max(values)}")
         ids = (ids[None] if ids.dim() == 1 else ids).to(device)
         usable = mask.to(ids.device).reshape(ids.shape) & (ids >= 0)
         for special in skipped:
             usable &= ids != special
+        largest = int(torch.where(usable, ids, 0).max()) if ids.numel() else 0  # what is never copied may be any id
+        for name, value in (("eos_token_id", max(ends)), ("source_ids", largest)):
+            if value >= vocab_size:
+                raise ValueError(f"{name} must be below the vocabulary's size, {vocab_size}; got {value}")
         self.vocab_size = int(vocab_size)
         self.ids = torch.where(usable, ids, vocab_size)  # what is not usable equals no token
         self.usable = usable
@@ -137,6 +137,7 @@ class CopyConstraint:
         """
         sources, length = self.ids.shape
         if isinstance(rows, Tensor):
+            check_integers("rows", rows)
             owner = rows.to(device=self.ids.device, dtype=torch.long)
             if owner.dim() != 1 or (owner.numel() and not 0 <= int(owner.min()) <= int(owner.max()) < sources):
                 raise ValueError(f"rows must be (N,) numbers of the {sources} sources; got {rows}")
@@ -199,7 +200,7 @@ class CopyConstraint:
             tokens: (N',) the tokens taken.
             index: (N',) the old row that each new row continues; None: the same rows.
         """
-        index, tokens = self._taken(use, tokens, index)
+        use, index, tokens = self._taken(state, use, tokens, index)
         if not self.compiled:
             owner = state.owner[index]
             return CopyState(use[index] & (self.ids[owner] == tokens[:, None]), owner)
@@ -219,7 +220,7 @@ class CopyConstraint:
         if not self.compiled:
             new = self.advance(state, use, tokens, index)
             return new, *self.allow(new, self.choose(new, copy_logits))
-        index, tokens = self._taken(use, tokens, index)
+        use, index, tokens = self._taken(state, use, tokens, index)
         rows = len(index)
         logits = check_logits(copy_logits, rows, self.ids.device)
         new, (allowed, array) = self.empty(rows), self.room(rows)
@@ -250,16 +251,22 @@ class CopyConstraint:
             self._room = mask, mask.numpy() if self.compiled else None
         return self._room
 
-    def _taken(self, use: Any, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _taken(self, state: CopyState, use: Any, tokens: Tensor, index: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+        if isinstance(use, Tensor) and self.compiled:
+            use = use.numpy()
+        if use.shape != state.match.shape:
+            raise ValueError(f"use must be {tuple(state.match.shape)}, as the state; got shape {tuple(use.shape)}")
+        check_integers("tokens", tokens)
         if index is None:
             if len(self._same) != len(use):
                 self._same = torch.arange(len(use), device=self.ids.device)
             index = self._same
         else:
+            check_integers("index", index)
             index = index.to(device=self.ids.device, dtype=torch.long)
         if tokens.dim() != 1 or tokens.shape != index.shape:
             raise ValueError(f"tokens must be ({len(index)},), one for each row; got shape {tuple(tokens.shape)}")
-        return index, tokens.to(device=self.ids.device, dtype=torch.long)
+        return use, index, tokens.to(device=self.ids.device, dtype=torch.long)
 
 
 def _choose(logits: Tensor, match: Tensor) -> Tensor:
@@ -290,6 +297,13 @@ def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def check_integers(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a tensor of integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers; got {got}")
+
+
 def check_ids(source_ids: Any) -> Tensor:
     """(S,) or (B, S) int64, or TypeError, ValueError."""
     try:
@@ -310,7 +324,7 @@ def check_mask(source_mask: Any, ids: Tensor) -> Tensor:
     try:
         mask = torch.as_tensor(source_mask)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"source_mask must be True or False for each id; got {type(source_mask).__name__}") from None
+        raise TypeError(f"source_mask must be bool, of the shape of source_ids; got {source_mask!r}") from None
     if mask.shape != ids.shape:
         raise ValueError(f"source_mask must be of the shape of source_ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
@@ -332,10 +346,9 @@ def check_eos(eos_token_id: Any) -> list[int]:
 
 def check_special(special_ids: Any) -> list[int]:
     """The ids that are never copied, or TypeError."""
-    special = special_ids.tolist() if isinstance(special_ids, Tensor) else special_ids
-    if not isinstance(special, Iterable):
-        raise TypeError(f"special_ids must be several ids, such as a tuple; got {special!r}")
-    special = list(special)
+    if not isinstance(special_ids, Iterable):
+        raise TypeError(f"special_ids must be several ids; got {special_ids!r}")
+    special = special_ids.tolist() if isinstance(special_ids, Tensor) else list(special_ids)
     for value in special:
         check_int("special_ids", value, 0)
     return [int(value) for value in special]

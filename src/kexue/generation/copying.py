@@ -219,8 +219,8 @@ def _find(ids: Tensor, before: Tensor, sources: int, compiled: bool) -> Tensor |
     if compiled:
         rows = torch.empty(len(ids), dtype=torch.long)
         return rows if _copy_kernel.find(ids.numpy(), length, before.numpy(), sources, rows.numpy()) else None
-    groups = ids[:, :length].reshape(sources, -1, 1, length)
-    equal = (groups == before.reshape(sources, 1, -1, length)).all(-1)  # (B, rows, rows before)
+    groups = ids[:, :length].reshape(sources, len(ids) // sources, 1, length)
+    equal = (groups == before.reshape(sources, 1, len(before) // sources, length)).all(-1)  # (B, rows, rows before)
     if not bool(equal.any(-1).all()):
         return None
     first = torch.arange(sources, device=ids.device)[:, None] * equal.shape[2]

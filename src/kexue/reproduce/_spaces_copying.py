@@ -9,10 +9,11 @@ attention that the last layer's heads, on average, pay to the usable source posi
 logit). Measured: how many of the four entities of a document are in the summary as they should be.
 
 Rule, fixed before measuring. Holds if the token accuracy on held-back documents (seen names, teacher forcing) is at
-least .9 in each seed, and the constraint beats free decoding on seen names by 3 standard errors: of the differences
-of documents over all seeds, and, in full, of the seeds' means. Unseen names are reported and decide nothing.
-The number of steps is not from the rule: it was chosen after runs of 300 and 360 steps, for a margin on the accuracy
-(.903 and .943; the gain was .186 and .114), and the rule held in both.
+least .9 in each seed, and the constraint beats free decoding by 3 standard errors on the four entities (names and
+numbers) of documents with seen names: of the differences of documents over all seeds, and, in full, of the seeds'
+means. The gain on the names alone is smaller and reported beside it. Unseen names are reported and decide nothing.
+The number of steps was not fixed before: 300 and 360 were tried too (lowest accuracy .903 and .943, gain .186 and .114,
+standard error .052 and .015); the rule holds with each.
 
 In full three seeds from the given one, and one more training with sparse softmax (k 10) from scratch. Quick: one seed,
 a smaller pool and fewer steps, too few to reach .9, so that only the second half of the rule is asked.
@@ -232,6 +233,16 @@ def _evaluate(model: _Model, setting: Setting, seed: int) -> tuple[float, dict[t
     return accuracy, found
 
 
+def _gain(differences: list[Tensor]) -> tuple[float, float]:
+    """The mean over the documents of all seeds, and the larger standard error: over documents, or over seeds."""
+    pooled = torch.cat(differences)
+    error = float(pooled.std() / math.sqrt(len(pooled)))
+    if len(differences) > 1:
+        means = torch.stack([x.mean() for x in differences])
+        error = max(error, float(means.std() / math.sqrt(len(means))))
+    return float(pooled.mean()), error
+
+
 def measure(quick: bool, seed: int) -> Part:
     """Measure the part; see the module for the rule.
 
@@ -253,19 +264,18 @@ def measure(quick: bool, seed: int) -> Part:
         for way in WAYS:
             whole = float(torch.cat([found[pool, way][:, 4] for _, found in runs]).mean())
             figures[f"whole summary, {pool} names, {way}"] = whole
-    gains = [(found["seen", "constrained"] - found["seen", "free"])[:, :4].mean(1) for _, found in runs]
-    pooled = torch.cat(gains)
-    gain, error = float(pooled.mean()), float(pooled.std() / math.sqrt(len(pooled)))
-    if len(gains) > 1:
-        means = torch.stack([x.mean() for x in gains])
-        error = max(error, float(means.std() / math.sqrt(len(means))))
-    figures |= {"gain on seen names": gain, "its standard error": error}
+    differences = [found["seen", "constrained"] - found["seen", "free"] for _, found in runs]
+    gain, error = _gain([x[:, :4].mean(1) for x in differences])
+    figures |= {"gain in documents with seen names": gain, "its standard error": error}
+    figures["gain on their names alone"], figures["standard error on names"] = _gain(
+        [x[:, [0, 2]].mean(1) for x in differences]
+    )
     if not quick:
         accuracy, found = _evaluate(_train(setting, seed, k=10), setting, seed)
         figures["sparse softmax from scratch, token accuracy"] = accuracy
         for way in WAYS[:2]:
             figures[f"sparse softmax from scratch, seen names, {way}"] = float(found["seen", way][:, :4].mean())
-    conditions = {"the constraint beats free decoding on seen names by 3 standard errors": gain > 3 * error}
+    conditions = {"the constraint beats free decoding by 3 standard errors where names were seen": gain > 3 * error}
     if not quick:
         lowest = figures["token accuracy, lowest seed"]
         conditions["token accuracy of at least .9 in each seed"] = lowest >= 0.9

@@ -250,7 +250,7 @@ def copy_loss(
         if not isinstance(value, Tensor) or value.shape != batch:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of shape {tuple(batch)}; got {got}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got dtype {labels.dtype}")
     if is_source.dtype != torch.bool:
         raise TypeError(f"is_source must be bool; got dtype {is_source.dtype}")
