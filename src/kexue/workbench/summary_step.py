@@ -27,13 +27,13 @@ __all__ = ["TITLE", "learn_summaries", "pair_of"]
 
 TITLE = "Summaries: the first line of a text from the rest, of modules that training never saw"
 FEWEST = 60  # pairs below which nothing is learned
-MOST = 1800  # pairs that are used
+MOST = 4000  # pairs that are used
 HELD = 300  # of them, at most, and at most a fifth: held back
 LEAST_HELD = 5  # without so many nothing tells whether learning pays
 LONGEST = 6_000  # characters of a text
 TRIED = 4  # times as many documents are looked at, since many have no summary or one that another has
 _BLOCK = 256
-FOLDS, EPOCHS = 2, 8  # what pays: half a minute in all
+FOLDS, EPOCHS = 2, 8  # what pays: less than half a minute in all
 EXAMPLES = 4  # on the report page
 _LEAST_WORDS = 3
 _LOOKED_AT = 1500  # characters, to tell whether a text has several sentences
