@@ -28,7 +28,7 @@ from kexue.workbench.summaries import (
     train_summaries,
 )
 from kexue.workbench.summary_pairs import Pair
-from kexue.workbench.summary_vectors import take_pieces
+from kexue.workbench.summary_vectors import piece_features, take_pieces
 
 THINGS = ("budget", "bridge", "school", "harbour", "library", "museum", "railway", "stadium", "market", "tower")
 PLACES = ("north", "south", "east", "west", "old", "new")
@@ -336,6 +336,11 @@ def test_documentation_teaches_a_workspace_to_summarise(tmp_path, monkeypatch):
     text = documentation()[3].text
     assert space.summary(text).method == "trained"
     assert space.summary(text, method="vectors").method == "vectors"
+    with Workspace.open(space.folder) as opened:
+        assert opened.summary(text) == space.summary(text)
+    features = piece_features(space._parts)(["The first piece.", "", "!?", "The last piece is here."])
+    assert features.shape == (4, 279)
+    assert np.isfinite(features).all()
     chinese = "北京今天开会。天气很好。大家都来了。"  # nothing of the kind was learned from
     assert space.summary(chinese).method == "vectors"
     assert space.summary(chinese, method="trained").method == "trained"

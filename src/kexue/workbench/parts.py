@@ -114,9 +114,10 @@ class Parts:
         if not (self.folder / SUMMARIZER).exists():
             return None
         from kexue.tasks import Summarizer
+        from kexue.workbench.summary_vectors import piece_features
 
         try:
-            return Summarizer.load(self.folder / SUMMARIZER)
+            return Summarizer.load(self.folder / SUMMARIZER, piece_features(self))
         except DAMAGE as error:
             raise damaged(self.folder, error) from error
 

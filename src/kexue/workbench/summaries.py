@@ -198,13 +198,23 @@ def _pairs(corpus: Any, options: dict[str, Any]) -> tuple[list[Pair], list[str]]
     return read_pairs(given, **options)
 
 
-def fitted(pairs: Sequence[Pair], settings: SummarySettings, folds: int, checkpoint: Path) -> Summarizer:
-    """A summarizer trained on pairs, going on where an earlier run into ``checkpoint`` was."""
+def fitted(
+    pairs: Sequence[Pair], settings: SummarySettings, folds: int, checkpoint: Path, encoder: Any = None
+) -> Summarizer:
+    """A summarizer trained on pairs, going on where an earlier run into ``checkpoint`` was.
+
+    Args:
+        pairs: What it learns from.
+        settings: How.
+        folds: Instead of that of the settings.
+        checkpoint: Folder of the run.
+        encoder: Instead of that of the settings.
+    """
     from kexue.tasks import Summarizer
 
     model = Summarizer(
         language=settings.language, extract_only=settings.extract_only, folds=folds, epochs=settings.epochs,
-        encoder=settings.encoder, random_state=settings.seed,
+        encoder=encoder or settings.encoder, random_state=settings.seed,
     )  # fmt: skip
     model.fit([unwrapped(p.text) for p in pairs], [p.summary for p in pairs], checkpoint=checkpoint)
     return model

@@ -10,11 +10,12 @@ and than the opening alone. Time and memory grow with the text, not with its squ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from kexue.workbench.summary_text import Summary, chosen, sentence_spans, unwrapped
 from kexue.workbench.tokens import Ragged
@@ -22,7 +23,7 @@ from kexue.workbench.tokens import Ragged
 if TYPE_CHECKING:
     from kexue.workbench.parts import Parts
 
-__all__ = ["rank_pieces", "summarize_by_vectors", "take_pieces"]
+__all__ = ["piece_features", "rank_pieces", "summarize_by_vectors", "take_pieces"]
 
 OPENING = 0.25  # bonus of the first piece
 REPEATED = 0.5  # how much of the cosine with a piece that was taken already is held against a piece
@@ -52,6 +53,32 @@ def rank_pieces(parts: Parts, pieces: Sequence[str]) -> tuple[NDArray[np.float32
         block = range(start, min(start + _BLOCK, len(pieces)))
         scores[start : start + _BLOCK] = parts.encode_ids([words[i] for i in block]) @ whole
     return scores + OPENING / (1 + np.arange(len(pieces), dtype=np.float32)), words
+
+
+def piece_features(parts: Parts) -> Callable[[list[str]], NDArray[np.float32]]:
+    """An encoder for :class:`kexue.tasks.Summarizer`: hashed n-grams, and how each piece stands for the text.
+
+    Args:
+        parts: Of the workspace whose vectors are used.
+
+    Returns:
+        A function from the N pieces of a text to an (N, D) array.
+    """
+    from kexue.tasks._piece_features import PieceEncoder
+
+    hashed = PieceEncoder("hash")
+
+    def features(pieces: list[str]) -> NDArray[np.float32]:
+        scores, words = rank_pieces(parts, pieces)
+        above = scores - scores.mean()
+        rank = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
+        vectors = parts.encode_ids([words[i] for i in range(len(pieces))])
+        beside = np.zeros(len(pieces), np.float32)
+        beside[1:] = (vectors[1:] * vectors[:-1]).sum(1)
+        columns = [scores, above, above / max(2 * scores.std(), 1e-3), 1 / (1 + rank), rank / len(pieces), beside]
+        return np.hstack([sparse.csr_array(hashed(pieces)).toarray(), np.stack(columns, 1)]).astype(np.float32)
+
+    return features
 
 
 def candidates(
