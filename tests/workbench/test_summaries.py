@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from kexue.cli import app
 from kexue.corpus import Document
-from kexue.workbench import Workspace, WorkspaceError, summary_step
+from kexue.tasks import Summarizer
+from kexue.workbench import Workspace, WorkspaceError, parts, summary_step
 from kexue.workbench.manifest import NAME
 from kexue.workbench.summaries import (
     MANIFEST,
@@ -338,6 +339,12 @@ def test_documentation_teaches_a_workspace_to_summarise(tmp_path, monkeypatch):
     assert space.summary(text, method="vectors").method == "vectors"
     with Workspace.open(space.folder) as opened:
         assert opened.summary(text) == space.summary(text)
+    plain = Summarizer(extract_only=True, folds=2, epochs=1).fit([text, text + " More."], ["A summary.", "Another."])
+    shutil.copytree(space.folder, tmp_path / "earlier")
+    plain.save(tmp_path / "earlier" / parts.SUMMARIZER)  # of an earlier build: it does not see the vectors
+    earlier = parts.Parts.load(tmp_path / "earlier")
+    assert earlier.summarizer.predict([text]) == plain.predict([text])
+    earlier.store.close()
     features = piece_features(space._parts)(["The first piece.", "", "!?", "The last piece is here."])
     assert features.shape == (4, 279)
     assert np.isfinite(features).all()

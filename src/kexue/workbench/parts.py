@@ -117,7 +117,9 @@ class Parts:
         from kexue.workbench.summary_vectors import piece_features
 
         try:
-            return Summarizer.load(self.folder / SUMMARIZER, piece_features(self))
+            head = json.loads((self.folder / SUMMARIZER / "summarizer.json").read_text(encoding="utf-8"))
+            # The first builds with a summarizer did not show it the vectors
+            return Summarizer.load(self.folder / SUMMARIZER, piece_features(self) if head["callable"] else None)
         except DAMAGE as error:
             raise damaged(self.folder, error) from error
 
