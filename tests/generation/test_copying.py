@@ -413,7 +413,7 @@ def test_bad_input_is_rejected():
         good(one, torch.zeros(2, V))
     with pytest.raises(ValueError, match="at least the 1 ids of the prompt.*got 0"):
         good(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, V))
-    with pytest.raises(TypeError, match=r"input_ids must be a tensor of integers; got torch\.float32"):
+    with pytest.raises(TypeError, match=r"input_ids must be a tensor of integers; got dtype torch\.float32"):
         good(torch.zeros(2, 1), torch.zeros(2, V))
     with pytest.raises(ValueError, match=r"copy_logits must be \(2, 3\), O B I a row; got shape \(2, 2\)"):
         CopyLogitsProcessor([5], lambda ids: torch.zeros(2, 2), EOS)(one.expand(2, 1), torch.zeros(2, V))

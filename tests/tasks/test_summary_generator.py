@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kexue.tasks._summary_choice import PENALTIES, set_aside
+from kexue.tasks._summary_choice import PENALTIES, held_back
 from kexue.tasks._summary_data import scores
 from kexue.tasks._summary_decoding import Search, beam_search
 from kexue.tasks._summary_training import Rows, framed
@@ -211,7 +211,7 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path, other):
 
 def test_decoding_is_what_writes_best_on_the_pairs_set_aside(monkeypatch):
     sources, targets = pairs(60)
-    out = set_aside(sources, 0)
+    out = held_back(sources, 0)
     assert out.sum() == 12
     trained = []
     monkeypatch.setattr(Rows, "__init__", _recording(Rows.__init__, trained))
@@ -240,12 +240,12 @@ def _recording(original, seen):
 
 def test_equal_sources_are_set_aside_together_and_few_are_not():
     texts = [f"text {i % 70}" for i in range(210)]
-    out = set_aside(texts, 3)
+    out = held_back(texts, 3)
     assert out.sum() == 21
     assert len({text for text, kept in zip(texts, out, strict=True) if kept}) == 7
-    assert (set_aside(texts, 3) == out).all()
-    assert not set_aside(texts[:49] * 9, 3).any()
-    assert set_aside([str(i) for i in range(5000)], 0).sum() == 64
+    assert (held_back(texts, 3) == out).all()
+    assert not held_back(texts[:49] * 9, 3).any()
+    assert held_back([str(i) for i in range(5000)], 0).sum() == 64
 
 
 def test_noise_draws_from_the_row_and_spares_marks_and_labels():

@@ -34,6 +34,7 @@ from kexue.generation.copy_constraint import (
     CopyState,
     check_eos,
     check_ids,
+    check_integers,
     check_logits,
     check_mask,
     check_special,
@@ -137,9 +138,7 @@ class CopyLogitsProcessor(LogitsProcessor):
 
     def _check(self, input_ids: Any, scores: Any) -> None:
         check_float("scores", scores, 2)
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"input_ids must be a tensor of integers; got {got}")
+        check_integers("input_ids", input_ids)
         shape, rows = input_ids.shape, scores.shape[0]
         if len(shape) != 2 or shape[0] != rows:
             raise ValueError(f"input_ids must be ({rows}, t), a row for each row of scores; got {tuple(shape)}")
@@ -160,7 +159,7 @@ class CopyLogitsProcessor(LogitsProcessor):
         return found
 
     def _tags(self, input_ids: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # ``generate`` has turned it off; doing it again costs a microsecond or two
             with torch.no_grad():
                 logits = self.copy_logits(input_ids)
         else:

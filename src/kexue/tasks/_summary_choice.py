@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kexue.tasks._summary_data import language_of, scores
+from kexue.tasks._summary_data import language_of, number_documents, scores, set_aside
 
-__all__ = ["choose_decoding", "set_aside", "usual_steps"]
+__all__ = ["choose_decoding", "held_back", "usual_steps"]
 
 PASSES, LEAST_STEPS, MOST_STEPS = 4, 100, 600
 LEAST_PAIRS, MOST_PAIRS = 50, 64
@@ -36,14 +36,14 @@ def usual_steps(per_epoch: int) -> int:
     return max(LEAST_STEPS, min(MOST_STEPS, PASSES * per_epoch), per_epoch)
 
 
-def set_aside(sources: Sequence[str], seed: int) -> NDArray[np.bool_]:
+def held_back(sources: Sequence[str], seed: int) -> NDArray[np.bool_]:
     """Which pairs are set aside: none if there are fewer than 50 different sources."""
-    number: dict[str, int] = {}
-    numbers = np.array([number.setdefault(text, len(number)) for text in sources])
-    if len(number) < LEAST_PAIRS:
-        return np.zeros(len(sources), np.bool_)
-    order = np.random.default_rng(seed).permutation(len(number))
-    return np.isin(numbers, order[: min(len(number) // 10, MOST_PAIRS)])
+    same = number_documents(sources)
+    different = len(np.unique(same))
+    found = np.zeros(len(same), np.bool_)
+    if different >= LEAST_PAIRS:
+        found[set_aside(np.arange(len(same)), same, min(different // 10, MOST_PAIRS), seed)[1]] = True
+    return found
 
 
 def choose_decoding(

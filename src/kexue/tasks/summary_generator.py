@@ -35,7 +35,7 @@ from kexue._files import recover_directory, replaced_folder, run_folder, write_j
 from kexue.models import KexueConfig, KexueForPrefixLM
 from kexue.models.char_gru import read_head
 from kexue.tasks._prompts import check_texts
-from kexue.tasks._summary_choice import PENALTIES, choose_decoding, set_aside, usual_steps
+from kexue.tasks._summary_choice import PENALTIES, choose_decoding, held_back, usual_steps
 from kexue.tasks._summary_decoding import Search, beam_search
 from kexue.tasks._summary_training import Objective, Pair, Rows
 from kexue.tasks._summary_vocabulary import CLS, PAD, SEP, SummaryVocabulary
@@ -203,7 +203,7 @@ class SummaryGenerator(BaseEstimator):
             raise ValueError(f"fit needs a pair with text on both sides; got {len(texts['sources'])} pairs, all blank")
         left_out = np.zeros(len(examples), np.bool_)
         if "auto" in (self.copy, self.length_penalty):
-            left_out = set_aside([group[0] for group, _ in examples], self.random_state)
+            left_out = held_back([group[0] for group, _ in examples], self.random_state)
         kept_back = [(group[0], t) for (group, t), out in zip(examples, left_out, strict=True) if out]
         examples = [example for example, out in zip(examples, left_out, strict=True) if not out]
         copying = bool(kept_back) if self.copy == "auto" else bool(self.copy)
